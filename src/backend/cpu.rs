@@ -1,0 +1,1 @@
+//! The reference backend: plain f32 on the CPU.

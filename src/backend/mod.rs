@@ -1,0 +1,131 @@
+//! The operations of a forward pass. [`cpu::Cpu`] is their definition; other backends are fast copies under test.
+//!
+//! Shapes are `[rows, cols]`, row-major. `n` counts tokens of all sequences of a [`Batch`] together.
+
+pub mod cpu;
+
+use anyhow::Result;
+
+use crate::scheme::Activations;
+use crate::tensor::Matrix;
+
+/// Equally long token sequences, one after another: row `s · tokens + t` is token `t` of sequence `s`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Number of sequences.
+    pub sequences: usize,
+    /// Tokens in each.
+    pub tokens: usize,
+}
+
+/// Shape of causal grouped-query attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// A query sees at most this many latest positions, itself included.
+    pub window: Option<usize>,
+    /// Scores are multiplied with this, usually `head_dim^-½`.
+    pub scale: f32,
+}
+
+/// Rotary embedding in the Hugging Face arrangement: element `i` of a head's first half pairs with `i` of its second.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Angle per position of each pair, `[head_dim / 2]`, scaling already applied.
+    pub inverse_frequencies: Vec<f32>,
+}
+
+/// What the loss head reports for one scored position.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Score {
+    /// Negative log-likelihood of the target under the model, nats.
+    pub nll: f32,
+    /// Token of highest probability; the lowest id on ties.
+    pub top: u32,
+}
+
+/// What comparing with a baseline adds for one scored position.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Divergence {
+    /// The baseline's own score.
+    pub baseline: Score,
+    /// The model's score.
+    pub model: Score,
+    /// KL(baseline ‖ model) over the full vocabulary, nats.
+    pub kld: f32,
+}
+
+/// A device that runs a decoder. `Tensor` holds activations, `Weight` a matrix as the device keeps it (packed weights
+/// stay packed until the multiply).
+pub trait Backend: Sync {
+    /// Activations `[n, cols]`, or a vector as one row.
+    type Tensor: Clone + Send;
+    /// A weight matrix `[out_features, in_features]` or an embedding table `[vocab, hidden]`.
+    type Weight: Send + Sync;
+
+    /// Returns what reports print: device, precision, library.
+    fn describe(&self) -> String;
+
+    /// Takes a weight over.
+    fn upload(&self, weight: Matrix) -> Result<Self::Weight>;
+
+    /// Copies activations to the device. `values` is `[rows, cols]`.
+    fn tensor(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Self::Tensor>;
+
+    /// Copies activations back as F32, row-major.
+    fn read(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+
+    /// Returns `x` restricted to `rows`, in that order.
+    fn select_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
+
+    /// y\[i, :\] = table\[ids\[i\], :\]
+    fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Result<Self::Tensor>;
+
+    /// y = x / sqrt(mean(x²) + eps) · gain over runs of `gain.len()` columns: a whole row, or each head of a row
+    /// (Qwen3's q and k norms).
+    fn rms_norm(&self, x: &Self::Tensor, gain: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
+
+    /// y\[n, out\] = x\[n, in\] · wᵀ + bias, F32 accumulation. `activations` says how `x` is quantized first.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: Option<&Self::Tensor>,
+        activations: Activations,
+    ) -> Result<Self::Tensor>;
+
+    /// Rotates every head of `x` `[n, heads · head_dim]` in place by its token's position in its sequence.
+    fn rope(&self, x: &mut Self::Tensor, rope: &Rope, batch: Batch) -> Result<()>;
+
+    /// Causal softmax(scale · q kᵀ) v within each sequence. q `[n, heads · head_dim]`, k and v `[n, kv_heads · head_dim]`.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        shape: &AttentionShape,
+        batch: Batch,
+    ) -> Result<Self::Tensor>;
+
+    /// y = silu(gate) · up, elementwise.
+    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// x += y
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// Scores `targets[i]` against softmax(head · hidden\[i\]), exact F32 logits, without keeping all logits.
+    fn score(&self, hidden: &Self::Tensor, head: &Self::Weight, targets: &[u32]) -> Result<Vec<Score>>;
+
+    /// Scores the model and the baseline side by side; `hidden` and `head` of each. Both heads have one vocabulary.
+    fn compare(
+        &self,
+        baseline: (&Self::Tensor, &Self::Weight),
+        model: (&Self::Tensor, &Self::Weight),
+        targets: &[u32],
+    ) -> Result<Vec<Divergence>>;
+}

@@ -1,0 +1,60 @@
+//! GGUF v3 files.
+
+/// A ggml tensor type this project reads or writes. Block sizes: ggml-common.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs, non_camel_case_types)]
+pub enum GgmlType {
+    F32,
+    F16,
+    BF16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+    MXFP4,
+}
+
+/// (type, id in the file, elements per block, bytes per block)
+const TYPES: [(GgmlType, u32, usize, usize); 12] = {
+    use GgmlType::*;
+    [
+        (F32, 0, 1, 4),
+        (F16, 1, 1, 2),
+        (BF16, 30, 1, 2),
+        (Q4_0, 2, 32, 18),
+        (Q4_1, 3, 32, 20),
+        (Q5_0, 6, 32, 22),
+        (Q5_1, 7, 32, 24),
+        (Q8_0, 8, 32, 34),
+        (Q4_K, 12, 256, 144),
+        (Q5_K, 13, 256, 176),
+        (Q6_K, 14, 256, 210),
+        (MXFP4, 39, 32, 17),
+    ]
+};
+
+impl GgmlType {
+    /// Returns the type with that id in a file.
+    pub fn from_id(id: u32) -> Option<Self> {
+        TYPES.iter().find(|row| row.1 == id).map(|row| row.0)
+    }
+
+    /// Returns the id in a file.
+    pub fn id(self) -> u32 {
+        TYPES[self as usize].1
+    }
+
+    /// Returns how many elements a block has.
+    pub fn block_elems(self) -> usize {
+        TYPES[self as usize].2
+    }
+
+    /// Returns how many bytes a block has.
+    pub fn block_bytes(self) -> usize {
+        TYPES[self as usize].3
+    }
+}

@@ -1,0 +1,38 @@
+//! Files: safetensors and GGUF headers, validated before use; payload by positioned reads; outputs under a temporary
+//! name, renamed when complete.
+
+pub mod gguf;
+pub mod safetensors;
+
+use crate::tensor::Dtype;
+
+/// How a stored tensor's bytes are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// Plain numbers.
+    Plain(Dtype),
+    /// ggml blocks.
+    Ggml(gguf::GgmlType),
+}
+
+/// A tensor to be written: everything but its bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorSpec {
+    /// Name in the file.
+    pub name: String,
+    /// Number or block type.
+    pub storage: Storage,
+    /// Row-major shape, slowest first (GGUF's reversed order is undone inside `container/gguf.rs`).
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Returns the payload size.
+    pub fn bytes(&self) -> u64 {
+        let elems: u64 = self.shape.iter().map(|&n| n as u64).product();
+        match self.storage {
+            Storage::Plain(dtype) => elems * dtype.bytes() as u64,
+            Storage::Ggml(kind) => elems / kind.block_elems() as u64 * kind.block_bytes() as u64,
+        }
+    }
+}

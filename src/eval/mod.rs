@@ -1,0 +1,1 @@
+//! Measuring what was written: perplexity and divergence from a baseline.

@@ -1,0 +1,1 @@
+//! Hugging Face hub ids → a local folder.

@@ -1,0 +1,3 @@
+//! The `quant` command.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Config → one forward pass. Flags, never model names.
+
+pub mod config;

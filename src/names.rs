@@ -1,0 +1,208 @@
+//! Which tensor of a model, whatever a file calls it: [`TensorId`] ↔ the names of each ecosystem.
+//!
+//! Hugging Face names follow the Llama family (Llama, Mistral, Qwen2, Qwen3 share them). GGUF names are those of
+//! gguf-py's `tensor_mapping.py`.
+
+use std::fmt;
+
+/// What a tensor does in a decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Token embeddings `[vocab, hidden]`.
+    Embed,
+    /// RMS norm before attention `[hidden]`.
+    AttnNorm,
+    /// Query projection `[heads · head_dim, hidden]`.
+    Q,
+    /// Key projection `[kv_heads · head_dim, hidden]`.
+    K,
+    /// Value projection `[kv_heads · head_dim, hidden]`.
+    V,
+    /// Attention output projection `[hidden, heads · head_dim]`.
+    O,
+    /// Per-head RMS norm of queries `[head_dim]` (Qwen3).
+    QNorm,
+    /// Per-head RMS norm of keys `[head_dim]` (Qwen3).
+    KNorm,
+    /// RMS norm before the feed-forward part `[hidden]`.
+    FfnNorm,
+    /// Gate projection `[intermediate, hidden]`.
+    Gate,
+    /// Up projection `[intermediate, hidden]`.
+    Up,
+    /// Down projection `[hidden, intermediate]`.
+    Down,
+    /// RMS norm before the head `[hidden]`.
+    OutputNorm,
+    /// Output head `[vocab, hidden]`; absent when tied to the embeddings.
+    Head,
+    /// GGUF only: RoPE frequency divisors `[head_dim / 2]` (Llama 3 scaling).
+    RopeFreqs,
+}
+
+use Role::*;
+
+/// (role, Hugging Face module, GGUF stem); per-layer rows follow `model.layers.N.` and `blk.N.`.
+const NAMES: [(Role, &str, &str); 15] = [
+    (Embed, "model.embed_tokens", "token_embd"),
+    (AttnNorm, "input_layernorm", "attn_norm"),
+    (Q, "self_attn.q_proj", "attn_q"),
+    (K, "self_attn.k_proj", "attn_k"),
+    (V, "self_attn.v_proj", "attn_v"),
+    (O, "self_attn.o_proj", "attn_output"),
+    (QNorm, "self_attn.q_norm", "attn_q_norm"),
+    (KNorm, "self_attn.k_norm", "attn_k_norm"),
+    (FfnNorm, "post_attention_layernorm", "ffn_norm"),
+    (Gate, "mlp.gate_proj", "ffn_gate"),
+    (Up, "mlp.up_proj", "ffn_up"),
+    (Down, "mlp.down_proj", "ffn_down"),
+    (OutputNorm, "model.norm", "output_norm"),
+    (Head, "lm_head", "output"),
+    (RopeFreqs, "rope_freqs", "rope_freqs"),
+];
+
+impl Role {
+    /// Whether each layer has its own.
+    pub fn in_layer(self) -> bool {
+        !matches!(self, Embed | OutputNorm | Head | RopeFreqs)
+    }
+
+    /// Whether this is a decoder linear `[out_features, in_features]`: what weight-only formats quantize.
+    pub fn is_linear(self) -> bool {
+        matches!(self, Q | K | V | O | Gate | Up | Down)
+    }
+}
+
+/// Weight or bias of a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// The matrix, table or gain.
+    Weight,
+    /// The bias `[out_features]`.
+    Bias,
+}
+
+/// One tensor of a decoder model. Ordered by layer, then by place in the layer, as a forward pass meets them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TensorId {
+    /// Layer index, `None` outside the layers.
+    pub layer: Option<u16>,
+    /// What the tensor does.
+    pub role: Role,
+    /// Weight or bias.
+    pub part: Part,
+}
+
+impl TensorId {
+    /// Returns the id of a weight outside the layers.
+    pub const fn global(role: Role) -> Self {
+        TensorId { layer: None, role, part: Part::Weight }
+    }
+
+    /// Returns the id of a weight of a layer.
+    pub const fn in_layer(layer: usize, role: Role) -> Self {
+        TensorId { layer: Some(layer as u16), role, part: Part::Weight }
+    }
+
+    /// Returns the same module's bias.
+    pub const fn bias(self) -> Self {
+        TensorId { part: Part::Bias, ..self }
+    }
+
+    /// Returns the Hugging Face module path, without `.weight`.
+    pub fn hf_module(&self) -> String {
+        let (_, module, _) = NAMES[self.role as usize];
+        match self.layer {
+            Some(layer) => format!("model.layers.{layer}.{module}"),
+            None => module.to_string(),
+        }
+    }
+
+    /// Returns the Hugging Face tensor name.
+    pub fn hf_name(&self) -> String {
+        format!("{}.{}", self.hf_module(), self.suffix())
+    }
+
+    /// Returns the GGUF tensor name.
+    pub fn gguf_name(&self) -> String {
+        let (_, _, stem) = NAMES[self.role as usize];
+        match self.layer {
+            Some(layer) => format!("blk.{layer}.{stem}.{}", self.suffix()),
+            None => format!("{stem}.{}", self.suffix()),
+        }
+    }
+
+    /// Parses a Hugging Face tensor name; `None` if no module of a known decoder has it.
+    pub fn from_hf(name: &str) -> Option<Self> {
+        Self::parse(name, "model.layers.", |row| row.1)
+    }
+
+    /// Parses a GGUF tensor name; `None` if no module of a known decoder has it.
+    pub fn from_gguf(name: &str) -> Option<Self> {
+        Self::parse(name, "blk.", |row| row.2)
+    }
+
+    fn parse(
+        name: &str,
+        layers: &str,
+        column: impl Fn(&(Role, &'static str, &'static str)) -> &'static str,
+    ) -> Option<Self> {
+        let (module, part) = match name.rsplit_once('.')? {
+            (module, "weight") => (module, Part::Weight),
+            (module, "bias") => (module, Part::Bias),
+            _ => return None,
+        };
+        let (layer, module) = match module.strip_prefix(layers) {
+            None => (None, module),
+            Some(rest) => {
+                let (layer, module) = rest.split_once('.')?;
+                (Some(layer.parse().ok()?), module)
+            }
+        };
+        let row = NAMES.iter().find(|row| column(row) == module && row.0.in_layer() == layer.is_some())?;
+        Some(TensorId { layer, role: row.0, part })
+    }
+
+    fn suffix(&self) -> &'static str {
+        match self.part {
+            Part::Weight => "weight",
+            Part::Bias => "bias",
+        }
+    }
+}
+
+/// The Hugging Face name: what users see in plans, errors and reports, whatever the container.
+impl fmt::Display for TensorId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.hf_name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_in_both_ecosystems() {
+        for (index, &(role, ..)) in NAMES.iter().enumerate() {
+            assert_eq!(role as usize, index, "NAMES is in the order of Role");
+            let id = if role.in_layer() { TensorId::in_layer(12, role) } else { TensorId::global(role) };
+            for id in [id, id.bias()] {
+                assert_eq!(TensorId::from_hf(&id.hf_name()), Some(id));
+                assert_eq!(TensorId::from_gguf(&id.gguf_name()), Some(id));
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_not_guessed() {
+        for name in [
+            "model.layers.0.mlp.experts.0.up_proj.weight",
+            "lm_head",
+            "model.layers.x.mlp.up_proj.weight",
+            "",
+        ] {
+            assert_eq!(TensorId::from_hf(name), None, "{name}");
+        }
+    }
+}
