@@ -7,7 +7,10 @@ pub mod gguf;
 use anyhow::Result;
 
 use crate::container::Storage;
+use crate::model::config::Config;
+use crate::names::TensorId;
 use crate::scheme::{QTensor, Scheme};
+use crate::tensor::Dtype;
 
 /// One stored tensor that a quantized matrix becomes.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +27,19 @@ pub struct Part {
 pub trait Dialect: Sync {
     /// Returns the name users type after `--dialect`.
     fn name(&self) -> &'static str;
+
+    /// Returns the stored name of a part of a tensor, `suffix` as in [`Part`]; `weight` or `bias` for kept tensors.
+    fn tensor_name(&self, id: TensorId, suffix: &str) -> String;
+
+    /// Returns the number type a tensor that is kept dense is written as.
+    fn kept_dtype(&self, id: TensorId, shape: &[usize], stored: Dtype) -> Dtype;
+
+    /// Returns how this ecosystem orders a tensor's rows, if not as Hugging Face does: within every run of
+    /// `order.len()` rows, written row `i` is source row `order[i]`.
+    fn row_order(&self, id: TensorId, config: &Config) -> Option<Vec<usize>>;
+
+    /// Returns tensors that the source does not have and this ecosystem wants (vectors, F32).
+    fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)>;
 
     /// Returns the parts a `[rows, cols]` matrix of that scheme becomes; the error says why there is no spelling and
     /// which dialect has one.

@@ -3,7 +3,10 @@
 use anyhow::Result;
 
 use super::{Dialect, Part};
+use crate::model::config::Config;
+use crate::names::TensorId;
 use crate::scheme::{QTensor, Scheme};
+use crate::tensor::Dtype;
 
 /// The dialect of llama.cpp, Ollama and LM Studio.
 pub struct Gguf;
@@ -11,6 +14,23 @@ pub struct Gguf;
 impl Dialect for Gguf {
     fn name(&self) -> &'static str {
         "gguf"
+    }
+
+    fn tensor_name(&self, id: TensorId, _suffix: &str) -> String {
+        id.gguf_name()
+    }
+
+    /// Vectors are F32 (norms, biases); matrices keep their type, so nothing is lost.
+    fn kept_dtype(&self, _id: TensorId, shape: &[usize], stored: Dtype) -> Dtype {
+        if shape.len() == 1 { Dtype::F32 } else { stored }
+    }
+
+    fn row_order(&self, _id: TensorId, _config: &Config) -> Option<Vec<usize>> {
+        None
+    }
+
+    fn computed_tensors(&self, _config: &Config) -> Vec<(TensorId, Vec<f32>)> {
+        Vec::new()
     }
 
     fn parts(&self, scheme: &Scheme, _rows: usize, _cols: usize) -> Result<Vec<Part>> {
