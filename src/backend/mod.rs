@@ -99,6 +99,20 @@ pub trait Backend: Sync {
         activations: Activations,
     ) -> Result<Self::Tensor>;
 
+    /// x += linear(input, …): an output projection joins the residual stream. One operation, so that a device can add in
+    /// the epilogue of its product, without rounding the product first.
+    fn linear_add(
+        &self,
+        x: &mut Self::Tensor,
+        input: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: Option<&Self::Tensor>,
+        activations: Activations,
+    ) -> Result<()> {
+        let y = self.linear(input, weight, bias, activations)?;
+        self.add(x, &y)
+    }
+
     /// Rotates every head of `x` `[n, heads · head_dim]` in place by its token's position in its sequence.
     fn rope(&self, x: &mut Self::Tensor, rope: &Rope, batch: Batch) -> Result<()>;
 
