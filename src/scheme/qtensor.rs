@@ -126,6 +126,13 @@ impl QTensor {
         out
     }
 
+    /// Returns some rows as a tensor of their own.
+    pub fn slice_rows(&self, rows: Range<usize>) -> Self {
+        let mut out = QTensor::zeroed(self.scheme, rows.len(), self.cols);
+        out.copy_rows(0, self, rows);
+        out
+    }
+
     /// Copies `part` (the same scheme and width, fewer rows) over the rows from `first_row` on.
     pub fn set_rows(&mut self, first_row: usize, part: &QTensor) {
         self.copy_rows(first_row, part, 0..part.rows);
