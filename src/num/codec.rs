@@ -87,7 +87,7 @@ fn decode_e8m0(byte: u8) -> f32 {
 
 fn encode_e8m0(x: f32) -> u32 {
     // Below 1.5 · 2^-127 everything is byte 0, zero and negatives included.
-    if !(x > f32::from_bits(0x0060_0000)) {
+    if x.is_nan() || x <= f32::from_bits(0x0060_0000) {
         return 0;
     }
     let bits = x.min(decode_e8m0(254)).to_bits();

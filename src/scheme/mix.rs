@@ -140,7 +140,7 @@ fn more_bits(layer: usize, layers: usize) -> bool {
 /// Returns what a scheme becomes on rows of `cols` columns: itself where they fit, else llama.cpp's substitute, else
 /// `None` (kept dense).
 pub fn fallback(scheme: Scheme, cols: usize) -> Option<Scheme> {
-    if cols % scheme.block_cols() == 0 {
+    if cols.is_multiple_of(scheme.block_cols()) {
         return Some(scheme);
     }
     let substitute = match scheme.name {
@@ -149,7 +149,7 @@ pub fn fallback(scheme: Scheme, cols: usize) -> Option<Scheme> {
         "q6_k" => schemes::Q8_0,
         _ => return None,
     };
-    (cols % substitute.block_cols() == 0).then_some(substitute)
+    cols.is_multiple_of(substitute.block_cols()).then_some(substitute)
 }
 
 #[cfg(test)]
