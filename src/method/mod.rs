@@ -19,6 +19,7 @@ pub mod gptq;
 pub mod linalg;
 pub mod mismatch;
 pub mod refit;
+pub mod rtn;
 pub mod solve;
 pub mod statistics;
 #[cfg(test)]

@@ -8,11 +8,13 @@
 //! - [`fit`]: finds the stored scales for given weights and importances.
 //! - [`mix`]: which tensor of a model gets which scheme under a format name such as `q4_k_m`.
 
+mod distortion;
 pub mod fit;
 pub mod mix;
 mod qtensor;
 pub mod schemes;
 
+pub use distortion::Distortion;
 pub use qtensor::{Grid, QTensor};
 
 use crate::num::{Codec, Element};
