@@ -15,6 +15,17 @@ pub enum Storage {
     Ggml(gguf::GgmlType),
 }
 
+impl Storage {
+    /// Returns how many bytes a tensor of that shape takes.
+    pub fn bytes(self, shape: &[usize]) -> u64 {
+        let elems: u64 = shape.iter().map(|&n| n as u64).product();
+        match self {
+            Storage::Plain(dtype) => elems * dtype.bytes() as u64,
+            Storage::Ggml(kind) => elems / kind.block_elems() as u64 * kind.block_bytes() as u64,
+        }
+    }
+}
+
 /// A tensor to be written: everything but its bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorSpec {
@@ -29,10 +40,6 @@ pub struct TensorSpec {
 impl TensorSpec {
     /// Returns the payload size.
     pub fn bytes(&self) -> u64 {
-        let elems: u64 = self.shape.iter().map(|&n| n as u64).product();
-        match self.storage {
-            Storage::Plain(dtype) => elems * dtype.bytes() as u64,
-            Storage::Ggml(kind) => elems / kind.block_elems() as u64 * kind.block_bytes() as u64,
-        }
+        self.storage.bytes(&self.shape)
     }
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 use crate::container::Storage;
 use crate::model::config::Config;
 use crate::names::TensorId;
-use crate::scheme::{QTensor, Scheme};
+use crate::scheme::{Activations, QTensor, Scheme};
 use crate::tensor::Dtype;
 
 /// One stored tensor that a quantized matrix becomes.
@@ -19,8 +19,11 @@ pub struct Part {
     pub suffix: &'static str,
     /// Number type or ggml block type.
     pub storage: Storage,
-    /// Row-major shape in elements of `storage`.
+    /// Row-major shape in elements of `storage`. Unless `fixed`, the first axis is the rows.
     pub shape: Vec<usize>,
+    /// The bytes, where the shape alone decides them (`weight_shape`). Writers write them, readers compare them;
+    /// [`Dialect::pack`] and [`Dialect::unpack`] do not see such a part.
+    pub fixed: Option<Vec<u8>>,
 }
 
 /// One ecosystem's spelling of a [`QTensor`].
@@ -42,15 +45,25 @@ pub trait Dialect: Sync {
     fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)>;
 
     /// Returns the parts a `[rows, cols]` matrix of that scheme becomes; the error says why there is no spelling and
-    /// which dialect has one.
-    fn parts(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<Vec<Part>>;
+    /// which dialect has one. `activations` is what its linear does to its inputs: compressed-tensors spells INT8
+    /// weights differently for W8A16 and W8A8.
+    fn parts(&self, scheme: &Scheme, activations: Activations, rows: usize, cols: usize)
+    -> Result<Vec<Part>>;
 
-    /// Returns one buffer per part. Rows are independent: packing a slice of rows gives that slice of every part whose
-    /// first axis is the rows.
-    fn pack(&self, q: &QTensor) -> Result<Vec<Vec<u8>>>;
+    /// Returns one buffer per part that is not fixed. Rows are independent: packing a slice of rows gives that slice
+    /// of every buffer.
+    fn pack(&self, q: &QTensor, activations: Activations) -> Result<Vec<Vec<u8>>>;
 
-    /// Inverse of [`Dialect::pack`]. Errors on stored values the scheme does not allow (NaN scales).
-    fn unpack(&self, scheme: &Scheme, rows: usize, cols: usize, parts: &[&[u8]]) -> Result<QTensor>;
+    /// Inverse of [`Dialect::pack`]: `parts` are the buffers of those rows, fixed parts left out. Errors on stored
+    /// values the scheme does not allow (NaN scales).
+    fn unpack(
+        &self,
+        scheme: &Scheme,
+        activations: Activations,
+        rows: usize,
+        cols: usize,
+        parts: &[&[u8]],
+    ) -> Result<QTensor>;
 }
 
 /// Returns the dialect of that name.

@@ -1,15 +1,83 @@
 //! Checkpoints of the compressed-tensors library, read by vLLM, SGLang and transformers.
+//!
+//! | [`Format`] | parts of module `P` |
+//! |---|---|
+//! | `mxfp4-pack-quantized` | `P.weight_packed` U8 `[N, K/2]`, even column in the low nibble; `P.weight_scale` U8 `[N, K/32]`, E8M0 |
+//! | `pack-quantized` (8 bits) | `P.weight_packed` I32 `[N, ⌈K/4⌉]`, byte i = value + 128; `P.weight_scale` `[N, groups]`; `P.weight_shape` I64 `[2]` |
+//! | `int-quantized` | `P.weight` I8 `[N, K]`, two's complement; `P.weight_scale` `[N, 1]` |
+//!
+//! Layouts checked against compressed-tensors 0.17.0 (`tests/golden_compressed_tensors.rs`).
 
-use anyhow::Result;
+pub mod config;
+
+use anyhow::{Context, Result, bail, ensure};
 
 use super::{Dialect, Part};
+use crate::container::Storage;
 use crate::model::config::Config;
 use crate::names::TensorId;
-use crate::scheme::{QTensor, Scheme};
-use crate::tensor::Dtype;
+use crate::num::{Codec, Element};
+use crate::scheme::schemes::MXFP4;
+use crate::scheme::{Activations, Offset, QTensor, Scheme, Span};
+use crate::tensor::{Dtype, bytes_from_floats, floats_from_bytes};
 
 /// The dialect of vLLM, SGLang and transformers.
 pub struct CompressedTensors;
+
+/// The library's name for a way of storing a linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// `mxfp4-pack-quantized`
+    Mxfp4PackQuantized,
+    /// `pack-quantized`: weight-only integers.
+    PackQuantized,
+    /// `int-quantized`: integers whose inputs are quantized too.
+    IntQuantized,
+}
+
+/// Integer codes here are offset-binary, which is what `pack-quantized` stores; this turns them to two's complement.
+const SIGN: u8 = 0x80;
+
+impl Format {
+    /// Returns the format that spells a scheme; the error names what the format cannot say.
+    ///
+    /// Engines demand the two integer spellings exactly so: vLLM asserts that weight-only integers are
+    /// `pack-quantized`, and the library packs only weights whose inputs are not quantized.
+    pub fn of(scheme: &Scheme, activations: Activations) -> Result<Self> {
+        let plain = scheme.outer.is_none() && scheme.offset == Offset::None;
+        let float_scale = matches!(scheme.scale, Codec::F32 | Codec::F16 | Codec::BF16);
+        match (scheme.element, activations) {
+            (_, Activations::Full) if *scheme == MXFP4 => Ok(Format::Mxfp4PackQuantized),
+            (Element::Int(8), Activations::Full) if plain && float_scale && scheme.group != Span::Tensor => {
+                Ok(Format::PackQuantized)
+            }
+            (Element::Int(8), Activations::Int8PerToken) if plain && float_scale => {
+                ensure!(
+                    scheme.group == Span::Row,
+                    "dialect `compressed-tensors` quantizes activations only with one weight scale per row; drop \
+                     --group-size, or use `--format int8`, which leaves activations alone"
+                );
+                Ok(Format::IntQuantized)
+            }
+            (_, Activations::Int8PerToken) => {
+                bail!("8-bit activations need 8-bit integer weights, not `{}`", scheme.name)
+            }
+            _ => bail!(
+                "dialect `compressed-tensors` has no encoding for `{}`; try `--dialect gguf`",
+                scheme.name
+            ),
+        }
+    }
+
+    /// Returns the name in `quantization_config`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Format::Mxfp4PackQuantized => "mxfp4-pack-quantized",
+            Format::PackQuantized => "pack-quantized",
+            Format::IntQuantized => "int-quantized",
+        }
+    }
+}
 
 impl Dialect for CompressedTensors {
     fn name(&self) -> &'static str {
@@ -32,15 +100,271 @@ impl Dialect for CompressedTensors {
         Vec::new()
     }
 
-    fn parts(&self, scheme: &Scheme, _rows: usize, _cols: usize) -> Result<Vec<Part>> {
-        anyhow::bail!("{} is not implemented", scheme.name)
+    fn parts(
+        &self,
+        scheme: &Scheme,
+        activations: Activations,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Vec<Part>> {
+        let format = Format::of(scheme, activations)?;
+        let block = scheme.block_cols();
+        ensure!(
+            cols.is_multiple_of(block),
+            "{cols} columns are not a multiple of the {block} that share a scale"
+        );
+        let part = |suffix, dtype, width| Part {
+            suffix,
+            storage: Storage::Plain(dtype),
+            shape: vec![rows, width],
+            fixed: None,
+        };
+        let scales = part("weight_scale", scale_dtype(scheme.scale), cols / scheme.group.len(cols).max(1));
+        Ok(match format {
+            Format::Mxfp4PackQuantized => vec![part("weight_packed", Dtype::U8, cols / 2), scales],
+            Format::IntQuantized => vec![part("weight", Dtype::I8, cols), scales],
+            Format::PackQuantized => {
+                let shape = [rows as i64, cols as i64].map(i64::to_le_bytes).concat();
+                let fixed = Part {
+                    suffix: "weight_shape",
+                    storage: Storage::Plain(Dtype::I64),
+                    shape: vec![2],
+                    fixed: Some(shape),
+                };
+                vec![part("weight_packed", Dtype::I32, cols.div_ceil(4)), scales, fixed]
+            }
+        })
     }
 
-    fn pack(&self, q: &QTensor) -> Result<Vec<Vec<u8>>> {
-        anyhow::bail!("{} is not implemented", q.scheme.name)
+    fn pack(&self, q: &QTensor, activations: Activations) -> Result<Vec<Vec<u8>>> {
+        let codes = match Format::of(&q.scheme, activations)? {
+            Format::Mxfp4PackQuantized => pack_nibbles(&q.codes),
+            Format::PackQuantized => pad_rows(&q.codes, q.cols, q.cols.next_multiple_of(4)),
+            Format::IntQuantized => q.codes.iter().map(|code| code ^ SIGN).collect(),
+        };
+        Ok(vec![codes, pack_scales(q.scheme.scale, &q.scales)])
     }
 
-    fn unpack(&self, scheme: &Scheme, _rows: usize, _cols: usize, _parts: &[&[u8]]) -> Result<QTensor> {
-        anyhow::bail!("{} is not implemented", scheme.name)
+    fn unpack(
+        &self,
+        scheme: &Scheme,
+        activations: Activations,
+        rows: usize,
+        cols: usize,
+        parts: &[&[u8]],
+    ) -> Result<QTensor> {
+        let wanted = self.parts(scheme, activations, rows, cols)?;
+        let wanted: Vec<_> = wanted.iter().filter(|part| part.fixed.is_none()).collect();
+        ensure!(parts.len() == wanted.len(), "{} parts given, {} wanted", parts.len(), wanted.len());
+        for (bytes, part) in parts.iter().zip(&wanted) {
+            let size = part.storage.bytes(&part.shape) as usize;
+            ensure!(bytes.len() == size, "`{}` has {} bytes, wanted {size}", part.suffix, bytes.len());
+        }
+        let codes = match Format::of(scheme, activations)? {
+            Format::Mxfp4PackQuantized => unpack_nibbles(parts[0]),
+            Format::PackQuantized => trim_rows(parts[0], cols, cols.next_multiple_of(4)),
+            Format::IntQuantized => parts[0].iter().map(|code| code ^ SIGN).collect(),
+        };
+        let scales = unpack_scales(scheme.scale, parts[1]).context("`weight_scale`")?;
+        let (outer_scales, offsets, outer_offsets) = (vec![], vec![], vec![]);
+        Ok(QTensor { scheme: *scheme, rows, cols, codes, scales, outer_scales, offsets, outer_offsets })
+    }
+}
+
+/// Two codes a byte, the even column in the low nibble.
+fn pack_nibbles(codes: &[u8]) -> Vec<u8> {
+    codes.as_chunks::<2>().0.iter().map(|[even, odd]| even | odd << 4).collect()
+}
+
+fn unpack_nibbles(bytes: &[u8]) -> Vec<u8> {
+    let mut codes = vec![0; bytes.len() * 2];
+    for (codes, byte) in codes.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
+        *codes = [byte & 15, byte >> 4];
+    }
+    codes
+}
+
+/// Rows of I32 words: the library fills the last word of a row with zero bytes.
+fn pad_rows(codes: &[u8], cols: usize, width: usize) -> Vec<u8> {
+    if width == cols {
+        return codes.to_vec();
+    }
+    let mut bytes = Vec::with_capacity(codes.len() / cols * width);
+    for row in codes.chunks_exact(cols) {
+        bytes.extend_from_slice(row);
+        bytes.resize(bytes.len() + width - cols, 0);
+    }
+    bytes
+}
+
+fn trim_rows(bytes: &[u8], cols: usize, width: usize) -> Vec<u8> {
+    bytes.chunks_exact(width.max(1)).flat_map(|row| &row[..cols]).copied().collect()
+}
+
+fn scale_dtype(codec: Codec) -> Dtype {
+    match codec {
+        Codec::F32 => Dtype::F32,
+        Codec::F16 => Dtype::F16,
+        Codec::BF16 => Dtype::BF16,
+        Codec::E8M0 => Dtype::U8,
+        other => unreachable!("`Format::of` refuses {other:?} scales"),
+    }
+}
+
+fn pack_scales(codec: Codec, scales: &[f32]) -> Vec<u8> {
+    match codec {
+        Codec::E8M0 => scales.iter().map(|&scale| codec.encode(scale) as u8).collect(),
+        _ => bytes_from_floats(scale_dtype(codec), scales),
+    }
+}
+
+fn unpack_scales(codec: Codec, bytes: &[u8]) -> Result<Vec<f32>> {
+    let scales = match codec {
+        Codec::E8M0 => bytes.iter().map(|&byte| codec.decode(byte as u32)).collect(),
+        _ => {
+            let dtype = scale_dtype(codec);
+            let mut scales = vec![0.0; bytes.len() / dtype.bytes()];
+            floats_from_bytes(dtype, bytes, &mut scales);
+            scales
+        }
+    };
+    match scales.iter().position(|scale: &f32| !scale.is_finite()) {
+        Some(at) => {
+            bail!("scale {at} is {}; the file is damaged, or no scale was computed for it", scales[at])
+        }
+        None => Ok(scales),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheme::schemes::{ALL, INT8, int8_grouped};
+
+    const SPELLINGS: [(Scheme, Activations); 4] = [
+        (MXFP4, Activations::Full),
+        (INT8, Activations::Full),
+        (int8_grouped(32), Activations::Full),
+        (INT8, Activations::Int8PerToken),
+    ];
+
+    /// Every code and every finite stored scale of the scheme, in as many rows as that takes.
+    fn every_code_and_scale(scheme: Scheme, cols: usize) -> QTensor {
+        let scales: Vec<f32> = (0..1u32 << scheme.scale.bits())
+            .map(|bits| scheme.scale.decode(bits))
+            .filter(|s| s.is_finite())
+            .collect();
+        let per_row = scheme.group.count(1, cols);
+        let rows = scales.len().div_ceil(per_row);
+        let mut q = QTensor::zeroed(scheme, rows, cols);
+        q.scales.fill(1.0);
+        q.scales[..scales.len()].copy_from_slice(&scales);
+        let codes = 1usize << scheme.element.bits();
+        // Shifted by the row, so that each code also meets every neighbour position.
+        q.codes.iter_mut().enumerate().for_each(|(i, code)| *code = ((i + i / cols) % codes) as u8);
+        q
+    }
+
+    fn slices(parts: &[Vec<u8>]) -> Vec<&[u8]> {
+        parts.iter().map(Vec::as_slice).collect()
+    }
+
+    #[test]
+    fn unpack_inverts_pack_for_every_code_and_every_scale() {
+        for (scheme, activations) in SPELLINGS {
+            let q = every_code_and_scale(scheme, 256);
+            let packed = CompressedTensors.pack(&q, activations).unwrap();
+            let back =
+                CompressedTensors.unpack(&scheme, activations, q.rows, q.cols, &slices(&packed)).unwrap();
+            assert!(back == q, "{} {activations:?}", scheme.name);
+        }
+    }
+
+    #[test]
+    fn pack_inverts_unpack_for_every_byte() {
+        for (scheme, activations) in SPELLINGS {
+            let parts = CompressedTensors.parts(&scheme, activations, 2, 256).unwrap();
+            let bytes: Vec<Vec<u8>> = parts
+                .iter()
+                .filter(|part| part.fixed.is_none())
+                // 0..=126 as the high byte of a BF16 scale is finite, and as an E8M0 scale too.
+                .map(|part| (0..part.storage.bytes(&part.shape)).map(|i| (i % 127) as u8).collect())
+                .collect();
+            let q = CompressedTensors.unpack(&scheme, activations, 2, 256, &slices(&bytes)).unwrap();
+            assert_eq!(CompressedTensors.pack(&q, activations).unwrap(), bytes, "{}", scheme.name);
+        }
+    }
+
+    #[test]
+    fn parts_describe_what_pack_returns_and_hold_slices_of_rows() {
+        for (scheme, activations) in SPELLINGS {
+            for cols in [64, 96] {
+                let q = every_code_and_scale(scheme, cols);
+                let whole = CompressedTensors.pack(&q, activations).unwrap();
+                let parts = CompressedTensors.parts(&scheme, activations, q.rows, cols).unwrap();
+                for (bytes, part) in whole.iter().zip(parts.iter().filter(|part| part.fixed.is_none())) {
+                    assert_eq!(bytes.len() as u64, part.storage.bytes(&part.shape), "{}", part.suffix);
+                    assert_eq!(part.shape[0], q.rows);
+                }
+                let mut first = QTensor::zeroed(scheme, 1, cols);
+                first.codes.copy_from_slice(&q.codes[..cols]);
+                first.scales.copy_from_slice(&q.scales[..q.groups_per_row()]);
+                for (row, all) in CompressedTensors.pack(&first, activations).unwrap().iter().zip(&whole) {
+                    assert_eq!(row[..], all[..row.len()]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn odd_widths_are_padded_to_whole_words() {
+        let q = every_code_and_scale(INT8, 33);
+        let parts = CompressedTensors.parts(&INT8, Activations::Full, q.rows, 33).unwrap();
+        assert_eq!((parts[0].suffix, &parts[0].shape), ("weight_packed", &vec![q.rows, 9]));
+        let shape = parts[2].fixed.as_deref().unwrap();
+        assert_eq!(shape, [q.rows as i64, 33].map(i64::to_le_bytes).concat());
+        let packed = CompressedTensors.pack(&q, Activations::Full).unwrap();
+        assert_eq!(packed[0].len(), q.rows * 36);
+        let back = CompressedTensors.unpack(&INT8, Activations::Full, q.rows, 33, &slices(&packed)).unwrap();
+        assert!(back == q);
+    }
+
+    #[test]
+    fn scales_of_any_float_type_are_read() {
+        for (codec, bytes) in [(Codec::F32, vec![0, 0, 0, 0x3f]), (Codec::F16, vec![0, 0x38])] {
+            let scheme = Scheme { scale: codec, ..INT8 };
+            let q = CompressedTensors
+                .unpack(&scheme, Activations::Int8PerToken, 1, 2, &[&[0xff, 0x80], &bytes])
+                .unwrap();
+            assert_eq!(q.decode(), [-0.5, -64.0], "{codec:?}");
+        }
+    }
+
+    #[test]
+    fn schemes_without_a_spelling_are_refused_with_the_cure() {
+        for scheme in
+            ALL.into_iter().filter(|scheme| ![MXFP4, INT8].contains(scheme) && scheme.name != "q8_0")
+        {
+            let error = Format::of(&scheme, Activations::Full).unwrap_err().to_string();
+            assert!(error.contains(scheme.name) && error.contains("--dialect gguf"), "{error}");
+        }
+        for (scheme, cure) in [(int8_grouped(128), "--group-size"), (MXFP4, "8-bit integer weights")] {
+            let error = Format::of(&scheme, Activations::Int8PerToken).unwrap_err().to_string();
+            assert!(error.contains(cure), "{error}");
+        }
+        let error = CompressedTensors.parts(&MXFP4, Activations::Full, 4, 80).unwrap_err().to_string();
+        assert_eq!(error, "80 columns are not a multiple of the 32 that share a scale");
+    }
+
+    #[test]
+    fn nan_scales_and_wrong_sizes_are_refused() {
+        let error = |scheme: &Scheme, codes: &[u8], scales: &[u8]| {
+            let parts = [codes, scales];
+            let result = CompressedTensors.unpack(scheme, Activations::Full, 1, 32, &parts);
+            format!("{:#}", result.unwrap_err())
+        };
+        assert!(error(&MXFP4, &[0; 16], &[255]).starts_with("`weight_scale`: scale 0 is NaN"));
+        assert!(error(&INT8, &[0; 32], &[0x80, 0x7f]).starts_with("`weight_scale`: scale 0 is inf"));
+        assert_eq!(error(&MXFP4, &[0; 15], &[127]), "`weight_packed` has 15 bytes, wanted 16");
     }
 }

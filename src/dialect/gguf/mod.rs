@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::{Dialect, Part};
 use crate::model::config::Config;
 use crate::names::TensorId;
-use crate::scheme::{QTensor, Scheme};
+use crate::scheme::{Activations, QTensor, Scheme};
 use crate::tensor::Dtype;
 
 /// The dialect of llama.cpp, Ollama and LM Studio.
@@ -33,15 +33,15 @@ impl Dialect for Gguf {
         Vec::new()
     }
 
-    fn parts(&self, scheme: &Scheme, _rows: usize, _cols: usize) -> Result<Vec<Part>> {
+    fn parts(&self, scheme: &Scheme, _: Activations, _rows: usize, _cols: usize) -> Result<Vec<Part>> {
         anyhow::bail!("{} is not implemented", scheme.name)
     }
 
-    fn pack(&self, q: &QTensor) -> Result<Vec<Vec<u8>>> {
+    fn pack(&self, q: &QTensor, _: Activations) -> Result<Vec<Vec<u8>>> {
         anyhow::bail!("{} is not implemented", q.scheme.name)
     }
 
-    fn unpack(&self, scheme: &Scheme, _rows: usize, _cols: usize, _parts: &[&[u8]]) -> Result<QTensor> {
+    fn unpack(&self, scheme: &Scheme, _: Activations, _r: usize, _c: usize, _p: &[&[u8]]) -> Result<QTensor> {
         anyhow::bail!("{} is not implemented", scheme.name)
     }
 }
