@@ -19,6 +19,7 @@
 //! ```
 
 pub mod backend;
+pub mod calib;
 pub mod checkpoint;
 pub mod container;
 pub mod dialect;
