@@ -1,0 +1,316 @@
+//! Text → token ids, from the files of a Hugging Face folder or from the same content rebuilt out of GGUF metadata.
+//!
+//! [`TokenizerFiles`] is what defines a tokenizer, in the terms of `tokenizer.json` and `tokenizer_config.json`; the
+//! GGUF dialect translates it to and from its own keys, so one [`Tokenizer`] serves both.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::Value;
+
+/// The files that define a tokenizer, parsed. Absent ones are `Value::Null`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenizerFiles {
+    /// `tokenizer.json` of the `tokenizers` library.
+    pub tokenizer: Value,
+    /// `tokenizer_config.json`: names of the special tokens, `add_bos_token`, chat template.
+    pub tokenizer_config: Value,
+    /// `config.json`, for its `*_token_id` entries.
+    pub config: Value,
+    /// (name, Jinja source); the one named `default` is the chat template, others are alternatives (`tool_use`, …).
+    pub chat_templates: Vec<(String, String)>,
+}
+
+/// The tokens with a meaning of their own, by id. Names as in `tokenizer_config.json`, without `_token`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct SpecialIds {
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+    pub pad: Option<u32>,
+    pub unk: Option<u32>,
+    pub sep: Option<u32>,
+    pub cls: Option<u32>,
+    pub mask: Option<u32>,
+}
+
+impl TokenizerFiles {
+    /// Reads the tokenizer of a model folder; `None` if it has no `tokenizer.json`. Errors on files that are no JSON.
+    pub fn read(folder: &Path) -> Result<Option<Self>> {
+        let tokenizer = read_json(&folder.join("tokenizer.json"))?;
+        if tokenizer.is_null() {
+            return Ok(None);
+        }
+        let tokenizer_config = read_json(&folder.join("tokenizer_config.json"))?;
+        let chat_templates = chat_templates(folder, &tokenizer_config)?;
+        let config = read_json(&folder.join("config.json"))?;
+        Ok(Some(TokenizerFiles { tokenizer, tokenizer_config, config, chat_templates }))
+    }
+
+    /// Returns the ids of the special tokens: by the token's text in `tokenizer_config.json`, else by the id in
+    /// `config.json` (gguf-py's order).
+    pub fn special_ids(&self) -> SpecialIds {
+        let id = |name: &str| {
+            let token = &self.tokenizer_config[format!("{name}_token")];
+            let text = token.as_str().or_else(|| token["content"].as_str());
+            let by_text = text.and_then(|text| self.token_id(text));
+            let from_config = match &self.config[format!("{name}_token_id")] {
+                Value::Array(ids) => ids.first().and_then(Value::as_u64),
+                id => id.as_u64(),
+            };
+            by_text.or(from_config.map(|id| id as u32))
+        };
+        SpecialIds {
+            bos: id("bos"),
+            eos: id("eos"),
+            pad: id("pad"),
+            unk: id("unk"),
+            sep: id("sep"),
+            cls: id("cls"),
+            mask: id("mask"),
+        }
+    }
+
+    /// Returns the id of a token by its text, added tokens first.
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        let added =
+            self.added_tokens().iter().find(|token| token["content"] == text).map(|token| &token["id"]);
+        added.or_else(|| self.tokenizer["model"]["vocab"].get(text))?.as_u64().map(|id| id as u32)
+    }
+
+    /// Returns the `added_tokens` entries of `tokenizer.json`.
+    pub fn added_tokens(&self) -> &[Value] {
+        self.tokenizer["added_tokens"].as_array().map_or(&[], Vec::as_slice)
+    }
+
+    /// Returns whether the model wants (BOS before, EOS after) a text.
+    ///
+    /// The post-processor's template decides; without one, `add_bos_token` and `add_eos_token` of the configuration;
+    /// without those, tokenizers with byte fallback (SentencePiece models) get a BOS and others nothing.
+    pub fn adds_bos_eos(&self) -> (bool, bool) {
+        if let Some(template) = template_processing(&self.tokenizer["post_processor"]) {
+            let special = |item: Option<&Value>| item.is_some_and(|item| item.get("SpecialToken").is_some());
+            return (special(template.first()), special(template.last()));
+        }
+        let configured = |name: &str| self.tokenizer_config[name].as_bool();
+        let byte_fallback = self.tokenizer["model"]["byte_fallback"] == true;
+        (configured("add_bos_token").unwrap_or(byte_fallback), configured("add_eos_token").unwrap_or(false))
+    }
+}
+
+/// Returns the items of the single-sequence template, if the post-processor has one.
+fn template_processing(post_processor: &Value) -> Option<&Vec<Value>> {
+    match post_processor["type"].as_str()? {
+        "TemplateProcessing" => post_processor["single"].as_array(),
+        "Sequence" => post_processor["processors"].as_array()?.iter().find_map(template_processing),
+        _ => None,
+    }
+}
+
+/// Reads one JSON file; an absent file is `Null`.
+fn read_json(path: &Path) -> Result<Value> {
+    match std::fs::read(path) {
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).with_context(|| format!("{}: not valid JSON", path.display()))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
+        Err(e) => Err(e).with_context(|| format!("{}: cannot be read", path.display())),
+    }
+}
+
+/// Returns (name, source) of the chat templates. A folder may spell them in three places; transformers prefers the
+/// file `chat_template.jinja` that it writes itself, and older releases knew only the entry in the configuration.
+fn chat_templates(folder: &Path, tokenizer_config: &Value) -> Result<Vec<(String, String)>> {
+    let named = |source: &Value| -> Option<Vec<(String, String)>> {
+        match &source["chat_template"] {
+            Value::String(text) => Some(vec![("default".to_string(), text.clone())]),
+            Value::Array(list) => list
+                .iter()
+                .map(|t| Some((t["name"].as_str()?.to_string(), t["template"].as_str()?.to_string())))
+                .collect(),
+            _ => None,
+        }
+    };
+    let jinja = folder.join("chat_template.jinja");
+    if jinja.is_file() {
+        let text = std::fs::read_to_string(&jinja)
+            .with_context(|| format!("{}: cannot be read", jinja.display()))?;
+        let mut templates = vec![("default".to_string(), text)];
+        templates.extend(additional_templates(&folder.join("additional_chat_templates"))?);
+        return Ok(templates);
+    }
+    let json = read_json(&folder.join("chat_template.json"))?;
+    Ok(named(tokenizer_config).or_else(|| named(&json)).unwrap_or_default())
+}
+
+/// Returns the templates of transformers' `additional_chat_templates` folder, `NAME.jinja` each, sorted by name.
+fn additional_templates(folder: &Path) -> Result<Vec<(String, String)>> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(Vec::new()) };
+    let mut templates = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("{}: cannot be listed", folder.display()))?.path();
+        if let (Some(name), true) = (path.file_stem(), path.extension().is_some_and(|e| e == "jinja")) {
+            let text = std::fs::read_to_string(&path)
+                .with_context(|| format!("{}: cannot be read", path.display()))?;
+            templates.push((name.to_string_lossy().into_owned(), text));
+        }
+    }
+    templates.sort();
+    Ok(templates)
+}
+
+/// Text ↔ token ids.
+pub struct Tokenizer {
+    tokenizer: tokenizers::Tokenizer,
+    special: SpecialIds,
+    add_bos: bool,
+    add_eos: bool,
+}
+
+impl Tokenizer {
+    /// Opens the tokenizer of a model folder. Errors if there is none, or it is not one `tokenizers` can load.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let Some(files) = TokenizerFiles::read(folder)? else {
+            let cure = if folder.join("tokenizer.model").is_file() {
+                "found only `tokenizer.model`; write the JSON form with transformers: \
+                 `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`"
+            } else {
+                "copy it from the model's repository"
+            };
+            bail!("{}: no `tokenizer.json`: {cure}", folder.display());
+        };
+        Self::from_files(&files).with_context(|| folder.join("tokenizer.json").display().to_string())
+    }
+
+    /// Builds a tokenizer from parsed files. Errors on what the `tokenizers` library cannot load.
+    pub fn from_files(files: &TokenizerFiles) -> Result<Self> {
+        let json = serde_json::to_vec(&files.tokenizer)?;
+        let mut tokenizer =
+            tokenizers::Tokenizer::from_bytes(json).map_err(|e| anyhow!("not a tokenizer: {e}"))?;
+        tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
+        tokenizer.with_padding(None);
+        let (add_bos, add_eos) = files.adds_bos_eos();
+        Ok(Tokenizer { tokenizer, special: files.special_ids(), add_bos, add_eos })
+    }
+
+    /// Returns the ids of `text`. `add_special` puts BOS before and EOS after it where the model's convention does.
+    /// Special tokens spelled out in the text become their ids, as in transformers.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding =
+            self.tokenizer.encode_fast(text, false).map_err(|e| anyhow!("cannot tokenize: {e}"))?;
+        let bos = self.bos().filter(|_| add_special);
+        let eos = self.special.eos.filter(|_| add_special && self.add_eos);
+        Ok(bos.into_iter().chain(encoding.get_ids().iter().copied()).chain(eos).collect())
+    }
+
+    /// Returns the text of `ids`, special tokens left out. A character cut in half decodes to U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.tokenizer.decode(ids, true).map_err(|e| anyhow!("cannot decode tokens: {e}"))
+    }
+
+    /// Returns the number of tokens, added ones included. Embedding tables may have more rows (padding).
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// Returns the BOS id if the model's convention puts one before every text, which is when evaluation starts each
+    /// window with it (as llama-perplexity does).
+    pub fn bos(&self) -> Option<u32> {
+        self.special.bos.filter(|_| self.add_bos)
+    }
+
+    /// Returns the special tokens.
+    pub fn special_ids(&self) -> SpecialIds {
+        self.special
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A byte-level tokenizer of five tokens, in the shape of a Hugging Face folder.
+    fn files() -> TokenizerFiles {
+        TokenizerFiles {
+            tokenizer: json!({
+                "version": "1.0",
+                "added_tokens": [{"id": 0, "content": "<s>", "special": true, "single_word": false,
+                                  "lstrip": false, "rstrip": false, "normalized": false}],
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                                  "use_regex": true},
+                "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+                "truncation": {"max_length": 1, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
+                "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3, "Ġ": 4},
+                          "merges": [["a", "b"]], "byte_fallback": false, "ignore_merges": false},
+            }),
+            tokenizer_config: json!({"bos_token": "<s>", "eos_token": {"content": "b"}}),
+            config: json!({"bos_token_id": 4, "pad_token_id": 1, "eos_token_id": [3, 2]}),
+            chat_templates: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn bos_is_added_only_where_the_template_starts_with_a_special_token() {
+        let mut files = files();
+        let encode =
+            |files: &TokenizerFiles| Tokenizer::from_files(files).unwrap().encode("ab b", true).unwrap();
+        assert_eq!(encode(&files), [3, 4, 2], "no post-processor, no configuration, no byte fallback");
+        files.tokenizer_config["add_bos_token"] = json!(true);
+        assert_eq!(encode(&files), [0, 3, 4, 2]);
+        let sequence = json!({"Sequence": {"id": "A", "type_id": 0}});
+        files.tokenizer["post_processor"] = json!({"type": "TemplateProcessing", "single": [sequence],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {}});
+        assert_eq!(encode(&files), [3, 4, 2], "the template wins over the configuration");
+        let bos = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+        files.tokenizer["post_processor"]["single"].as_array_mut().unwrap().insert(0, bos);
+        files.tokenizer["post_processor"]["special_tokens"] =
+            json!({"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}});
+        assert_eq!(encode(&files), [0, 3, 4, 2]);
+        assert_eq!(Tokenizer::from_files(&files).unwrap().encode("ab", false).unwrap(), [3]);
+    }
+
+    #[test]
+    fn truncation_in_the_file_is_not_applied() {
+        assert_eq!(Tokenizer::from_files(&files()).unwrap().encode("abababab", false).unwrap(), [3, 3, 3, 3]);
+    }
+
+    #[test]
+    fn special_ids_come_from_the_token_text_then_from_config() {
+        let special = files().special_ids();
+        assert_eq!((special.bos, special.eos, special.pad, special.unk), (Some(0), Some(2), Some(1), None));
+    }
+
+    #[test]
+    fn a_folder_without_a_tokenizer_is_an_error_that_names_the_cure() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = |folder: &Path| Tokenizer::open(folder).err().unwrap().to_string();
+        assert!(error(folder.path()).contains("no `tokenizer.json`: copy it"));
+        std::fs::write(folder.path().join("tokenizer.model"), b"").unwrap();
+        assert!(error(folder.path()).contains("save_pretrained"));
+        std::fs::write(folder.path().join("tokenizer.json"), b"{").unwrap();
+        assert!(error(folder.path()).contains("not valid JSON"));
+    }
+
+    #[test]
+    fn chat_templates_are_found_wherever_a_folder_keeps_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        write("tokenizer.json", "{}");
+        let templates = || TokenizerFiles::read(folder.path()).unwrap().unwrap().chat_templates;
+        let pair = |name: &str, text: &str| (name.to_string(), text.to_string());
+        assert_eq!(templates(), []);
+        write("chat_template.json", r#"{"chat_template": "from json"}"#);
+        assert_eq!(templates(), [pair("default", "from json")]);
+        write(
+            "tokenizer_config.json",
+            r#"{"chat_template": [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]}"#,
+        );
+        assert_eq!(templates(), [pair("default", "a"), pair("rag", "b")]);
+        write("chat_template.jinja", "from jinja");
+        std::fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
+        write("additional_chat_templates/tool_use.jinja", "tools");
+        assert_eq!(templates(), [pair("default", "from jinja"), pair("tool_use", "tools")]);
+    }
+}
