@@ -1,0 +1,85 @@
+//! Every layout equals what the compressed-tensors library writes and reads (`scripts/golden_compressed_tensors.py`).
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use half::bf16;
+use quant::dialect::Dialect;
+use quant::dialect::compressed_tensors::CompressedTensors;
+use quant::dialect::compressed_tensors::config::Quantization;
+use quant::scheme::{Activations, Scheme, schemes};
+use safetensors::SafeTensors;
+
+const MODULE: &str = "model.layers.0.mlp.up_proj";
+
+/// Bytes and what the library says of them, with the shape of the weight.
+fn golden(name: &str) -> (Vec<u8>, Scheme, Activations, [usize; 2]) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/compressed_tensors");
+    let bytes = std::fs::read(folder.join(format!("{name}.safetensors"))).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = header.metadata().clone().unwrap();
+    assert!(metadata["versions"].starts_with("compressed-tensors 0.17.0"), "{}", metadata["versions"]);
+    let json = serde_json::from_str(&metadata["quantization_config"]).unwrap();
+    let (scheme, activations) = Quantization::parse(&json).unwrap().of(MODULE).unwrap();
+    let shape = SafeTensors::deserialize(&bytes).unwrap().tensor("decompressed").unwrap().shape().to_vec();
+    (bytes, scheme, activations, [shape[0], shape[1]])
+}
+
+fn check(name: &str, wanted: Scheme, wanted_activations: Activations) {
+    let (bytes, scheme, activations, [rows, cols]) = golden(name);
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!((scheme, activations), (wanted, wanted_activations), "the library's config names the scheme");
+
+    let parts = CompressedTensors.parts(&scheme, activations, rows, cols).unwrap();
+    assert_eq!(parts.len() + 1, file.len(), "the same tensors, and `decompressed`");
+    for part in &parts {
+        let stored = file.tensor(part.suffix).unwrap();
+        assert_eq!(stored.shape(), part.shape, "{name} {}", part.suffix);
+        assert_eq!(format!("Plain({:?})", stored.dtype()), format!("{:?}", part.storage), "{}", part.suffix);
+        if let Some(fixed) = &part.fixed {
+            assert_eq!(stored.data(), fixed, "{name} {}", part.suffix);
+        }
+    }
+
+    let data: Vec<&[u8]> =
+        parts.iter().filter(|p| p.fixed.is_none()).map(|p| file.tensor(p.suffix).unwrap().data()).collect();
+    let q = CompressedTensors.unpack(&scheme, activations, rows, cols, &data).unwrap();
+    assert_eq!(CompressedTensors.pack(&q, activations).unwrap(), data, "{name}: packed again");
+
+    let (low, high) = scheme.element.range();
+    let values: Vec<f32> = q.codes.iter().map(|&code| scheme.element.decode(code)).collect();
+    assert!(values.contains(&low) && values.contains(&high), "{name}: the ends of the range occur");
+
+    // code · scale is exact in F32 (8 + 8 bits of mantissa), and the library rounds that product to BF16 once. Compared
+    // as numbers: its −0 is our 0.
+    let theirs = file.tensor("decompressed").unwrap();
+    for (i, (ours, theirs)) in q.decode().into_iter().zip(theirs.data().as_chunks::<2>().0).enumerate() {
+        assert_eq!(bf16::from_f32(ours), bf16::from_le_bytes(*theirs), "{name}: value {i}");
+    }
+}
+
+#[test]
+fn mxfp4_equals_the_library() {
+    check("mxfp4", schemes::MXFP4, Activations::Full);
+}
+
+#[test]
+fn int8_per_channel_equals_the_library() {
+    check("int8_channel", schemes::INT8, Activations::Full);
+}
+
+#[test]
+fn int8_in_groups_equals_the_library() {
+    check("int8_group32", schemes::int8_grouped(32), Activations::Full);
+}
+
+#[test]
+fn int8_of_odd_width_equals_the_library() {
+    check("int8_odd_width", schemes::INT8, Activations::Full);
+}
+
+#[test]
+fn int8_with_quantized_activations_equals_the_library() {
+    check("int8_w8a8", schemes::INT8, Activations::Int8PerToken);
+}
