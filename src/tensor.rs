@@ -132,6 +132,26 @@ pub fn bytes_from_floats(dtype: Dtype, values: &[f32]) -> Vec<u8> {
     }
 }
 
+/// Returns the index of the first NaN or infinity.
+///
+/// Whole chunks are tested at once: a sum of `x · 0` is zero exactly if every x is finite, and it vectorises.
+pub fn first_non_finite(values: &[f32]) -> Option<usize> {
+    const CHUNK: usize = 1024;
+    let finite = |chunk: &[f32]| {
+        let mut sums = [0.0f32; 16];
+        let (lanes, rest) = chunk.as_chunks::<16>();
+        for lane in lanes {
+            for (sum, x) in sums.iter_mut().zip(lane) {
+                *sum += x * 0.0;
+            }
+        }
+        sums.iter().sum::<f32>() == 0.0 && rest.iter().all(|x| x.is_finite())
+    };
+    let chunk = values.chunks(CHUNK).position(|chunk| !finite(chunk))?;
+    let start = chunk * CHUNK;
+    values[start..].iter().position(|x| !x.is_finite()).map(|i| start + i)
+}
+
 /// A weight as a file stores it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Matrix {
@@ -168,5 +188,22 @@ impl Matrix {
         let mut out = vec![0.0; rows * cols];
         out.par_chunks_mut(cols.max(1)).enumerate().for_each(|(row, out)| self.decode_rows(row, out));
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_found_wherever_it_is() {
+        let mut values: Vec<f32> = (0..3000).map(|i| (i as f32 - 1500.0) * 1e35).collect();
+        assert_eq!(first_non_finite(&values), None);
+        for at in [2999, 2047, 1024, 1023, 17, 0] {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                values[at] = bad;
+                assert_eq!(first_non_finite(&values), Some(at));
+            }
+        }
     }
 }

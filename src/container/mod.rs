@@ -2,7 +2,13 @@
 //! name, renamed when complete.
 
 pub mod gguf;
+mod input;
+mod output;
 pub mod safetensors;
+
+use anyhow::Result;
+
+pub use input::{InputFile, Located};
 
 use crate::tensor::Dtype;
 
@@ -42,4 +48,15 @@ impl TensorSpec {
     pub fn bytes(&self) -> u64 {
         self.storage.bytes(&self.shape)
     }
+}
+
+/// An output whose every tensor is known before the first byte is written. Nothing stands under the final name until
+/// [`Sink::finish`]; a sink dropped before that removes what it wrote.
+pub trait Sink: Sync {
+    /// Writes bytes of a tensor (its index in the specs the sink was made with) from `offset` on; in any order, from
+    /// any thread.
+    fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Makes the output durable and gives it its final name. An error if bytes of a tensor were never written.
+    fn finish(self: Box<Self>) -> Result<()>;
 }

@@ -1,0 +1,59 @@
+//! Reading: a file of known length and where tensors lie in it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::TensorSpec;
+
+/// A file opened for positioned reads. Memory holds only what is asked for, and threads share it.
+#[derive(Debug)]
+pub struct InputFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its length when opened.
+    pub len: u64,
+    pub(super) file: File,
+}
+
+impl InputFile {
+    /// Opens a file. Errors say what stands at the path if it is no readable file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("{}: cannot be opened", path.display()))?;
+        let metadata = file.metadata().with_context(|| format!("{}", path.display()))?;
+        if metadata.is_dir() {
+            bail!("{}: found a folder, wanted a file", path.display());
+        }
+        ensure!(metadata.len() > 0, "{}: the file is empty; download it again", path.display());
+        Ok(InputFile { path: path.to_path_buf(), len: metadata.len(), file })
+    }
+
+    /// Returns `len` bytes from `start` on. Errors if the file ends before.
+    pub fn read(&self, start: u64, len: u64) -> Result<Vec<u8>> {
+        // Checked before the buffer is made, so that a wrong length never becomes an allocation.
+        ensure!(
+            start.checked_add(len).is_some_and(|end| end <= self.len),
+            "{}: wanted {len} bytes at {start}, but the file ends at {}; download it again",
+            self.path.display(),
+            self.len
+        );
+        let mut bytes = vec![0; len as usize];
+        self.file.read_exact_at(&mut bytes, start).with_context(|| {
+            format!("{}: cannot read {len} bytes at {start}; did the file change?", self.path.display())
+        })?;
+        Ok(bytes)
+    }
+}
+
+/// A tensor found in a header: validated to lie within its file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Located {
+    /// Name, type and shape.
+    pub spec: TensorSpec,
+    /// Which of the container's files.
+    pub file: usize,
+    /// First byte, from the start of the file.
+    pub start: u64,
+}

@@ -1,0 +1,231 @@
+//! Writing: a temporary sibling of the output that takes the final name only when complete.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::TensorSpec;
+
+/// An output in the making: `.NAME.partial-PID` beside its final place, removed on drop unless published.
+#[derive(Debug)]
+pub(super) struct Draft {
+    target: PathBuf,
+    temporary: PathBuf,
+    force: bool,
+    published: bool,
+}
+
+impl Draft {
+    /// Prepares a file. An existing output is an error unless `force`; so are a missing parent and too little space.
+    pub(super) fn file(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+        if target.is_dir() {
+            bail!("{}: found a folder, wanted to write a file; choose another name", target.display());
+        }
+        Self::prepare(target, force, bytes)
+    }
+
+    /// Prepares a folder, as [`Draft::file`]; `force` replaces only a folder that is empty or holds a model.
+    pub(super) fn folder(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+        if target.exists() && !target.is_dir() {
+            bail!("{}: found a file, wanted to write a folder; choose another name", target.display());
+        }
+        if target.is_dir() && !replaceable(target)? {
+            bail!(
+                "{}: holds neither `config.json` nor `quant.json`, so it is no model and is not replaced; choose \
+                 another name",
+                target.display()
+            );
+        }
+        let draft = Self::prepare(target, force, bytes)?;
+        fs::create_dir(&draft.temporary).with_context(|| cannot_create(target))?;
+        Ok(draft)
+    }
+
+    fn prepare(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+        if !force && target.symlink_metadata().is_ok() {
+            bail!(
+                "{}: exists already; pass `--force` to replace it, or choose another name",
+                target.display()
+            );
+        }
+        let name = target.file_name().with_context(|| format!("{}: names no file", target.display()))?;
+        let parent = parent_of(target);
+        fs::create_dir_all(parent)
+            .with_context(|| format!("{}: cannot create the folder for the output", parent.display()))?;
+        ensure_space(parent, bytes)?;
+        let temporary = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        // A crashed run of the same process id left it; nobody else has the name.
+        remove(&temporary)?;
+        Ok(Draft { target: target.to_path_buf(), temporary, force, published: false })
+    }
+
+    /// Returns the temporary path: the file itself, or the folder that takes the files.
+    pub(super) fn path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Returns the final path.
+    pub(super) fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Gives the output its final name. What stood there goes only after the new one is in place.
+    pub(super) fn publish(mut self) -> Result<()> {
+        let failed = || format!("{}: cannot give the finished output its name", self.target.display());
+        if !self.force && self.target.symlink_metadata().is_ok() {
+            bail!(
+                "{}: appeared while the output was written; pass `--force` to replace it",
+                self.target.display()
+            );
+        }
+        if self.target.is_dir() {
+            let old = self.temporary.with_extension("replaced");
+            fs::rename(&self.target, &old).with_context(failed)?;
+            if let Err(error) = fs::rename(&self.temporary, &self.target) {
+                fs::rename(&old, &self.target).with_context(failed)?;
+                return Err(error).with_context(failed);
+            }
+            self.published = true;
+            remove(&old)?;
+        } else {
+            fs::rename(&self.temporary, &self.target).with_context(failed)?;
+            self.published = true;
+        }
+        // The rename itself is durable once the parent folder is.
+        sync_folder(parent_of(&self.target))
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.published {
+            // Nothing can be reported from here, and a leftover has a name that says what it is.
+            let _ = remove(&self.temporary);
+        }
+    }
+}
+
+/// Where the bytes of a planned tensor go.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    /// Index of the file.
+    pub(super) file: usize,
+    /// First byte.
+    pub(super) start: u64,
+}
+
+/// The tensors of an output: positioned writes that stay within each tensor, and a count of what is still missing.
+#[derive(Debug)]
+pub(super) struct Payload {
+    files: Vec<(PathBuf, File)>,
+    tensors: Vec<(TensorSpec, Slot, AtomicU64)>,
+}
+
+impl Payload {
+    /// Returns a payload over open files (each with its final path, for messages).
+    pub(super) fn new(files: Vec<(PathBuf, File)>, tensors: Vec<(TensorSpec, Slot)>) -> Self {
+        let tensors = tensors.into_iter().map(|(spec, slot)| (spec, slot, AtomicU64::new(0))).collect();
+        Payload { files, tensors }
+    }
+
+    /// See [`super::Sink::write`].
+    pub(super) fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        let (spec, slot, written) = &self.tensors[tensor];
+        let (path, file) = &self.files[slot.file];
+        let len = bytes.len() as u64;
+        ensure!(
+            offset.checked_add(len).is_some_and(|end| end <= spec.bytes()),
+            "{}: `{}`: {len} bytes at {offset} do not fit its {} bytes",
+            path.display(),
+            spec.name,
+            spec.bytes()
+        );
+        file.write_all_at(bytes, slot.start + offset)
+            .with_context(|| format!("{}: cannot write `{}`", path.display(), spec.name))?;
+        written.fetch_add(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Checks that all bytes came and makes them durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        for (spec, slot, written) in &self.tensors {
+            let (written, wanted) = (written.load(Ordering::Relaxed), spec.bytes());
+            ensure!(
+                written == wanted,
+                "{}: `{}`: {written} bytes were written, wanted {wanted}",
+                self.files[slot.file].0.display(),
+                spec.name
+            );
+        }
+        for (path, file) in &self.files {
+            file.sync_all().with_context(|| format!("{}: cannot be flushed to disk", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Creates a file of its final length, starting with `header`.
+pub(super) fn create_file(path: &Path, shown: &Path, header: &[u8], len: u64) -> Result<File> {
+    let create = || -> io::Result<File> {
+        let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+        file.write_all_at(header, 0)?;
+        file.set_len(len)?;
+        Ok(file)
+    };
+    create().with_context(|| cannot_create(shown))
+}
+
+/// Makes the entries of a folder durable.
+pub(super) fn sync_folder(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|folder| folder.sync_all())
+        .with_context(|| format!("{}: cannot be flushed to disk", path.display()))
+}
+
+fn cannot_create(path: &Path) -> String {
+    format!("{}: cannot be created; choose an output in a folder you may write to", path.display())
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Whether `--force` may replace a folder: an empty one, or one that a converter wrote.
+fn replaceable(folder: &Path) -> Result<bool> {
+    if ["config.json", "quant.json"].iter().any(|name| folder.join(name).is_file()) {
+        return Ok(true);
+    }
+    let mut entries =
+        fs::read_dir(folder).with_context(|| format!("{}: cannot be listed", folder.display()))?;
+    Ok(entries.next().is_none())
+}
+
+fn ensure_space(folder: &Path, bytes: u64) -> Result<()> {
+    let stat = rustix::fs::statvfs(folder)
+        .with_context(|| format!("{}: cannot tell the free disk space", folder.display()))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    ensure!(
+        bytes <= free,
+        "{}: the output takes {bytes} bytes, but the disk has {free} free; free some or choose another disk",
+        folder.display()
+    );
+    Ok(())
+}
+
+/// Removes a file or a folder; no error if there is none.
+fn remove(path: &Path) -> Result<()> {
+    let removed = match path.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => Err(error),
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+    };
+    removed.with_context(|| format!("{}: cannot be removed", path.display()))
+}
