@@ -91,6 +91,15 @@ impl Dense {
         out
     }
 
+    /// Returns the entries `order[0]`, `order[1]`, … of the first axis.
+    pub fn select_rows(&self, order: &[usize]) -> Dense {
+        let mut shape = self.shape.clone();
+        shape.iter_mut().take(1).for_each(|n| *n = order.len());
+        let width = self.shape.iter().skip(1).product::<usize>() * self.dtype.bytes();
+        let row = |i: usize| &self.bytes[i * width..(i + 1) * width];
+        Dense { dtype: self.dtype, shape, bytes: order.iter().flat_map(|&i| row(i)).copied().collect() }
+    }
+
     /// Returns the same values as `dtype`, rounded to nearest even.
     pub fn cast(&self, dtype: Dtype) -> Dense {
         if dtype == self.dtype {
@@ -167,6 +176,14 @@ impl Matrix {
         match self {
             Matrix::Dense(dense) => dense.dims(),
             Matrix::Quantized(q) => [q.rows, q.cols],
+        }
+    }
+
+    /// Returns the rows (elements of a vector) `order[0]`, `order[1]`, …
+    pub fn select_rows(&self, order: &[usize]) -> Matrix {
+        match self {
+            Matrix::Dense(dense) => Matrix::Dense(dense.select_rows(order)),
+            Matrix::Quantized(q) => Matrix::Quantized(q.permute_rows(order)),
         }
     }
 

@@ -117,9 +117,10 @@ impl QTensor {
         out
     }
 
-    /// Returns the tensor whose row `i` is this one's row `order[i]`. Rows carry their scales along.
+    /// Returns the tensor whose row `i` is this one's row `order[i]`, as many rows as `order` names. Rows carry their
+    /// scales along.
     pub fn permute_rows(&self, order: &[usize]) -> Self {
-        let mut out = QTensor::zeroed(self.scheme, self.rows, self.cols);
+        let mut out = QTensor::zeroed(self.scheme, order.len(), self.cols);
         for (to, &from) in order.iter().enumerate() {
             out.copy_rows(to, self, from..from + 1);
         }

@@ -109,14 +109,13 @@ fn shard_name(number: usize, count: usize) -> String {
     }
 }
 
+/// Tensors with where each starts behind the header.
+type Placed = Vec<(usize, u64)>;
+
 /// Returns a shard's header with its length, padded with spaces to a multiple of 8, and where each member's payload
 /// starts behind it. Members are placed by falling number size, so that every tensor is aligned to its numbers:
 /// readers that map the file need that.
-fn header(
-    specs: &[TensorSpec],
-    members: &[usize],
-    metadata: &[(&str, &str)],
-) -> Result<(Vec<u8>, Vec<(usize, u64)>)> {
+fn header(specs: &[TensorSpec], members: &[usize], metadata: &[(&str, &str)]) -> Result<(Vec<u8>, Placed)> {
     let mut entries = Vec::new();
     for &tensor in members {
         let spec = &specs[tensor];

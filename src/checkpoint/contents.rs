@@ -1,0 +1,213 @@
+//! Which tensor of the model each stored tensor is: names matched, shapes and types checked, nothing missing, nothing
+//! left over.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::folder::{OpenedFolder, some_of};
+use super::{Stored, TensorInfo};
+use crate::container::{InputFile, Located, Storage};
+use crate::dialect::Dialect;
+use crate::dialect::compressed_tensors::CompressedTensors;
+use crate::model::config::Config;
+use crate::names::{Part, Role, TensorId};
+use crate::num::Codec;
+use crate::scheme::{Activations, Scheme};
+use crate::tensor::Dtype;
+
+/// The tensors of a model, and the stored parts of each that unpacking takes.
+#[derive(Default)]
+pub(super) struct Contents {
+    pub(super) tensors: BTreeMap<TensorId, TensorInfo>,
+    pub(super) parts: BTreeMap<TensorId, Vec<Located>>,
+}
+
+/// The stored parts of one tensor, by what follows the module path in their name.
+type Parts = BTreeMap<String, Located>;
+
+/// Understands a Hugging Face folder.
+pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
+    let quantization = opened.quantization.as_ref();
+    let found = sort(&opened.tensors, |name| parse_hf(name, quantization.is_some()))?;
+    assign(&opened.config, found, |id, shape, parts| {
+        let of_module = quantization.filter(|_| id.part == Part::Weight).and_then(|q| q.of(&id.hf_module()));
+        match of_module {
+            None => dense(shape, parts),
+            Some((scheme, activations)) => {
+                let scheme = with_stored_scale(scheme, &parts);
+                quantized(&CompressedTensors, scheme, activations, shape, parts, &opened.files)
+            }
+        }
+    })
+}
+
+/// Sorts stored tensors by the tensor they belong to; an error lists those that belong to none.
+fn sort(
+    tensors: &[Located],
+    parse: impl Fn(&str) -> Option<(TensorId, String)>,
+) -> Result<BTreeMap<TensorId, Parts>> {
+    let (mut found, mut unknown) = (BTreeMap::<_, Parts>::new(), Vec::new());
+    for tensor in tensors {
+        match parse(&tensor.spec.name) {
+            Some((id, suffix)) => {
+                found.entry(id).or_default().insert(suffix, tensor.clone());
+            }
+            None => unknown.push(&tensor.spec.name),
+        }
+    }
+    ensure!(
+        unknown.is_empty(),
+        "{} tensors belong to no part of a model that is known here: {}; only text decoders of the Llama, Mistral, \
+         Qwen2 and Qwen3 families are supported",
+        unknown.len(),
+        some_of(&unknown)
+    );
+    Ok(found)
+}
+
+/// Returns the tensor a Hugging Face name belongs to, and what follows the module path. `quantized` allows parts other
+/// than weight and bias.
+fn parse_hf(name: &str, quantized: bool) -> Option<(TensorId, String)> {
+    let (module, suffix) = name.rsplit_once('.')?;
+    let id = match suffix {
+        "weight" | "bias" => TensorId::from_hf(name)?,
+        _ if quantized => TensorId::from_hf(&format!("{module}.weight"))?,
+        _ => return None,
+    };
+    Some((id, suffix.to_string()))
+}
+
+/// Gives each tensor that the configuration promises its parts, as `describe` understands them.
+fn assign(
+    config: &Config,
+    mut found: BTreeMap<TensorId, Parts>,
+    describe: impl Fn(TensorId, &[usize], Parts) -> Result<(Stored, Vec<Located>)>,
+) -> Result<Contents> {
+    let (mut contents, mut missing) = (Contents::default(), Vec::new());
+    for (id, shape) in config.expected_tensors() {
+        let Some(parts) = found.remove(&id) else {
+            missing.push(id.to_string());
+            continue;
+        };
+        let bytes = parts.values().map(|part| part.spec.bytes()).sum();
+        let (stored, parts) = describe(id, &shape, parts).with_context(|| format!("`{id}`"))?;
+        contents.tensors.insert(id, TensorInfo { shape, stored, bytes });
+        contents.parts.insert(id, parts);
+    }
+    ensure!(
+        missing.is_empty(),
+        "{} tensors that the configuration asks for are missing: {}; download the model again, or correct \
+         `config.json` if it belongs to another model",
+        missing.len(),
+        some_of(&missing)
+    );
+    if config.tie_word_embeddings {
+        // Some tools save the head although it is the embedding table.
+        found.remove(&TensorId::global(Role::Head));
+    }
+    let surplus: Vec<_> = found.keys().map(TensorId::to_string).collect();
+    ensure!(
+        surplus.is_empty(),
+        "{} tensors have no place in the configuration: {}; is `config.json` from this model?",
+        surplus.len(),
+        some_of(&surplus)
+    );
+    Ok(contents)
+}
+
+/// Understands a tensor of plain floats.
+fn dense(shape: &[usize], parts: Parts) -> Result<(Stored, Vec<Located>)> {
+    let (suffixes, mut located): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+    ensure!(
+        located.len() == 1 && matches!(suffixes[0].as_str(), "weight" | "bias"),
+        "found the parts {}, but `config.json` does not say that this tensor is quantized",
+        some_of(&suffixes)
+    );
+    let part = located.swap_remove(0);
+    let Storage::Plain(dtype) = part.spec.storage else {
+        bail!("found {:?}, wanted floats", part.spec.storage)
+    };
+    ensure!(
+        dtype.is_float(),
+        "found {dtype}, wanted F32, F16 or BF16; if the model is quantized, `config.json` must say so"
+    );
+    ensure_shape(&part, shape)?;
+    Ok((Stored::Dense(dtype), vec![part]))
+}
+
+/// Understands a tensor that `dialect` spells in parts; `fixed` parts are compared here and not kept.
+fn quantized(
+    dialect: &dyn Dialect,
+    scheme: Scheme,
+    activations: Activations,
+    shape: &[usize],
+    mut parts: Parts,
+    files: &[InputFile],
+) -> Result<(Stored, Vec<Located>)> {
+    let &[rows, cols] = shape else { bail!("found quantized parts, wanted a plain vector {shape:?}") };
+    let mut located = Vec::new();
+    for wanted in dialect.parts(&scheme, activations, rows, cols)? {
+        let suffix = wanted.suffix;
+        let part = parts.remove(suffix).with_context(|| {
+            let found: Vec<_> = parts.keys().collect();
+            format!("`{suffix}` is missing (`{}`); found {}", scheme.name, some_of(&found))
+        })?;
+        ensure!(
+            part.spec.storage == wanted.storage,
+            "`{suffix}`: found {:?}, wanted {:?} for `{}`",
+            part.spec.storage,
+            wanted.storage,
+            scheme.name
+        );
+        ensure_shape(&part, &wanted.shape).with_context(|| format!("`{suffix}`"))?;
+        match wanted.fixed {
+            None => located.push(part),
+            Some(bytes) => {
+                let found = files[part.file].read(part.start, part.spec.bytes())?;
+                ensure!(found == bytes, "`{suffix}` does not say {shape:?}; the checkpoint is damaged");
+            }
+        }
+    }
+    let surplus: Vec<_> = parts.keys().collect();
+    ensure!(surplus.is_empty(), "{} is not part of `{}` and not supported", some_of(&surplus), scheme.name);
+    Ok((Stored::Quantized(scheme, activations), located))
+}
+
+/// Returns the scheme with the scale type that is stored: the configuration leaves it to the model's number type.
+fn with_stored_scale(scheme: Scheme, parts: &Parts) -> Scheme {
+    let stored = parts.get("weight_scale").map(|part| part.spec.storage);
+    let scale = match (scheme.scale, stored) {
+        (Codec::F32 | Codec::F16 | Codec::BF16, Some(Storage::Plain(Dtype::F32))) => Codec::F32,
+        (Codec::F32 | Codec::F16 | Codec::BF16, Some(Storage::Plain(Dtype::F16))) => Codec::F16,
+        (Codec::F32 | Codec::F16 | Codec::BF16, Some(Storage::Plain(Dtype::BF16))) => Codec::BF16,
+        (codec, _) => codec,
+    };
+    Scheme { scale, ..scheme }
+}
+
+fn ensure_shape(part: &Located, wanted: &[usize]) -> Result<()> {
+    ensure!(
+        part.spec.shape == wanted,
+        "found shape {:?}, wanted {wanted:?} by the configuration; is `config.json` from this model?",
+        part.spec.shape
+    );
+    Ok(())
+}
+
+/// Returns the format of most weights: `bf16`, `mxfp4`, `int8-w8a8`.
+pub(super) fn main_format(tensors: &BTreeMap<TensorId, TensorInfo>) -> String {
+    let mut weights = BTreeMap::<String, u64>::new();
+    // A quantized model is named by what it is quantized to, however large its embeddings.
+    let quantized = |info: &TensorInfo| matches!(info.stored, Stored::Quantized(..));
+    let any_quantized = tensors.values().any(quantized);
+    for info in tensors.values().filter(|info| !any_quantized || quantized(info)) {
+        let name = match info.stored {
+            Stored::Dense(dtype) => dtype.to_string().to_lowercase(),
+            Stored::Quantized(scheme, Activations::Full) => scheme.name.to_string(),
+            Stored::Quantized(scheme, Activations::Int8PerToken) => format!("{}-w8a8", scheme.name),
+        };
+        *weights.entry(name).or_default() += info.weights();
+    }
+    weights.into_iter().max_by_key(|&(_, count)| count).map_or_else(String::new, |(name, _)| name)
+}

@@ -1,0 +1,363 @@
+//! Opens a model, whatever its container: headers only; weights by positioned reads on demand.
+//!
+//! - [`folder`]: which files a Hugging Face folder consists of.
+//! - [`contents`]: which tensor of the model each stored tensor is, checked against the configuration.
+
+mod contents;
+mod folder;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::container::gguf::Metadata;
+use crate::container::{InputFile, Located};
+use crate::dialect::{self, Dialect};
+use crate::model::config::Config;
+use crate::names::TensorId;
+use crate::scheme::{Activations, Scheme};
+use crate::tensor::{Dense, Dtype, Matrix};
+
+/// How a tensor is stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stored {
+    /// Plain floats.
+    Dense(Dtype),
+    /// Codes and scales, with what its linear does to its inputs.
+    Quantized(Scheme, Activations),
+}
+
+/// A tensor of a checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorInfo {
+    /// Row-major logical shape, Hugging Face orientation.
+    pub shape: Vec<usize>,
+    /// How it is stored.
+    pub stored: Stored,
+    /// Stored bytes of all its parts.
+    pub bytes: u64,
+}
+
+impl TensorInfo {
+    /// Returns the number of weights.
+    pub fn weights(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product()
+    }
+}
+
+/// An opened model: a Hugging Face folder (dense or compressed-tensors), a single safetensors file, or a GGUF file.
+pub struct Checkpoint {
+    /// Where it was opened.
+    pub path: PathBuf,
+    /// The model's shape and constants.
+    pub config: Config,
+    /// What it holds, in the order of a forward pass.
+    pub tensors: BTreeMap<TensorId, TensorInfo>,
+    /// The stored parts of each tensor, those that [`Dialect::unpack`] takes.
+    parts: BTreeMap<TensorId, Vec<Located>>,
+    files: Vec<InputFile>,
+    /// Where it is a folder.
+    folder: Option<Folder>,
+    /// Where it is a GGUF file.
+    metadata: Option<Metadata>,
+    /// How quantized tensors are spelled and rows ordered.
+    dialect: &'static dyn Dialect,
+}
+
+/// A Hugging Face folder.
+struct Folder {
+    path: PathBuf,
+    config_json: String,
+}
+
+impl Checkpoint {
+    /// Opens a folder or file and validates its headers against the configuration.
+    ///
+    /// # Errors
+    /// Everything that headers can show: damaged files, missing shards, unknown architectures, tensors that are missing,
+    /// unknown or of the wrong shape. Each names the file and tensor, what was found and wanted, and the cure.
+    pub fn open(path: &Path) -> Result<Self> {
+        match folder::kind_of(path)? {
+            folder::Kind::Gguf => Self::open_gguf(path),
+            folder::Kind::Folder { folder, weights } => Self::open_folder(path, folder, weights),
+        }
+    }
+
+    fn open_folder(path: &Path, folder: PathBuf, weights: Option<PathBuf>) -> Result<Self> {
+        let opened = folder::open(&folder, weights)?;
+        let contents = contents::of_folder(&opened).with_context(|| format!("{}", path.display()))?;
+        Ok(Checkpoint {
+            path: path.to_path_buf(),
+            config: opened.config,
+            tensors: contents.tensors,
+            parts: contents.parts,
+            files: opened.files,
+            folder: Some(Folder { path: folder, config_json: opened.config_json }),
+            metadata: None,
+            dialect: &dialect::compressed_tensors::CompressedTensors,
+        })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        bail!("{}: GGUF models are not read yet", path.display())
+    }
+
+    /// Reads a whole tensor, in Hugging Face row order.
+    pub fn read(&self, id: TensorId) -> Result<Matrix> {
+        let rows = self.info(id)?.shape.first().copied().unwrap_or(1);
+        self.read_rows(id, 0..rows)
+    }
+
+    /// Reads some rows of a tensor (elements of a vector), in Hugging Face row order.
+    pub fn read_rows(&self, id: TensorId, rows: Range<usize>) -> Result<Matrix> {
+        let count = self.info(id)?.shape.first().copied().unwrap_or(1);
+        ensure!(
+            rows.end <= count && rows.start <= rows.end,
+            "`{id}`: rows {rows:?} wanted, but it has {count}"
+        );
+        let Some(order) = self.dialect.row_order(id, &self.config).filter(|_| self.reorders_rows()) else {
+            return self.read_stored_rows(id, rows);
+        };
+        // Whole runs are read, since a run's rows are stored in another order than they are asked for.
+        let run = order.len();
+        let first = rows.start / run * run;
+        let stored = self.read_stored_rows(id, first..rows.end.next_multiple_of(run).min(count))?;
+        let mut place = vec![0; run];
+        for (stored_row, &row) in order.iter().enumerate() {
+            place[row] = stored_row;
+        }
+        let picked: Vec<_> = rows.map(|row| row / run * run - first + place[row % run]).collect();
+        Ok(stored.select_rows(&picked))
+    }
+
+    /// Reads rows as and where they are stored.
+    fn read_stored_rows(&self, id: TensorId, rows: Range<usize>) -> Result<Matrix> {
+        let info = self.info(id)?;
+        let count = info.shape.first().copied().unwrap_or(1).max(1) as u64;
+        let mut buffers = Vec::new();
+        for part in &self.parts[&id] {
+            let row_bytes = part.spec.bytes() / count;
+            let file = &self.files[part.file];
+            buffers
+                .push(file.read(part.start + rows.start as u64 * row_bytes, rows.len() as u64 * row_bytes)?);
+        }
+        match info.stored {
+            Stored::Dense(dtype) => {
+                let mut shape = info.shape.clone();
+                shape.iter_mut().take(1).for_each(|n| *n = rows.len());
+                Ok(Matrix::Dense(Dense { dtype, shape, bytes: buffers.swap_remove(0) }))
+            }
+            Stored::Quantized(scheme, activations) => {
+                let cols = info.shape.last().copied().unwrap_or(1);
+                let parts: Vec<_> = buffers.iter().map(Vec::as_slice).collect();
+                let unpacked = self.dialect.unpack(&scheme, activations, rows.len(), cols, &parts);
+                Ok(Matrix::Quantized(unpacked.with_context(|| format!("{}: `{id}`", self.path.display()))?))
+            }
+        }
+    }
+
+    /// Whether files of this kind store rows in the dialect's order.
+    fn reorders_rows(&self) -> bool {
+        self.metadata.is_some()
+    }
+
+    fn info(&self, id: TensorId) -> Result<&TensorInfo> {
+        self.tensors.get(&id).with_context(|| format!("{}: there is no `{id}`", self.path.display()))
+    }
+
+    /// Returns the text of `config.json`; `None` for GGUF files.
+    pub fn config_json(&self) -> Option<&str> {
+        Some(&self.folder.as_ref()?.config_json)
+    }
+
+    /// Returns the metadata of a GGUF file.
+    pub fn gguf_metadata(&self) -> Option<&Metadata> {
+        self.metadata.as_ref()
+    }
+
+    /// Returns the folder with tokenizer and configuration; `None` for GGUF files, which hold their own.
+    pub fn folder(&self) -> Option<&Path> {
+        Some(&self.folder.as_ref()?.path)
+    }
+
+    /// Returns the files a converted model takes along: tokenizer, chat template, generation configuration, licence.
+    /// Sorted by name; empty for GGUF files.
+    pub fn side_files(&self) -> Result<Vec<PathBuf>> {
+        self.folder().map_or(Ok(Vec::new()), folder::side_files)
+    }
+
+    /// Returns the files that hold the weights.
+    pub fn weight_files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
+    /// Returns the stored bytes of all tensors, without headers and padding.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|info| info.bytes).sum()
+    }
+
+    /// Returns the number of weights.
+    pub fn total_weights(&self) -> u64 {
+        self.tensors.values().map(TensorInfo::weights).sum()
+    }
+
+    /// Returns stored bits per weight over all tensors.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.total_bytes() as f64 * 8.0 / self.total_weights().max(1) as f64
+    }
+
+    /// Whether any tensor is quantized.
+    pub fn is_quantized(&self) -> bool {
+        self.tensors.values().any(|info| matches!(info.stored, Stored::Quantized(..)))
+    }
+
+    /// Returns what reports call the model's format: that of most weights (`bf16`, `mxfp4`, `int8-w8a8`).
+    pub fn format_name(&self) -> String {
+        contents::main_format(&self.tensors)
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Checkpoint({}, {} tensors)", self.path.display(), self.tensors.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::container::safetensors::{SHARD_BYTES, SafetensorsSink};
+    use crate::container::{Sink, Storage, TensorSpec};
+    use crate::dialect::compressed_tensors::{CompressedTensors, config::Quantization};
+    use crate::names::Role;
+    use crate::scheme::schemes::{INT8, MXFP4};
+    use crate::tensor::bytes_from_floats;
+
+    fn config_json() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 10,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
+        })
+    }
+
+    /// Values that every float type holds exactly and that differ between tensors and positions.
+    fn values(seed: usize, count: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 37 + seed * 101) % 255) as f32 / 64.0 - 2.0).collect()
+    }
+
+    /// A tensor of a file: name, type, shape, bytes.
+    type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
+
+    /// Writes a folder as converters do.
+    fn write(folder: &Path, config: &Value, tensors: &[Stored], shard_bytes: u64) {
+        let specs: Vec<_> = tensors
+            .iter()
+            .map(|(name, dtype, shape, _)| TensorSpec {
+                name: name.clone(),
+                storage: Storage::Plain(*dtype),
+                shape: shape.clone(),
+            })
+            .collect();
+        let sink = SafetensorsSink::create(folder, false, &specs, &[], shard_bytes).unwrap();
+        tensors.iter().enumerate().for_each(|(i, t)| sink.write(i, 0, &t.3).unwrap());
+        sink.add_file("config.json", config.to_string().as_bytes()).unwrap();
+        Box::new(sink).finish().unwrap();
+    }
+
+    /// The tensors that the configuration asks for, number types taking turns.
+    fn dense_tensors(config: &Value) -> Vec<Stored> {
+        let expected = Config::from_json(config).unwrap().expected_tensors();
+        let types = [Dtype::BF16, Dtype::F32, Dtype::F16].into_iter().cycle();
+        (expected.into_iter().zip(types).enumerate())
+            .map(|(i, ((id, shape), dtype))| {
+                let bytes = bytes_from_floats(dtype, &values(i, shape.iter().product()));
+                (id.hf_name(), dtype, shape, bytes)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn one_file_shards_and_a_named_file_hold_the_same_tensors() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensors = dense_tensors(&config_json());
+        let [whole, sharded] = ["whole", "sharded"].map(|name| dir.path().join(name));
+        write(&whole, &config_json(), &tensors, SHARD_BYTES);
+        write(&sharded, &config_json(), &tensors, 4000);
+        for path in [&whole, &sharded, &whole.join("model.safetensors")] {
+            let checkpoint = Checkpoint::open(path).unwrap();
+            assert_eq!(checkpoint.tensors.len(), tensors.len());
+            assert!(!checkpoint.is_quantized());
+            for (i, (name, dtype, shape, _)) in tensors.iter().enumerate() {
+                let id = TensorId::from_hf(name).unwrap();
+                assert_eq!(checkpoint.tensors[&id].stored, super::Stored::Dense(*dtype));
+                let wanted = values(i, shape.iter().product());
+                assert_eq!(checkpoint.read(id).unwrap().to_f32(), wanted, "{name}");
+                let width: usize = shape[1..].iter().product();
+                let rows = checkpoint.read_rows(id, 3..7).unwrap();
+                assert_eq!(rows.to_f32(), wanted[3 * width..7 * width], "{name}");
+            }
+        }
+        // Without its index, the numbering alone finds all shards.
+        fs::remove_file(sharded.join("model.safetensors.index.json")).unwrap();
+        assert!(Checkpoint::open(&sharded).unwrap().weight_files().count() > 2);
+    }
+
+    #[test]
+    fn old_tables_and_a_redundant_head_are_tolerated_in_a_tied_model() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("m");
+        let mut tensors = dense_tensors(&config_json());
+        let table = "model.layers.0.self_attn.rotary_emb.inv_freq".to_string();
+        tensors.push((table, Dtype::F32, vec![4], vec![0; 16]));
+        tensors.push(("lm_head.weight".to_string(), Dtype::F32, vec![10, 32], vec![0; 1280]));
+        write(&folder, &config_json(), &tensors, SHARD_BYTES);
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        assert!(!checkpoint.tensors.contains_key(&TensorId::global(Role::Head)));
+    }
+
+    #[test]
+    fn quantized_parts_are_one_tensor_whatever_type_their_scales_have() {
+        for (scheme, scales) in [(MXFP4, Dtype::U8), (INT8, Dtype::BF16), (INT8, Dtype::F32)] {
+            let dir = tempfile::tempdir().unwrap();
+            let folder = dir.path().join("m");
+            let mut tensors = dense_tensors(&config_json());
+            let id = TensorId::in_layer(0, Role::Down);
+            let scheme = if scales == Dtype::F32 {
+                Scheme { scale: crate::num::Codec::F32, ..scheme }
+            } else {
+                scheme
+            };
+            let mut q = crate::scheme::QTensor::zeroed(scheme, 32, 64);
+            q.codes.iter_mut().enumerate().for_each(|(i, code)| *code = (i * 7 % 16) as u8);
+            q.scales.iter_mut().enumerate().for_each(|(i, scale)| *scale = 2f32.powi(i as i32 % 5 - 2));
+            tensors.retain(|tensor| tensor.0 != id.hf_name());
+            let parts = CompressedTensors.parts(&scheme, Activations::Full, 32, 64).unwrap();
+            let mut packed = CompressedTensors.pack(&q, Activations::Full).unwrap().into_iter();
+            for part in parts {
+                let Storage::Plain(dtype) = part.storage else { unreachable!() };
+                let bytes = part.fixed.unwrap_or_else(|| packed.next().unwrap());
+                tensors.push((format!("{}.{}", id.hf_module(), part.suffix), dtype, part.shape, bytes));
+            }
+            let mut config = config_json();
+            let linears = [(id.hf_module(), Some((scheme, Activations::Full)))];
+            let quantization = Quantization::of_plan(&linears).unwrap();
+            config["quantization_config"] = quantization.to_json();
+            config["quantization_config"]["config_groups"]["group_0"]["targets"] = json!([id.hf_module()]);
+            write(&folder, &config, &tensors, SHARD_BYTES);
+
+            let checkpoint = Checkpoint::open(&folder).unwrap();
+            assert_eq!(checkpoint.tensors[&id].stored, super::Stored::Quantized(scheme, Activations::Full));
+            assert_eq!(checkpoint.read(id).unwrap(), Matrix::Quantized(q.clone()));
+            assert_eq!(checkpoint.read_rows(id, 5..9).unwrap(), Matrix::Quantized(q.slice_rows(5..9)));
+            assert_eq!(checkpoint.format_name(), scheme.name);
+        }
+    }
+}
