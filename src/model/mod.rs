@@ -1,4 +1,157 @@
 //! Config → one forward pass. Flags, never model names.
+//!
+//! ids → embeddings → layers ([`block`]) → final norm; the loss head is [`Backend::score`] and [`Backend::compare`].
 
+pub mod block;
 pub mod config;
 pub mod tokenizer;
+
+use anyhow::{Context, Result, ensure};
+
+use self::block::{Layer, LayerConstants};
+use self::config::Config;
+use crate::backend::{Backend, Batch};
+use crate::checkpoint::{Checkpoint, Stored};
+use crate::names::{Role, TensorId};
+use crate::scheme::Activations;
+use crate::tensor::Matrix;
+
+/// Where a model's tensors come from.
+pub trait TensorSource {
+    /// Whether there is such a tensor.
+    fn contains(&self, id: TensorId) -> bool;
+
+    /// Reads a whole tensor in Hugging Face row order.
+    fn read(&self, id: TensorId) -> Result<Matrix>;
+
+    /// Returns what the engine does to the inputs of that linear.
+    fn activations(&self, id: TensorId) -> Activations;
+}
+
+impl TensorSource for Checkpoint {
+    fn contains(&self, id: TensorId) -> bool {
+        self.tensors.contains_key(&id)
+    }
+
+    fn read(&self, id: TensorId) -> Result<Matrix> {
+        Checkpoint::read(self, id)
+    }
+
+    fn activations(&self, id: TensorId) -> Activations {
+        match self.tensors.get(&id).map(|info| info.stored) {
+            Some(Stored::Quantized(_, activations)) => activations,
+            _ => Activations::Full,
+        }
+    }
+}
+
+/// A decoder whose weights lie with a backend.
+pub struct Model<B: Backend> {
+    /// Shape and constants.
+    pub config: Config,
+    /// What the layers share.
+    pub constants: LayerConstants,
+    /// Token embeddings `[vocab, hidden]`.
+    pub embed: B::Weight,
+    /// All layers, first to last.
+    pub layers: Vec<Layer<B>>,
+    /// Gain of the final norm `[hidden]`.
+    pub output_norm: B::Tensor,
+    /// Output head `[vocab, hidden]`; `None` when the embeddings serve.
+    pub untied_head: Option<B::Weight>,
+}
+
+impl<B: Backend> Model<B> {
+    /// Reads all tensors and hands them to the backend.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing, has another shape than the configuration says, or does not fit the device.
+    pub fn load(backend: &B, config: &Config, source: &impl TensorSource) -> Result<Self> {
+        let table = [config.vocab_size, config.hidden_size];
+        let head = TensorId::global(Role::Head);
+        Ok(Model {
+            config: config.clone(),
+            constants: LayerConstants::new(config, source)?,
+            embed: read_weight(backend, source, TensorId::global(Role::Embed), table)?,
+            layers: (0..config.num_hidden_layers)
+                .map(|layer| Layer::load(backend, config, source, layer))
+                .collect::<Result<_>>()?,
+            output_norm: read_vector(
+                backend,
+                source,
+                TensorId::global(Role::OutputNorm),
+                config.hidden_size,
+            )?,
+            untied_head: match config.tie_word_embeddings {
+                true => None,
+                false => Some(read_weight(backend, source, head, table)?),
+            },
+        })
+    }
+
+    /// Returns the output head `[vocab, hidden]`.
+    pub fn head(&self) -> &B::Weight {
+        self.untied_head.as_ref().unwrap_or(&self.embed)
+    }
+
+    /// Returns the embeddings of `ids` `[n, hidden]`: what the first layer takes.
+    pub fn embed(&self, backend: &B, ids: &[u32]) -> Result<B::Tensor> {
+        backend.embed(&self.embed, ids)
+    }
+
+    /// Carries the residual stream through layer `layer`; see [`Layer::forward`] for `observe`.
+    pub fn layer_forward(
+        &self,
+        backend: &B,
+        layer: usize,
+        x: &mut B::Tensor,
+        batch: Batch,
+        observe: &mut dyn FnMut(Role, &B::Tensor) -> Result<()>,
+    ) -> Result<()> {
+        self.layers[layer]
+            .forward(backend, &self.constants, x, batch, observe)
+            .with_context(|| format!("layer {layer}"))
+    }
+
+    /// Returns the final hidden states `[n, hidden]`, normed: what the head takes. `ids` holds `batch`'s sequences one
+    /// after another.
+    pub fn hidden(&self, backend: &B, ids: &[u32], batch: Batch) -> Result<B::Tensor> {
+        ensure!(
+            ids.len() == batch.sequences * batch.tokens,
+            "{} ids for {} sequences of {}",
+            ids.len(),
+            batch.sequences,
+            batch.tokens
+        );
+        let mut x = self.embed(backend, ids)?;
+        for layer in 0..self.layers.len() {
+            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
+        }
+        backend.rms_norm(&x, &self.output_norm, self.constants.eps)
+    }
+}
+
+/// Reads a matrix and hands it to the backend, if it has the shape that the configuration says.
+fn read_weight<B: Backend>(
+    backend: &B,
+    source: &impl TensorSource,
+    id: TensorId,
+    shape: [usize; 2],
+) -> Result<B::Weight> {
+    let matrix = source.read(id)?;
+    let found = matrix.dims();
+    ensure!(found == shape, "{id}: shape {found:?}; wanted {shape:?} by the configuration");
+    backend.upload(matrix).with_context(|| id.to_string())
+}
+
+/// Reads a bias or a norm's gain as one row.
+fn read_vector<B: Backend>(
+    backend: &B,
+    source: &impl TensorSource,
+    id: TensorId,
+    len: usize,
+) -> Result<B::Tensor> {
+    let values = source.read(id)?.to_f32();
+    ensure!(values.len() == len, "{id}: {} values; wanted {len} by the configuration", values.len());
+    backend.tensor(1, len, &values).with_context(|| id.to_string())
+}

@@ -1,1 +1,0 @@
-//! The reference backend: plain f32 on the CPU.

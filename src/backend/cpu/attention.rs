@@ -1,0 +1,250 @@
+//! Rotary embedding and causal attention.
+//!
+//! Attention works on one head and a panel of 32 queries at a time, keys first: scores\[key, query\] = k · qᵀ come out of
+//! the product in the layout that the next product, outᵀ\[d, query\] = vᵀ · scores, takes in. Keys and values are packed
+//! once per head and shared by all queries and by all query heads of their group.
+
+use std::ops::Range;
+
+use multiversion::multiversion;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
+
+use super::elementwise::exp;
+use super::product::{COLS, Left, ROWS, multiply_to_panel, transpose};
+use crate::backend::{AttentionShape, Batch, Rope};
+
+/// Rotates pairs (i, i + half) of every head by position · inverse_frequencies\[i\].
+pub fn rope(x: &mut Array2<f32>, rope: &Rope, batch: Batch) {
+    let half = rope.inverse_frequencies.len();
+    let rotations = rotations(rope, batch.tokens);
+    x.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(row, mut x)| {
+        let position = row % batch.tokens;
+        let rotation = &rotations[position * half..(position + 1) * half];
+        for head in x.as_slice_mut().expect("rows are contiguous").chunks_exact_mut(2 * half) {
+            let (first, second) = head.split_at_mut(half);
+            for ((a, b), &[cos, sin]) in first.iter_mut().zip(second).zip(rotation) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    });
+}
+
+/// Returns (cos, sin) of every position and pair, `[positions, half]`.
+///
+/// Each position turns the one before by one step, in F64: after a million steps the error is still below 1e-9.
+fn rotations(rope: &Rope, positions: usize) -> Vec<[f32; 2]> {
+    let steps: Vec<[f64; 2]> =
+        rope.inverse_frequencies.iter().map(|&f| [(f as f64).cos(), (f as f64).sin()]).collect();
+    let mut turned = vec![[1.0f64, 0.0]; steps.len()];
+    let mut table = Vec::with_capacity(positions * steps.len());
+    for _ in 0..positions {
+        for ([cos, sin], [step_cos, step_sin]) in turned.iter_mut().zip(&steps) {
+            table.push([*cos as f32, *sin as f32]);
+            (*cos, *sin) = (*cos * step_cos - *sin * step_sin, *sin * step_cos + *cos * step_sin);
+        }
+    }
+    table
+}
+
+/// Returns causal softmax(scale · q kᵀ) v within each sequence, `[n, heads · head_dim]`.
+pub fn attention(
+    q: &Array2<f32>,
+    k: &Array2<f32>,
+    v: &Array2<f32>,
+    shape: &AttentionShape,
+    batch: Batch,
+) -> Array2<f32> {
+    let group = shape.heads / shape.kv_heads;
+    let view = |x, sequence, head| head_of(x, batch, shape.head_dim, sequence, head);
+    let packed: Vec<(Left, Left)> = (0..batch.sequences * shape.kv_heads)
+        .into_par_iter()
+        .map(|at| {
+            let (sequence, head) = (at / shape.kv_heads, at % shape.kv_heads);
+            (Left::pack(view(k, sequence, head)), Left::pack_columns(view(v, sequence, head)))
+        })
+        .collect();
+    let mut out = Array2::zeros(q.dim());
+    out.axis_chunks_iter_mut(Axis(0), batch.tokens).into_par_iter().enumerate().for_each(
+        |(sequence, mut out)| {
+            out.axis_chunks_iter_mut(Axis(0), COLS).into_par_iter().enumerate().for_each(
+                |(panel, mut out)| {
+                    out.axis_chunks_iter_mut(Axis(1), shape.head_dim).into_par_iter().enumerate().for_each(
+                        |(head, out)| {
+                            let queries = panel * COLS..panel * COLS + out.nrows();
+                            let (keys, values) = &packed[sequence * shape.kv_heads + head / group];
+                            attend(view(q, sequence, head), queries, keys, values, shape, out);
+                        },
+                    );
+                },
+            );
+        },
+    );
+    out
+}
+
+/// Returns the rows of one sequence and the columns of one head.
+fn head_of(
+    x: &Array2<f32>,
+    batch: Batch,
+    head_dim: usize,
+    sequence: usize,
+    head: usize,
+) -> ArrayView2<'_, f32> {
+    let rows = sequence * batch.tokens..(sequence + 1) * batch.tokens;
+    x.slice(s![rows, head * head_dim..(head + 1) * head_dim])
+}
+
+/// Attention of at most [`COLS`] consecutive queries of one head.
+fn attend(
+    q: ArrayView2<f32>,
+    queries: Range<usize>,
+    keys: &Left,
+    values: &Left,
+    shape: &AttentionShape,
+    mut out: ArrayViewMut2<f32>,
+) {
+    let oldest = shape.window.map_or(0, |window| (queries.start + 1).saturating_sub(window));
+    // Whole blocks of keys; the mask hides what is too old or too new.
+    let first_block = oldest / ROWS;
+    let seen = first_block * ROWS..queries.end.next_multiple_of(ROWS).min(keys.rows());
+
+    let mut panel = vec![[0.0; COLS]; shape.head_dim];
+    transpose(q.slice(s![queries.clone(), ..]), &mut panel);
+    let mut scores = vec![[0.0; COLS]; seen.len().next_multiple_of(ROWS)];
+    multiply_to_panel(keys, first_block, 0..shape.head_dim, &panel, &mut scores);
+    mask(&mut scores[..seen.len()], seen.start, queries.start, shape.window);
+    let sums = softmax(&mut scores[..seen.len()], shape.scale);
+
+    let mut transposed = vec![[0.0; COLS]; shape.head_dim.next_multiple_of(ROWS)];
+    multiply_to_panel(values, 0, seen.clone(), &scores[..seen.len()], &mut transposed);
+    for (query, mut out) in out.rows_mut().into_iter().enumerate() {
+        let share = 1.0 / sums[query];
+        for (out, value) in out.iter_mut().zip(&transposed) {
+            *out = value[query] * share;
+        }
+    }
+}
+
+/// Sets the scores of keys that a query does not see to -∞. Row `i` of `scores` is key `first_key + i`.
+fn mask(scores: &mut [[f32; COLS]], first_key: usize, first_query: usize, window: Option<usize>) {
+    let oldest_of_last = window.map_or(0, |window| (first_query + COLS).saturating_sub(window));
+    for (i, scores) in scores.iter_mut().enumerate() {
+        let key = first_key + i;
+        if key <= first_query && key >= oldest_of_last {
+            continue;
+        }
+        for (query, score) in (first_query..).zip(scores) {
+            if key > query || window.is_some_and(|window| key + window <= query) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// Replaces every column by exp(scale · (score - its maximum)) and returns the columns' sums.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+fn softmax(scores: &mut [[f32; COLS]], scale: f32) -> [f32; COLS] {
+    let mut maxima = [f32::NEG_INFINITY; COLS];
+    for row in scores.iter() {
+        for (max, &score) in maxima.iter_mut().zip(row) {
+            *max = if score > *max { score } else { *max };
+        }
+    }
+    let mut sums = [0.0; COLS];
+    for row in scores {
+        for ((score, &max), sum) in row.iter_mut().zip(&maxima).zip(&mut sums) {
+            *score = exp((*score - max) * scale);
+            *sum += *score;
+        }
+    }
+    sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(rows: usize, cols: usize, seed: u32) -> Array2<f32> {
+        let mut state = seed;
+        Array2::from_shape_simple_fn((rows, cols), || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+    }
+
+    /// The definition, one query at a time in F64.
+    fn reference(
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+        v: &Array2<f32>,
+        shape: &AttentionShape,
+        batch: Batch,
+    ) -> Array2<f64> {
+        let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        Array2::from_shape_fn(q.dim(), |(row, col)| {
+            let (head, position) = (col / d, row % batch.tokens);
+            let (start, kv) = (row - position, head / group * d);
+            let oldest = shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let weight = |key: usize| {
+                let dot: f64 =
+                    (0..d).map(|i| q[[row, head * d + i]] as f64 * k[[start + key, kv + i]] as f64).sum();
+                (dot * shape.scale as f64).exp()
+            };
+            let total: f64 = (oldest..=position).map(weight).sum();
+            (oldest..=position).map(|key| weight(key) * v[[start + key, kv + col % d]] as f64).sum::<f64>()
+                / total
+        })
+    }
+
+    #[test]
+    fn attention_equals_its_definition_with_groups_windows_and_odd_lengths() {
+        for (sequences, tokens, heads, kv_heads, head_dim, window) in [
+            (1, 1, 1, 1, 2, None),
+            (1, 75, 4, 2, 16, None),
+            (2, 33, 3, 1, 10, None),
+            (1, 100, 2, 2, 8, Some(1)),
+            (2, 70, 4, 4, 6, Some(9)),
+            (1, 64, 2, 1, 32, Some(40)),
+        ] {
+            let batch = Batch { sequences, tokens };
+            let shape = AttentionShape { heads, kv_heads, head_dim, window, scale: 2.0 };
+            let n = sequences * tokens;
+            let (q, k, v) = (
+                noise(n, heads * head_dim, 1),
+                noise(n, kv_heads * head_dim, 2),
+                noise(n, kv_heads * head_dim, 3),
+            );
+            let found = attention(&q, &k, &v, &shape, batch);
+            let expected = reference(&q, &k, &v, &shape, batch);
+            // Scores reach 2 · head_dim / 3; each rounding step moves a weight by about that times 2^-24.
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!((*found as f64 - expected).abs() < 1e-5, "{found} {expected} {shape:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn rotation_keeps_lengths_and_depends_on_distance_only() {
+        let rotary = Rope { inverse_frequencies: vec![1.0, 0.1] };
+        let mut x = Array2::from_shape_fn((50, 4), |(_, col)| [1.0, 2.0, -1.0, 0.5][col]);
+        rope(&mut x, &rotary, Batch { sequences: 2, tokens: 25 });
+        let dot = |a: usize, b: usize| x.row(a).dot(&x.row(b));
+        assert_eq!(x.row(0), x.row(25), "positions start anew in each sequence");
+        assert!((dot(3, 3) - 6.25).abs() < 1e-5);
+        assert!((dot(3, 7) - dot(20, 24)).abs() < 1e-5);
+        let (cos, sin) = (3f32.cos(), 3f32.sin());
+        assert!((x[[3, 0]] - (cos + sin)).abs() < 1e-6 && (x[[3, 2]] - (-cos + sin)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_rotation_recurrence_does_not_drift() {
+        let rotary = Rope { inverse_frequencies: vec![1.0, 0.317, 1e-4] };
+        let table = rotations(&rotary, 100_000);
+        for (i, &frequency) in rotary.inverse_frequencies.iter().enumerate() {
+            let [cos, sin] = table[99_999 * 3 + i];
+            let angle = 99_999.0 * frequency as f64;
+            assert!((cos as f64 - angle.cos()).abs() < 1e-7 && (sin as f64 - angle.sin()).abs() < 1e-7);
+        }
+    }
+}

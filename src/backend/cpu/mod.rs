@@ -1,0 +1,205 @@
+//! The reference backend: F32 storage and accumulation on the CPU; weights stay as stored and are decoded panel by panel.
+//!
+//! Results are the same bits on every machine and for every number of threads: each sum has one fixed order.
+
+mod attention;
+mod elementwise;
+mod head;
+mod product;
+
+use anyhow::{Result, ensure};
+use ndarray::{Array2, Axis};
+use rayon::prelude::*;
+
+use self::product::{Left, Previous, multiply_transposed};
+use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score};
+use crate::scheme::Activations;
+use crate::tensor::Matrix;
+
+/// The CPU, using the threads of the current `rayon` pool.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu;
+
+impl Backend for Cpu {
+    type Tensor = Array2<f32>;
+    type Weight = Matrix;
+
+    fn describe(&self) -> String {
+        format!("CPU, {} threads, F32", rayon::current_num_threads())
+    }
+
+    fn upload(&self, weight: Matrix) -> Result<Matrix> {
+        Ok(weight)
+    }
+
+    fn tensor(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Array2<f32>> {
+        Ok(Array2::from_shape_vec((rows, cols), values.to_vec())?)
+    }
+
+    fn read(&self, x: &Array2<f32>) -> Result<Vec<f32>> {
+        Ok(x.iter().copied().collect())
+    }
+
+    fn select_rows(&self, x: &Array2<f32>, rows: &[usize]) -> Result<Array2<f32>> {
+        ensure!(rows.iter().all(|&row| row < x.nrows()), "row outside a tensor of {} rows", x.nrows());
+        Ok(x.select(Axis(0), rows))
+    }
+
+    fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Array2<f32>> {
+        let [vocab, hidden] = table.dims();
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            anyhow::bail!(
+                "token id {id} is outside the vocabulary of {vocab}; the text was tokenized for another model"
+            );
+        }
+        let mut y = Array2::zeros((ids.len(), hidden));
+        for (mut row, &id) in y.rows_mut().into_iter().zip(ids) {
+            table.decode_rows(id as usize, row.as_slice_mut().unwrap_or(&mut []));
+        }
+        Ok(y)
+    }
+
+    fn rms_norm(&self, x: &Array2<f32>, gain: &Array2<f32>, eps: f32) -> Result<Array2<f32>> {
+        let width = gain.len();
+        ensure!(width > 0 && x.ncols().is_multiple_of(width), "gain of {width} for rows of {}", x.ncols());
+        let gain = slice(gain)?;
+        let mut y = Array2::zeros(x.dim());
+        let rows = slice_mut(&mut y)?.par_chunks_mut(x.ncols()).zip(slice(x)?.par_chunks(x.ncols()));
+        rows.for_each(|(y, x)| {
+            for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                elementwise::rms_norm(x, gain, eps, y);
+            }
+        });
+        Ok(y)
+    }
+
+    fn linear(
+        &self,
+        x: &Array2<f32>,
+        weight: &Matrix,
+        bias: Option<&Array2<f32>>,
+        activations: Activations,
+    ) -> Result<Array2<f32>> {
+        let mut y = Array2::zeros((x.nrows(), weight.dims()[0]));
+        multiply(x, weight, activations, &mut y, Previous::Replaced)?;
+        if let Some(bias) = bias {
+            y += bias;
+        }
+        Ok(y)
+    }
+
+    fn linear_add(
+        &self,
+        x: &mut Array2<f32>,
+        input: &Array2<f32>,
+        weight: &Matrix,
+        bias: Option<&Array2<f32>>,
+        activations: Activations,
+    ) -> Result<()> {
+        multiply(input, weight, activations, x, Previous::Kept)?;
+        if let Some(bias) = bias {
+            *x += bias;
+        }
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Array2<f32>, rope: &Rope, batch: Batch) -> Result<()> {
+        attention::rope(x, rope, batch);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+        v: &Array2<f32>,
+        shape: &AttentionShape,
+        batch: Batch,
+    ) -> Result<Array2<f32>> {
+        Ok(attention::attention(q, k, v, shape, batch))
+    }
+
+    fn swiglu(&self, gate: &Array2<f32>, up: &Array2<f32>) -> Result<Array2<f32>> {
+        let mut y = Array2::zeros(gate.dim());
+        let width = gate.ncols().max(1);
+        let rows = slice_mut(&mut y)?.par_chunks_mut(width);
+        rows.zip(slice(gate)?.par_chunks(width))
+            .zip(slice(up)?.par_chunks(width))
+            .for_each(|((y, gate), up)| elementwise::swiglu(gate, up, y));
+        Ok(y)
+    }
+
+    fn add(&self, x: &mut Array2<f32>, y: &Array2<f32>) -> Result<()> {
+        *x += y;
+        Ok(())
+    }
+
+    fn score(&self, hidden: &Array2<f32>, head: &Matrix, targets: &[u32]) -> Result<Vec<Score>> {
+        check_head(hidden, head, targets)?;
+        Ok(head::score(hidden, head, targets))
+    }
+
+    fn compare(
+        &self,
+        baseline: (&Array2<f32>, &Matrix),
+        model: (&Array2<f32>, &Matrix),
+        targets: &[u32],
+    ) -> Result<Vec<Divergence>> {
+        check_head(baseline.0, baseline.1, targets)?;
+        check_head(model.0, model.1, targets)?;
+        let (vocab, other) = (baseline.1.dims()[0], model.1.dims()[0]);
+        ensure!(vocab == other, "vocabularies differ: the baseline has {vocab} tokens, the model {other}");
+        Ok(head::compare(baseline, model, targets))
+    }
+}
+
+/// y (+)= x · weightᵀ, with `x` as the engine would quantize it.
+fn multiply(
+    x: &Array2<f32>,
+    weight: &Matrix,
+    activations: Activations,
+    y: &mut Array2<f32>,
+    previous: Previous,
+) -> Result<()> {
+    let [out_features, in_features] = weight.dims();
+    ensure!(
+        x.ncols() == in_features && y.dim() == (x.nrows(), out_features),
+        "a linear of [{out_features}, {in_features}] cannot map {:?} to {:?}",
+        x.dim(),
+        y.dim()
+    );
+    let left = match activations {
+        Activations::Full => Left::pack(x.view()),
+        Activations::Int8PerToken => {
+            let mut x = x.clone();
+            slice_mut(&mut x)?.par_chunks_mut(in_features).for_each(elementwise::quantize_int8);
+            Left::pack(x.view())
+        }
+    };
+    multiply_transposed(&left, weight, y.view_mut(), previous);
+    Ok(())
+}
+
+fn check_head(hidden: &Array2<f32>, head: &Matrix, targets: &[u32]) -> Result<()> {
+    let [vocab, width] = head.dims();
+    ensure!(
+        hidden.dim() == (targets.len(), width),
+        "hidden states {:?} for a head of width {width}",
+        hidden.dim()
+    );
+    if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab) {
+        anyhow::bail!(
+            "token id {target} is outside the vocabulary of {vocab}; the text was tokenized for another model"
+        );
+    }
+    Ok(())
+}
+
+fn slice(x: &Array2<f32>) -> Result<&[f32]> {
+    x.as_slice().ok_or_else(|| anyhow::anyhow!("a tensor of shape {:?} is not row-major", x.dim()))
+}
+
+fn slice_mut(x: &mut Array2<f32>) -> Result<&mut [f32]> {
+    let dim = x.dim();
+    x.as_slice_mut().ok_or_else(|| anyhow::anyhow!("a tensor of shape {dim:?} is not row-major"))
+}

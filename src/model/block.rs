@@ -1,0 +1,191 @@
+//! One decoder layer: attention and a gated feed-forward part, each behind an RMS norm and added to the residual stream.
+
+use anyhow::{Result, ensure};
+
+use super::config::Config;
+use super::{TensorSource, read_vector, read_weight};
+use crate::backend::{AttentionShape, Backend, Batch, Rope};
+use crate::names::{Role, TensorId};
+use crate::scheme::Activations;
+
+/// What every layer of a model shares.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerConstants {
+    /// Heads and their width.
+    pub attention: AttentionShape,
+    /// Rotary angles, all scaling applied.
+    pub rope: Rope,
+    /// Added to the mean square in every norm.
+    pub eps: f32,
+}
+
+impl LayerConstants {
+    /// Returns the constants of a configuration, with the frequency divisors a GGUF file may carry (Llama 3 scaling).
+    ///
+    /// # Errors
+    /// If there are divisors and the configuration scales too: the file would scale twice.
+    pub fn new(config: &Config, source: &impl TensorSource) -> Result<Self> {
+        let mut rope = config.rope();
+        let id = TensorId::global(Role::RopeFreqs);
+        if source.contains(id) {
+            ensure!(
+                config.rope_divisors().iter().all(|&divisor| divisor == 1.0),
+                "{id} is present and the configuration scales RoPE as well; one of the two must go"
+            );
+            let divisors = source.read(id)?.to_f32();
+            ensure!(
+                divisors.len() == rope.inverse_frequencies.len() && divisors.iter().all(|&d| d > 0.0),
+                "{id} holds {} divisors; wanted {} positive ones",
+                divisors.len(),
+                rope.inverse_frequencies.len()
+            );
+            rope.inverse_frequencies
+                .iter_mut()
+                .zip(divisors)
+                .for_each(|(frequency, divisor)| *frequency /= divisor);
+        }
+        let attention = AttentionShape {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            window: config.sliding_window,
+            scale: (config.head_dim as f64).powf(-0.5) as f32,
+        };
+        Ok(LayerConstants { attention, rope, eps: config.rms_norm_eps })
+    }
+}
+
+/// y = x · weightᵀ + bias, with the inputs treated as the engine would.
+pub struct Linear<B: Backend> {
+    /// `[out_features, in_features]`
+    pub weight: B::Weight,
+    /// `[out_features]`
+    pub bias: Option<B::Tensor>,
+    /// What the engine does to the inputs first.
+    pub activations: Activations,
+}
+
+impl<B: Backend> Linear<B> {
+    /// Reads a layer's linear and its bias, if the configuration has one.
+    fn load(
+        backend: &B,
+        source: &impl TensorSource,
+        layer: usize,
+        role: Role,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<Self> {
+        let id = TensorId::in_layer(layer, role);
+        let bias = if bias { Some(read_vector(backend, source, id.bias(), shape[0])?) } else { None };
+        Ok(Linear {
+            weight: read_weight(backend, source, id, shape)?,
+            bias,
+            activations: source.activations(id),
+        })
+    }
+
+    /// Returns the linear's output for inputs `[n, in_features]`.
+    pub fn forward(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor> {
+        backend.linear(x, &self.weight, self.bias.as_ref(), self.activations)
+    }
+
+    /// Adds the linear's output for `input` to `x` `[n, out_features]`.
+    pub fn add_forward(&self, backend: &B, x: &mut B::Tensor, input: &B::Tensor) -> Result<()> {
+        backend.linear_add(x, input, &self.weight, self.bias.as_ref(), self.activations)
+    }
+}
+
+/// The weights of one decoder layer. Fields are public so that calibration can exchange a linear for its quantized form.
+#[allow(missing_docs)]
+pub struct Layer<B: Backend> {
+    pub attn_norm: B::Tensor,
+    pub q: Linear<B>,
+    pub k: Linear<B>,
+    pub v: Linear<B>,
+    pub o: Linear<B>,
+    /// Norms of each head of q and k, for models that have them.
+    pub qk_norm: Option<(B::Tensor, B::Tensor)>,
+    pub ffn_norm: B::Tensor,
+    pub gate: Linear<B>,
+    pub up: Linear<B>,
+    pub down: Linear<B>,
+}
+
+impl<B: Backend> Layer<B> {
+    /// Reads layer `layer`.
+    pub fn load(backend: &B, config: &Config, source: &impl TensorSource, layer: usize) -> Result<Self> {
+        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+        let q_width = config.num_attention_heads * config.head_dim;
+        let kv_width = config.num_key_value_heads * config.head_dim;
+        let linear = |role, shape, bias| Linear::load(backend, source, layer, role, shape, bias);
+        let norm = |role, len| read_vector(backend, source, TensorId::in_layer(layer, role), len);
+        Ok(Layer {
+            attn_norm: norm(Role::AttnNorm, hidden)?,
+            q: linear(Role::Q, [q_width, hidden], config.qkv_bias)?,
+            k: linear(Role::K, [kv_width, hidden], config.qkv_bias)?,
+            v: linear(Role::V, [kv_width, hidden], config.qkv_bias)?,
+            o: linear(Role::O, [hidden, q_width], config.o_bias)?,
+            qk_norm: match config.qk_norm {
+                true => Some((norm(Role::QNorm, config.head_dim)?, norm(Role::KNorm, config.head_dim)?)),
+                false => None,
+            },
+            ffn_norm: norm(Role::FfnNorm, hidden)?,
+            gate: linear(Role::Gate, [ffn, hidden], config.mlp_bias)?,
+            up: linear(Role::Up, [ffn, hidden], config.mlp_bias)?,
+            down: linear(Role::Down, [hidden, ffn], config.mlp_bias)?,
+        })
+    }
+
+    /// Returns the linear of that role, `None` for other roles.
+    pub fn linear_mut(&mut self, role: Role) -> Option<&mut Linear<B>> {
+        Some(match role {
+            Role::Q => &mut self.q,
+            Role::K => &mut self.k,
+            Role::V => &mut self.v,
+            Role::O => &mut self.o,
+            Role::Gate => &mut self.gate,
+            Role::Up => &mut self.up,
+            Role::Down => &mut self.down,
+            _ => return None,
+        })
+    }
+
+    /// Carries the residual stream `x` `[n, hidden]` through the layer.
+    ///
+    /// `observe` sees the input of every linear before it runs, in the order Q, K, V, O, Gate, Up, Down. K and V see Q's
+    /// input, Up sees Gate's.
+    pub fn forward(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        x: &mut B::Tensor,
+        batch: Batch,
+        observe: &mut dyn FnMut(Role, &B::Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let LayerConstants { attention, rope, eps } = constants;
+        let normed = backend.rms_norm(x, &self.attn_norm, *eps)?;
+        for role in [Role::Q, Role::K, Role::V] {
+            observe(role, &normed)?;
+        }
+        let mut q = self.q.forward(backend, &normed)?;
+        let mut k = self.k.forward(backend, &normed)?;
+        let v = self.v.forward(backend, &normed)?;
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            q = backend.rms_norm(&q, q_norm, *eps)?;
+            k = backend.rms_norm(&k, k_norm, *eps)?;
+        }
+        backend.rope(&mut q, rope, batch)?;
+        backend.rope(&mut k, rope, batch)?;
+        let mixed = backend.attention(&q, &k, &v, attention, batch)?;
+        observe(Role::O, &mixed)?;
+        self.o.add_forward(backend, x, &mixed)?;
+
+        let normed = backend.rms_norm(x, &self.ffn_norm, *eps)?;
+        observe(Role::Gate, &normed)?;
+        observe(Role::Up, &normed)?;
+        let gated =
+            backend.swiglu(&self.gate.forward(backend, &normed)?, &self.up.forward(backend, &normed)?)?;
+        observe(Role::Down, &gated)?;
+        self.down.add_forward(backend, x, &gated)
+    }
+}
