@@ -25,6 +25,8 @@ pub mod container;
 pub mod dialect;
 pub mod eval;
 pub mod hub;
+pub mod loaders;
+pub mod manifest;
 pub mod method;
 pub mod model;
 pub mod names;
