@@ -92,7 +92,9 @@ fn validate(mut tensors: Vec<(String, TensorInfo)>, payload: u64) -> Result<Vec<
         let (begin, end) = info.data_offsets;
         if begin < covered {
             let other = &tensors[i - 1].0;
-            bail!("`{name}` and `{other}` overlap: one starts at {begin}, the other ends at {covered}");
+            bail!(
+                "`{name}` overlaps `{other}`: it starts at {begin}, before {covered}; download the file again"
+            );
         }
         ensure!(
             begin == covered,
