@@ -31,7 +31,7 @@ const ARCHITECTURES: [(Architecture, &str, &str); 4] = [
 ];
 
 /// RoPE scaling as the configuration names it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// Plain RoPE.
     None,
@@ -51,6 +51,8 @@ pub enum RopeScaling {
         /// `original_max_position_embeddings`
         original_context: usize,
     },
+    /// A divisor for each frequency, `[head_dim / 2]`: how GGUF files state Llama 3 scaling.
+    Divisors(Vec<f32>),
 }
 
 /// A decoder's shape and constants; names as in `config.json`.
@@ -172,6 +174,12 @@ impl Config {
         for (name, value) in [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)] {
             ensure!(value.is_finite() && value > 0.0, "`{name}` is {value}; wanted a positive number");
         }
+        if let RopeScaling::Divisors(divisors) = &self.rope_scaling {
+            let wanted = self.head_dim / 2;
+            ensure!(divisors.len() == wanted, "{} RoPE divisors, wanted {wanted}", divisors.len());
+            let wrong = divisors.iter().find(|x| !(x.is_finite() && **x > 0.0));
+            ensure!(wrong.is_none(), "a RoPE divisor is {}; wanted positive numbers", wrong.unwrap_or(&0.0));
+        }
         ensure!(self.sliding_window != Some(0), "`sliding_window` is 0; wanted `null` or a positive number");
         Ok(self)
     }
@@ -226,8 +234,9 @@ impl Config {
     /// With wavelength λ = 2π / frequency and original context C, Llama 3 keeps λ < C / high, divides λ > C / low by
     /// `factor`, and between interpolates the reciprocal (transformers `_compute_llama3_parameters`).
     pub fn rope_divisors(&self) -> Vec<f64> {
-        let divisor = |frequency: f64| match self.rope_scaling {
+        let divisor = |(i, frequency): (usize, f64)| match self.rope_scaling {
             RopeScaling::None => 1.0,
+            RopeScaling::Divisors(ref divisors) => divisors[i] as f64,
             RopeScaling::Linear { factor } => factor as f64,
             RopeScaling::Llama3 { factor, low, high, original_context } => {
                 let (factor, low, high) = (factor as f64, low as f64, high as f64);
@@ -242,7 +251,7 @@ impl Config {
                 }
             }
         };
-        self.plain_frequencies().map(divisor).collect()
+        self.plain_frequencies().enumerate().map(divisor).collect()
     }
 
     fn plain_frequencies(&self) -> impl Iterator<Item = f64> {

@@ -1,8 +1,12 @@
 //! GGUF as llama.cpp reads it: block bytes, metadata, tokenizer.
 //!
 //! - [`Gguf`]: quantized matrices ↔ ggml blocks.
+//! - [`metadata`]: configuration ↔ keys. [`tokenizer`]: `tokenizer.json` ↔ keys.
 
 mod blocks;
+pub mod metadata;
+mod pre_tokenizer;
+pub mod tokenizer;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use rayon::prelude::*;
@@ -69,7 +73,9 @@ impl Dialect for Gguf {
 
     /// Llama 3 scaling has no metadata: llama.cpp takes each frequency's divisor from `rope_freqs.weight`.
     fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)> {
-        let RopeScaling::Llama3 { .. } = config.rope_scaling else { return Vec::new() };
+        let (RopeScaling::Llama3 { .. } | RopeScaling::Divisors(_)) = config.rope_scaling else {
+            return Vec::new();
+        };
         let divisors = config.rope_divisors().into_iter().map(|divisor| divisor as f32).collect();
         vec![(TensorId::global(Role::RopeFreqs), divisors)]
     }
