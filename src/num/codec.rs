@@ -67,10 +67,26 @@ impl Codec {
     }
 
     /// Returns the representable value that [`Codec::encode`] picks for `x`.
-    #[inline]
+    #[inline(always)]
     pub fn round(self, x: f32) -> f32 {
-        self.decode(self.encode(x))
+        match self {
+            Codec::F16 => round_to_f16(x),
+            _ => self.decode(self.encode(x)),
+        }
     }
+}
+
+/// The F16 nearest to `x` in plain arithmetic, so that a loop over many scales vectorises on every target.
+///
+/// An F16 keeps 10 bits below the leading one, and none below 2^-24. Adding 1.5 · 2^23 units of the last kept place
+/// makes that the last place of the sum, so the addition itself rounds, ties to even.
+#[inline(always)]
+fn round_to_f16(x: f32) -> f32 {
+    let x = x.clamp(-65504.0, 65504.0);
+    let binade = f32::from_bits(x.to_bits() & 0x7f80_0000);
+    let smallest_normal = f32::from_bits((127 - 14) << 23);
+    let magic = if binade > smallest_normal { binade } else { smallest_normal } * (1.5 * (1 << 13) as f32);
+    (x + magic) - magic
 }
 
 const MAX_BF16: f32 = f32::from_bits(0x7f7f_0000);
@@ -116,6 +132,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn f16_rounds_to_nearest_even_between_all_neighbours() {
+        for bits in 0..0x7bff {
+            let [low, high] = [Codec::F16.decode(bits), Codec::F16.decode(bits + 1)];
+            // Between neighbours lie at least 2^12 F32 values, so both sides of the middle differ from it.
+            let middle = (low + high) / 2.0;
+            for x in [low, middle.next_down(), middle, middle.next_up(), high] {
+                assert_eq!(Codec::F16.round(x), f16::from_f32(x).to_f32(), "{x}");
+                assert_eq!(Codec::F16.round(-x), f16::from_f32(-x).to_f32(), "-{x}");
+            }
+        }
+        assert_eq!((Codec::F16.round(1e9), Codec::F16.round(1e-9)), (65504.0, 0.0));
     }
 
     #[test]

@@ -55,9 +55,9 @@ impl Element {
             Element::E4M3 => minifloat::encode_e4m3(x),
             Element::Int(bits) => {
                 let half = (1u32 << (bits - 1)) as f32;
-                (x.round_ties_even().clamp(-half, half - 1.0) + half) as u8
+                low_byte(x.clamp(-half, half - 1.0), half)
             }
-            Element::Uint(bits) => x.round_ties_even().clamp(0.0, ((1u32 << bits) - 1) as f32) as u8,
+            Element::Uint(bits) => low_byte(x.clamp(0.0, ((1u32 << bits) - 1) as f32), 0.0),
         }
     }
 
@@ -65,6 +65,15 @@ impl Element {
     pub fn table(self) -> Vec<f32> {
         (0..1u32 << self.bits()).map(|code| self.decode(code as u8)).collect()
     }
+}
+
+/// Returns `x + offset`, in 0..=255, rounded to the nearest integer, ties to even (`offset` is an even integer).
+///
+/// The last place of 2^23 + x is one, so that addition rounds and leaves the integer in the low bits; unlike a
+/// saturating cast it costs one vector instruction.
+#[inline(always)]
+fn low_byte(x: f32, offset: f32) -> u8 {
+    (x + ((1 << 23) as f32 + offset)).to_bits() as u8
 }
 
 #[cfg(test)]

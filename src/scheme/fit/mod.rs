@@ -5,12 +5,16 @@
 
 mod affine;
 mod power_of_two;
-mod single;
+mod rows;
 mod super_block;
+mod symmetric;
+mod tile;
+
+use multiversion::multiversion;
 
 use super::{Offset, QTensor, Scheme, Span};
 use crate::method::rtn;
-use crate::num::{Codec, Element};
+use crate::num::Codec;
 
 /// How the exponent of an E8M0 scale is chosen from a block's largest magnitude: `e = ceil(log2(amax / T))`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -42,67 +46,21 @@ pub fn fit(
     debug_assert_eq!(weights.len(), rows * cols);
     debug_assert!(cols.is_multiple_of(scheme.block_cols()) && scheme.group != Span::Tensor);
     let mut q = QTensor::zeroed(scheme, rows, cols);
-    match (scheme.outer, scheme.offset) {
-        (Some(_), _) => super_block::fit(&mut q, weights, importances),
-        (None, Offset::None) if scheme.scale == Codec::E8M0 => {
-            power_of_two::fit(&mut q, weights, importances, rule)
-        }
-        (None, Offset::None) => single::fit(&mut q, weights, importances),
-        (None, _) => affine::fit(&mut q, weights, importances),
-    }
+    fit_scales(&mut q, weights, importances, rule);
     rtn::encode(&mut q, weights);
     q
 }
 
-/// The weights of one group with the importance of each.
-#[derive(Clone, Copy)]
-struct Group<'a> {
-    weights: &'a [f32],
-    importances: Option<&'a [f32]>,
-}
-
-impl Group<'_> {
-    /// Returns the weighted squared error of rounding to nearest on a grid.
-    fn error(&self, element: Element, scale: f32, offset: f32) -> f32 {
-        let inverse = if scale == 0.0 { 0.0 } else { (1.0 / scale).clamp(-f32::MAX, f32::MAX) };
-        let error = |w: f32| {
-            let difference = w - (scale * element.decode(element.encode((w - offset) * inverse)) + offset);
-            difference * difference
-        };
-        match self.importances {
-            Some(h) => self.weights.iter().zip(h).map(|(&w, &h)| h * error(w)).sum(),
-            None => self.weights.iter().map(|&w| error(w)).sum(),
-        }
+/// Fills in everything but the codes.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+fn fit_scales(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>, rule: ScaleRule) {
+    let Scheme { group, scale, outer, offset, .. } = q.scheme;
+    match (outer, offset) {
+        (Some(_), Offset::None) => super_block::fit_symmetric(q, weights, importances),
+        (Some(_), _) => super_block::fit_with_minima(q, weights, importances),
+        (None, Offset::Added(_)) => affine::fit(q, weights, importances),
+        (None, _) if scale == Codec::E8M0 => power_of_two::fit(q, weights, importances, rule),
+        (None, _) if group == Span::Cols(32) => symmetric::fit(q, weights, importances),
+        (None, _) => rows::fit(q, weights, importances),
     }
-
-    /// Returns the largest magnitude.
-    fn amax(&self) -> f32 {
-        self.weights.iter().fold(0.0, |a, w| a.max(w.abs()))
-    }
-
-    /// Returns the smallest and the largest weight.
-    fn range(&self) -> (f32, f32) {
-        self.weights.iter().fold((f32::MAX, f32::MIN), |(low, high), &w| (low.min(w), high.max(w)))
-    }
-}
-
-/// Returns the groups of a `[rows, cols]` tensor in the order of its stored scales.
-fn groups<'a>(
-    q: &QTensor,
-    weights: &'a [f32],
-    importances: Option<&'a [f32]>,
-) -> impl Iterator<Item = Group<'a>> + use<'a> {
-    let (cols, group_cols) = (q.cols, q.group_cols());
-    weights.chunks_exact(cols.max(1)).flat_map(move |row| {
-        row.chunks(group_cols).enumerate().map(move |(i, weights)| {
-            let start = i * group_cols;
-            Group { weights, importances: importances.map(|h| &h[start..start + weights.len()]) }
-        })
-    })
-}
-
-/// Returns the candidate of least `cost`, the first among equals.
-fn best<T: Copy>(candidates: impl IntoIterator<Item = T>, cost: impl Fn(T) -> f32) -> Option<T> {
-    let costs = candidates.into_iter().map(|candidate| (cost(candidate), candidate));
-    costs.reduce(|a, b| if b.0 < a.0 { b } else { a }).map(|(_, candidate)| candidate)
 }

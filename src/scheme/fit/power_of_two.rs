@@ -1,34 +1,105 @@
-//! E8M0 scales: the choice of one exponent per block.
+//! E8M0 scales: the choice of one exponent per block of 32 E2M1 values.
 
-use super::{Group, ScaleRule, best, groups};
+use super::ScaleRule;
+use super::tile::{self, LANES, Lanes, Tile};
 use crate::num::Codec;
 use crate::scheme::QTensor;
 
+#[inline(always)]
 pub(super) fn fit(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>, rule: ScaleRule) {
-    let element = q.scheme.element;
-    let blocks = groups(q, weights, importances);
-    for (scale, block) in q.scales.iter_mut().zip(blocks) {
-        let byte = match rule {
-            ScaleRule::Floor => byte_for(block.amax(), 8.0),
-            ScaleRule::Even => byte_for(block.amax(), 7.0),
-            ScaleRule::T7_25 => byte_for(block.amax(), 7.25),
-            ScaleRule::Search => search(block, |byte| block.error(element, Codec::E8M0.decode(byte), 0.0)),
+    let mut tile = Tile::<32>::new();
+    for first in (0..q.scales.len()).step_by(LANES) {
+        let groups = tile.load(weights, importances, first);
+        let amax = tile.amax();
+        let scales = match rule {
+            ScaleRule::Floor => tile::lanes(|l| scale(byte_for(amax[l], T8))),
+            ScaleRule::Even => tile::lanes(|l| scale(byte_for(amax[l], T7))),
+            ScaleRule::T7_25 => tile::lanes(|l| scale(byte_for(amax[l], T7_25))),
+            ScaleRule::Search => search(&tile, &amax),
         };
-        *scale = Codec::E8M0.decode(byte);
+        q.scales[groups.clone()].copy_from_slice(&scales[..groups.len()]);
     }
 }
 
-/// Returns the byte of the least power of two that keeps `amax` below `threshold` units (at most 8), for elements that
-/// end at 6: `e = floor(log2 amax) - 2`, plus one if amax reaches `threshold · 2^e`. Within 0..=254.
-fn byte_for(amax: f32, threshold: f32) -> u32 {
-    // Scaling by 2^32 makes a denormal maximum a normal number, whose exponent field is its binary logarithm.
-    let (amax, shift) = if amax < f32::MIN_POSITIVE { (amax * 2f32.powi(32), 32) } else { (amax, 0) };
-    let exponent = (amax.to_bits() >> 23) as i32 - shift - 2;
-    let mantissa = f32::from_bits((amax.to_bits() & 0x007f_ffff) | 0x4080_0000);
-    (exponent + (mantissa >= threshold) as i32).clamp(0, 254) as u32
+// A threshold T is stored as what must be added to the mantissa field of T / 4 to carry into the exponent.
+const T8: u32 = 0;
+const T7_25: u32 = 0x0018_0000;
+const T7: u32 = 0x0020_0000;
+
+/// Returns the byte of `ceil(log2(amax / T))`, for elements that end at 6. Within 0..=254.
+///
+/// `floor(log2 amax) - 2` is read off the exponent field; below the normal numbers the field is 0, as is the byte.
+#[inline(always)]
+fn byte_for(amax: f32, carry: u32) -> i32 {
+    let byte = ((amax.to_bits() + carry) >> 23) as i32 - 2;
+    if byte > 0 { byte } else { 0 }
 }
 
-fn search(block: Group, cost: impl Fn(u32) -> f32) -> u32 {
-    let floor = byte_for(block.amax(), 8.0);
-    best([floor, floor + 1, floor.saturating_sub(1)], |byte| cost(byte.min(254))).map_or(0, |b| b.min(254))
+#[inline(always)]
+fn scale(byte: i32) -> f32 {
+    // Byte 0 is 2^-127, a subnormal.
+    f32::from_bits(if byte > 0 { (byte as u32) << 23 } else { 0x0040_0000 })
+}
+
+/// Returns per block the best of three powers of two: the floor rule's and its neighbours.
+#[inline(always)]
+fn search(tile: &Tile<32>, amax: &Lanes) -> Lanes {
+    let mut best = [f32::INFINITY; LANES];
+    let mut chosen = [Codec::E8M0.decode(0); LANES];
+    for offset in [0, 1, -1] {
+        let candidate = tile::lanes(|l| {
+            let byte = byte_for(amax[l], T8) + offset;
+            scale(if byte < 254 { byte } else { 254 })
+        });
+        let cost = error(tile, &candidate, 4f32.powi(offset));
+        for l in 0..LANES {
+            let better = cost[l] < best[l];
+            best[l] = if better { cost[l] } else { best[l] };
+            chosen[l] = if better { candidate[l] } else { chosen[l] };
+        }
+    }
+    chosen
+}
+
+/// Returns the weighted squared error of each block in units of the scale, times `unit_squared`. (Squares of the
+/// weights themselves could leave the range of F32.)
+#[inline(always)]
+fn error(tile: &Tile<32>, scale: &Lanes, unit_squared: f32) -> Lanes {
+    let inverse = tile::lanes(|l| 1.0 / scale[l]);
+    let mut sum = [0.0; LANES];
+    for (x, importance) in tile.x.iter().zip(&tile.importance) {
+        for l in 0..LANES {
+            let magnitude = x[l].abs() * inverse[l];
+            let difference = magnitude - nearest_magnitude(magnitude);
+            sum[l] += importance[l] * (difference * difference);
+        }
+    }
+    tile::lanes(|l| sum[l] * unit_squared)
+}
+
+/// Returns the E2M1 magnitude nearest to `a`, which is not negative; ties to even, at most 6.
+///
+/// The spacing is half the binade's power of two, and ½ below 1. Adding 1.5 · 2^23 spacings makes the last place of
+/// the sum one spacing, so the addition itself rounds.
+#[inline(always)]
+fn nearest_magnitude(a: f32) -> f32 {
+    let above_one = if a > 1.0 { a } else { 1.0 };
+    let binade = f32::from_bits(above_one.to_bits() & 0x7f80_0000);
+    let magic = binade * (1.5 * (1 << 22) as f32);
+    let rounded = (a + magic) - magic;
+    if rounded < 6.0 { rounded } else { 6.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::num::Element;
+
+    #[test]
+    fn nearest_magnitude_is_what_the_element_encodes() {
+        for i in 0..=4096 {
+            let a = i as f32 / 256.0;
+            assert_eq!(nearest_magnitude(a), Element::E2M1.decode(Element::E2M1.encode(a)), "{a}");
+        }
+    }
 }

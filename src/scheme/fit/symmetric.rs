@@ -1,0 +1,165 @@
+//! One scale per group of a symmetric integer grid `value = scale · q` (Q8_0, Q4_0, Q5_0, and the inner scales of
+//! Q6_K).
+//!
+//! For given codes `q` the weighted error `Σ w (x - s q)²` is least at `s = Σ w x q / Σ w q²`. So candidates only have
+//! to find good codes: each is rounded, refitted that way, and the best refit is kept.
+
+use super::tile::{self, LANES, Lanes, Tile};
+use crate::num::Element;
+use crate::scheme::QTensor;
+
+/// Eight bits: the largest weight sits at 127.45 units and fewer. No clipping; the error's mean grows with the scale
+/// but its spread over candidates, being a sum of only 32 rounding errors, is far larger.
+const EIGHT_BITS: [f32; 8] = [127.45, 126.4, 125.4, 124.4, 123.4, 122.4, 121.4, 120.4];
+
+#[inline(always)]
+pub(super) fn fit(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>) {
+    let (element, codec) = (q.scheme.element, q.scheme.scale);
+    let mut tile = Tile::<32>::new();
+    for first in (0..q.scales.len()).step_by(LANES) {
+        let groups = tile.load(weights, importances, first);
+        let round = |scale: &Lanes| tile::lanes(|l| codec.round(scale[l]));
+        let scales = match element {
+            Element::Int(8) => eight_bits(&tile, round),
+            _ => {
+                let fitted = search(&tile, element);
+                refine(&tile, element, round(&fitted), round)
+            }
+        };
+        q.scales[groups.clone()].copy_from_slice(&scales[..groups.len()]);
+    }
+}
+
+/// Returns per group the best of [`EIGHT_BITS`], after rounding.
+#[inline(always)]
+fn eight_bits(tile: &Tile<32>, round: impl Fn(&Lanes) -> Lanes) -> Lanes {
+    let amax = tile.amax();
+    let (mut best, mut chosen) = ([f32::INFINITY; LANES], [0.0; LANES]);
+    for units in EIGHT_BITS {
+        let scale = round(&tile::lanes(|l| amax[l] * (1.0 / units)));
+        let inverse = reciprocal(&scale);
+        let mut cost = [0.0; LANES];
+        for (x, importance) in tile.x.iter().zip(&tile.importance) {
+            for l in 0..LANES {
+                let code = x[l] * inverse[l];
+                let difference = code - code.round_ties_even();
+                cost[l] += importance[l] * (difference * difference);
+            }
+        }
+        let cost = tile::lanes(|l| cost[l] * ((1.0 / units) * (1.0 / units)));
+        keep(&mut best, &mut chosen, &cost, &scale);
+    }
+    chosen
+}
+
+/// Returns per group a scale of either sign for an `Int` element of 4 to 6 bits, refitted but not rounded.
+#[inline(always)]
+pub(super) fn search<const N: usize>(tile: &Tile<N>, element: Element) -> Lanes {
+    let (low, high) = element.range();
+    let extreme = signed_amax(tile);
+    let (mut best, mut chosen) = ([0.0; LANES], [0.0; LANES]);
+    // The largest weight goes near the grid's long end, so the sign of the scale follows its sign; a few candidates
+    // put it at the short end.
+    for step in -6..=5 {
+        let units = low - 0.015 * low * step as f32;
+        try_units(tile, &extreme, units, low, high, &mut best, &mut chosen);
+    }
+    for step in -1..=2 {
+        try_units(tile, &extreme, high + 0.35 * step as f32, low, high, &mut best, &mut chosen);
+    }
+    chosen
+}
+
+/// Rounds with the largest weight at `units` and keeps the refitted scale where it explains more than `best`.
+#[inline(always)]
+fn try_units<const N: usize>(
+    tile: &Tile<N>,
+    extreme: &Lanes,
+    units: f32,
+    low: f32,
+    high: f32,
+    best: &mut Lanes,
+    chosen: &mut Lanes,
+) {
+    let inverse = tile::lanes(|l| if extreme[l] == 0.0 { 0.0 } else { units / extreme[l] });
+    let Sums { xq, qq } = sums(tile, &inverse, low, high);
+    for l in 0..LANES {
+        // The error is Σ w x² less this.
+        let explained = if qq[l] > 0.0 { xq[l] * xq[l] / qq[l] } else { 0.0 };
+        let better = explained > best[l];
+        best[l] = if better { explained } else { best[l] };
+        chosen[l] = if better { xq[l] / qq[l] } else { chosen[l] };
+    }
+}
+
+/// Returns per group `Σ w (x - s q)²` less the constant `Σ w x²`, with `Σ w x q` and `Σ w q²`.
+#[inline(always)]
+pub(super) fn cost<const N: usize>(
+    tile: &Tile<N>,
+    scale: &Lanes,
+    range: (f32, f32),
+) -> (Lanes, Lanes, Lanes) {
+    let Sums { xq, qq } = sums(tile, &reciprocal(scale), range.0, range.1);
+    (tile::lanes(|l| scale[l] * (scale[l] * qq[l] - 2.0 * xq[l])), xq, qq)
+}
+
+/// Alternates re-rounding and refitting under a scale's stored form, keeping the best scale met.
+#[inline(always)]
+pub(super) fn refine<const N: usize>(
+    tile: &Tile<N>,
+    element: Element,
+    start: Lanes,
+    round: impl Fn(&Lanes) -> Lanes,
+) -> Lanes {
+    let (mut best, mut chosen) = ([f32::INFINITY; LANES], [0.0; LANES]);
+    let mut scale = start;
+    for _ in 0..3 {
+        let (cost, xq, qq) = cost(tile, &scale, element.range());
+        keep(&mut best, &mut chosen, &cost, &scale);
+        scale = round(&tile::lanes(|l| if qq[l] > 0.0 { xq[l] / qq[l] } else { 0.0 }));
+    }
+    chosen
+}
+
+/// `Σ w x q` and `Σ w q²` of each group.
+struct Sums {
+    xq: Lanes,
+    qq: Lanes,
+}
+
+#[inline(always)]
+fn sums<const N: usize>(tile: &Tile<N>, inverse: &Lanes, low: f32, high: f32) -> Sums {
+    let (mut xq, mut qq) = ([0.0; LANES], [0.0; LANES]);
+    for (x, importance) in tile.x.iter().zip(&tile.importance) {
+        for l in 0..LANES {
+            let code = (x[l] * inverse[l]).round_ties_even().clamp(low, high);
+            let weighted = importance[l] * code;
+            xq[l] += weighted * x[l];
+            qq[l] += weighted * code;
+        }
+    }
+    Sums { xq, qq }
+}
+
+/// Returns the weight of largest magnitude of each group.
+#[inline(always)]
+fn signed_amax<const N: usize>(tile: &Tile<N>) -> Lanes {
+    let (low, high) = tile.range();
+    tile::lanes(|l| if -low[l] > high[l] { low[l] } else { high[l] })
+}
+
+/// Returns the reciprocals, 0 of 0 and finite throughout.
+#[inline(always)]
+pub(super) fn reciprocal(scale: &Lanes) -> Lanes {
+    tile::lanes(|l| if scale[l] == 0.0 { 0.0 } else { (1.0 / scale[l]).clamp(-f32::MAX, f32::MAX) })
+}
+
+/// Replaces what was chosen wherever the cost is lower.
+#[inline(always)]
+pub(super) fn keep(best: &mut Lanes, chosen: &mut Lanes, cost: &Lanes, candidate: &Lanes) {
+    for l in 0..LANES {
+        let better = cost[l] < best[l];
+        best[l] = if better { cost[l] } else { best[l] };
+        chosen[l] = if better { candidate[l] } else { chosen[l] };
+    }
+}
