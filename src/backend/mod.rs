@@ -3,6 +3,7 @@
 //! Shapes are `[rows, cols]`, row-major. `n` counts tokens of all sequences of a [`Batch`] together.
 
 pub mod cpu;
+pub mod cuda;
 
 use anyhow::Result;
 

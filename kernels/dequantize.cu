@@ -1,0 +1,17 @@
+// dequantize: y[r, c] = scale · element[code[r, c]] + offset, exact in F32; as bf16 rounded once.
+//   w  Weight     packed planes and stored scales, see decode.cuh
+//   y  Y [rows, cols]     Y is float or bf16
+// needs cols % 8 == 0, rows · cols < 2^32.  grid ceil(units / 1024), block 256: four units of 8 columns a thread, one
+// block width apart, so that loads and stores of a warp are contiguous and four loads are in flight.
+// Twin: scheme/qtensor.rs decode. F32 agrees bit for bit.
+extern "C" __global__ void __launch_bounds__(256) dequantize(Weight w, Y *__restrict__ y, u32 units) {
+    u32 first = blockIdx.x * 1024 + threadIdx.x;
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        u32 unit = first + 256 * step;
+        if (unit >= units) return;
+        float x[8];
+        decode_unit(w, unit, x);
+        store8(y + 8ull * unit, x);
+    }
+}

@@ -1,0 +1,34 @@
+// quantize_rows: what engines do to the inputs of a W8A8 linear: scale[i] = max|x[i, :]| / 127 and
+// codes = round to nearest even (x / scale), clamped to ±127; a row of zeros gets scale 0 and codes 0.
+//   x       X [rows, cols]     X is float or bf16
+//   codes   C [rows, cols]     C is i8 for INT8 products, bf16 or float where the product runs in floating point (exact)
+//   scales  f32 [rows]
+// needs cols % 8 == 0.  grid rows, block 256.
+// Twin: backend/cpu.rs linear with Activations::Int8PerToken. Agrees bit for bit for the same x.
+__device__ __forceinline__ void store_codes(i8 *to, const float x[8]) {
+    u32 words[2] = {0, 0};
+    for (int j = 0; j < 8; j++) words[j / 4] |= ((u32)(int)x[j] & 0xff) << (8 * (j % 4));
+    *(uint2 *)to = make_uint2(words[0], words[1]);
+}
+__device__ __forceinline__ void store_codes(bf16 *to, const float x[8]) { store8(to, x); }
+__device__ __forceinline__ void store_codes(float *to, const float x[8]) { store8(to, x); }
+
+extern "C" __global__ void __launch_bounds__(256)
+quantize_rows(const X *__restrict__ x, C *__restrict__ codes, float *__restrict__ scales, u32 cols) {
+    __shared__ float scratch[32];
+    x += (u64)blockIdx.x * cols;
+    codes += (u64)blockIdx.x * cols;
+    float largest = 0.0f, a[8];
+    for (u32 c = 8 * threadIdx.x; c < cols; c += 8 * blockDim.x) {
+        load8(x + c, a);
+        for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(a[j]));
+    }
+    float scale = __fdiv_rn(block_max(largest, scratch), 127.0f);
+    if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+    for (u32 c = 8 * threadIdx.x; c < cols; c += 8 * blockDim.x) {
+        load8(x + c, a);
+        for (int j = 0; j < 8; j++)
+            a[j] = scale > 0.0f ? fminf(fmaxf(rintf(__fdiv_rn(a[j], scale)), -127.0f), 127.0f) : 0.0f;
+        store_codes(codes + c, a);
+    }
+}

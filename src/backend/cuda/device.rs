@@ -1,0 +1,221 @@
+//! One GPU: its context and stream, its memory, and the launching of kernels. Everything runs in order on one stream, so
+//! that memory may be freed as soon as its last use is queued.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail, ensure};
+use cudarc::driver::sys::{CUdeviceptr, CUfunction_attribute, CUmemPool_attribute};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, result};
+use cudarc::nvrtc::Ptx;
+
+use super::compile::{self, Kernel};
+use super::library;
+
+/// Bytes on the device; freed in stream order.
+pub struct Buffer(CudaSlice<u8>);
+
+impl Buffer {
+    /// Returns the address, valid until the buffer is dropped, for work queued before that.
+    pub fn at(&self) -> CUdeviceptr {
+        self.0.device_ptr(self.0.stream()).0
+    }
+
+    /// Returns the size.
+    pub fn bytes(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// A kernel argument.
+#[derive(Clone, Copy)]
+pub enum Arg<'a> {
+    /// An address on the device, or 0.
+    Pointer(CUdeviceptr),
+    /// `u32`
+    U32(u32),
+    /// `u64`
+    U64(u64),
+    /// `float`
+    F32(f32),
+    /// A struct passed by value, in the device's layout, 8-byte aligned.
+    Struct(&'a [u64]),
+}
+
+/// Threads of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Blocks.
+    pub grid: [usize; 3],
+    /// Threads of a block.
+    pub block: [u32; 2],
+    /// Dynamic shared memory of a block, bytes.
+    pub shared: u32,
+}
+
+impl Geometry {
+    /// Returns `blocks` blocks of `threads` threads in a row.
+    pub fn flat(blocks: usize, threads: u32) -> Self {
+        Geometry { grid: [blocks, 1, 1], block: [threads, 1], shared: 0 }
+    }
+}
+
+/// A GPU ready for work.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    architecture: String,
+    functions: Mutex<HashMap<Kernel, CudaFunction>>,
+}
+
+impl Device {
+    /// Opens GPU number `ordinal`. The error says what is missing and what to do.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        library::load_all()?;
+        let context = CudaContext::new(ordinal).with_context(|| {
+            format!("cannot open CUDA device {ordinal}; `nvidia-smi` lists what is there")
+        })?;
+        let (major, minor) = context.compute_capability()?;
+        let architecture =
+            compile::architecture(major, minor).with_context(|| context.name().unwrap_or_default())?;
+        keep_freed_memory(&context)?;
+        // Its own stream rather than the legacy default one, which graphs cannot record.
+        let stream = context.new_stream()?;
+        Ok(Device { context, stream, architecture, functions: Mutex::default() })
+    }
+
+    /// Returns the stream all work is queued on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Returns e.g. `NVIDIA H100 80GB HBM3 (sm_90a)`.
+    pub fn name(&self) -> String {
+        format!("{} ({})", self.context.name().unwrap_or_else(|_| "CUDA device".into()), self.architecture)
+    }
+
+    /// Returns (free, total) memory, bytes.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        Ok(self.context.mem_get_info()?)
+    }
+
+    /// Waits until all queued work is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().context("work on the GPU failed")
+    }
+
+    /// Allocates memory with unknown contents.
+    #[allow(unsafe_code)]
+    pub fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        // SAFETY: bytes of any value are valid u8; every user writes a buffer wholly before it is read.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) };
+        let slice = slice.with_context(|| {
+            let (free, total) = self.memory().unwrap_or_default();
+            let mib = |bytes: usize| bytes >> 20;
+            format!(
+                "out of GPU memory: {} MiB wanted, {} of {} MiB free; use a smaller batch, or `--device cpu`",
+                mib(bytes),
+                mib(free),
+                mib(total)
+            )
+        })?;
+        Ok(Buffer(slice))
+    }
+
+    /// Copies bytes to the device.
+    pub fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        let mut buffer = self.allocate(bytes.len())?;
+        self.stream.memcpy_htod(bytes, &mut buffer.0).context("copying to the GPU failed")?;
+        Ok(buffer)
+    }
+
+    /// Copies the first `out.len()` bytes from the device.
+    pub fn download(&self, buffer: &Buffer, out: &mut [u8]) -> Result<()> {
+        self.stream.memcpy_dtoh(&buffer.0.slice(..out.len()), out).context("copying from the GPU failed")?;
+        self.synchronize()
+    }
+
+    /// Returns a copy on the device.
+    pub fn duplicate(&self, buffer: &Buffer) -> Result<Buffer> {
+        Ok(Buffer(self.stream.clone_dtod(&buffer.0)?))
+    }
+
+    /// Queues a kernel. The caller keeps the contract in the kernel's header: argument order and types, sizes, alignment.
+    #[allow(unsafe_code)]
+    pub fn launch(&self, kernel: Kernel, geometry: Geometry, args: &[Arg]) -> Result<()> {
+        let [x, y, z] = geometry.grid;
+        if x * y * z == 0 {
+            return Ok(());
+        }
+        ensure!(y <= 65535 && z <= 65535 && x < 1 << 31, "kernel `{}`: grid {x} x {y} x {z}", kernel.name);
+        let name = kernel.name;
+        let function = self.function(kernel, geometry.shared)?;
+        let mut addresses: Vec<*mut c_void> = args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Pointer(value) => std::ptr::from_ref(value).cast_mut().cast(),
+                Arg::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+                Arg::U64(value) => std::ptr::from_ref(value).cast_mut().cast(),
+                Arg::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+                Arg::Struct(words) => words.as_ptr().cast_mut().cast(),
+            })
+            .collect();
+        self.context.bind_to_thread()?;
+        // SAFETY: the arguments live until the call returns, which copies them; memory they point to is freed in stream
+        // order, so after this kernel; sizes and types are the launcher's contract, checked by tests/parity.rs.
+        unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                (x as u32, y as u32, z as u32),
+                (geometry.block[0], geometry.block[1], 1),
+                geometry.shared,
+                self.stream.cu_stream(),
+                &mut addresses,
+            )
+        }
+        .with_context(|| format!("kernel `{name}` does not start"))
+    }
+
+    /// Returns the compiled and loaded kernel.
+    fn function(&self, kernel: Kernel, shared: u32) -> Result<CudaFunction> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(&kernel) {
+            return Ok(function.clone());
+        }
+        let code = compile::compile(&kernel, &self.architecture)?;
+        let module = self.context.load_module(Ptx::from_binary(code));
+        let function = module
+            .and_then(|module| module.load_function(kernel.name))
+            .with_context(|| format!("kernel `{}` does not load", kernel.name))?;
+        if shared > 48 << 10 {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            if function.set_attribute(attribute, shared as i32).is_err() {
+                bail!(
+                    "kernel `{}` needs {shared} bytes of shared memory a block; this GPU has less",
+                    kernel.name
+                );
+            }
+        }
+        functions.insert(kernel, function.clone());
+        Ok(function)
+    }
+}
+
+/// Tells the allocator to keep freed memory for the next request instead of giving it back at each synchronisation.
+#[allow(unsafe_code)]
+fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<()> {
+    // SAFETY: one stream does all the work, so events that order several streams are not needed.
+    unsafe { context.disable_event_tracking() };
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut threshold = u64::MAX;
+    // SAFETY: the pool belongs to the open device; the attribute is a u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        result::mem_pool::set_attribute(pool, attribute, std::ptr::from_mut(&mut threshold).cast())?;
+    }
+    Ok(())
+}

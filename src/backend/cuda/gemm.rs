@@ -1,0 +1,181 @@
+//! Matrix products by cuBLASLt: y = x · wᵀ with `w` `[out, in]` and `x` `[n, in]`, both row-major.
+//!
+//! cuBLASLt counts columns first, so it sees w as `[in, out]`, to be transposed, x as `[in, n]` and y as `[out, n]`. Sums
+//! are F32 for bf16 and F32 inputs (no TF32), and exact 32-bit integers for INT8.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use cudarc::cublaslt::{result, sys};
+
+use super::device::{Buffer, Device};
+
+/// Number types of a product: inputs and output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Types {
+    /// bf16 · bf16 → bf16, rounded once.
+    Bf16,
+    /// bf16 · bf16 → F32.
+    Bf16ToF32,
+    /// F32 · F32 → F32, for `--precise`.
+    F32,
+    /// INT8 · INT8 → INT32, exact.
+    Int8,
+}
+
+impl Types {
+    /// Returns (input, output, sums, scale factors).
+    fn codes(self) -> (sys::cudaDataType, sys::cudaDataType, sys::cublasComputeType_t, sys::cudaDataType) {
+        use sys::cudaDataType_t::{CUDA_R_8I, CUDA_R_16BF, CUDA_R_32F, CUDA_R_32I};
+        let f32_sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        match self {
+            Types::Bf16 => (CUDA_R_16BF, CUDA_R_16BF, f32_sums, CUDA_R_32F),
+            Types::Bf16ToF32 => (CUDA_R_16BF, CUDA_R_32F, f32_sums, CUDA_R_32F),
+            Types::F32 => (CUDA_R_32F, CUDA_R_32F, f32_sums, CUDA_R_32F),
+            Types::Int8 => (CUDA_R_8I, CUDA_R_32I, sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, CUDA_R_32I),
+        }
+    }
+}
+
+/// Shape and types of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Product {
+    /// Rows of x and y.
+    pub n: usize,
+    /// Rows of w, columns of y.
+    pub out: usize,
+    /// Columns of x and w.
+    pub input: usize,
+    /// Number types.
+    pub types: Types,
+    /// y += instead of y =.
+    pub accumulate: bool,
+}
+
+/// A cuBLASLt handle, its workspace and the algorithms chosen so far.
+pub struct Gemm {
+    handle: sys::cublasLtHandle_t,
+    workspace: Buffer,
+    plans: Mutex<HashMap<Product, Plan>>,
+}
+
+/// Descriptors and the algorithm for one [`Product`].
+struct Plan {
+    product: sys::cublasLtMatmulDesc_t,
+    w: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    y: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+// SAFETY: the handle and descriptors are plain heap objects of the library, which is thread-safe; plans are used under
+// their lock only.
+#[allow(unsafe_code)]
+unsafe impl Send for Gemm {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Gemm {}
+
+/// NVIDIA's recommendation for Hopper; more never hurts.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+impl Gemm {
+    /// Opens the library for a device.
+    pub fn new(device: &Device) -> Result<Self> {
+        let handle = result::create_handle().context("cuBLASLt does not start")?;
+        Ok(Gemm { handle, workspace: device.allocate(WORKSPACE_BYTES)?, plans: Mutex::default() })
+    }
+
+    /// Queues y = x · wᵀ (or y +=). Addresses hold `[out, input]`, `[n, input]` and `[n, out]` values of the types.
+    #[allow(unsafe_code)]
+    pub fn multiply(&self, device: &Device, product: Product, w: u64, x: u64, y: u64) -> Result<()> {
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = match plans.entry(product) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(
+                self.plan(product).with_context(|| format!("cuBLASLt has no algorithm for {product:?}"))?,
+            ),
+        };
+        let (one_f32, one_i32) = (1.0f32, 1i32);
+        let (zero_f32, zero_i32) = (0.0f32, 0i32);
+        let (one, zero): (*const c_void, *const c_void) = match product.types {
+            Types::Int8 => ((&raw const one_i32).cast(), (&raw const zero_i32).cast()),
+            _ => ((&raw const one_f32).cast(), (&raw const zero_f32).cast()),
+        };
+        device.stream().context().bind_to_thread()?;
+        // SAFETY: the descriptors are alive, the factors outlive the call, and the caller vouches for the addresses; the
+        // workspace is used by one stream, so by one product at a time.
+        unsafe {
+            result::matmul(
+                self.handle,
+                plan.product,
+                one,
+                if product.accumulate { one } else { zero },
+                w as *const c_void,
+                plan.w,
+                x as *const c_void,
+                plan.x,
+                y as *const c_void,
+                plan.y,
+                y as *mut c_void,
+                plan.y,
+                &raw const plan.algorithm,
+                self.workspace.at() as *mut c_void,
+                WORKSPACE_BYTES,
+                device.stream().cu_stream().cast(),
+            )
+        }
+        .with_context(|| format!("cuBLASLt refuses {product:?}"))
+    }
+
+    #[allow(unsafe_code)]
+    fn plan(&self, product: Product) -> Result<Plan> {
+        let Product { n, out, input, types, .. } = product;
+        let (from, to, sums, factors) = types.codes();
+        let layout = |number, rows: usize, cols: usize| {
+            result::create_matrix_layout(number, rows as u64, cols as u64, rows as i64)
+        };
+        let (w, x, y) = (layout(from, input, out)?, layout(from, input, n)?, layout(to, out, n)?);
+        let descriptor = result::create_matmul_desc(sums, factors)?;
+        let preference = result::create_matmul_pref()?;
+        let (transposed, workspace_bytes) = (1i32, WORKSPACE_BYTES); // CUBLAS_OP_T is 1
+        // SAFETY: the objects were just made; attribute pointers are valid for the calls and of the sizes given.
+        let found = unsafe {
+            result::set_matmul_desc_attribute(
+                descriptor,
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const transposed).cast(),
+                size_of_val(&transposed),
+            )?;
+            result::set_matmul_pref_attribute(
+                preference,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const workspace_bytes).cast(),
+                size_of::<usize>(),
+            )?;
+            let found = result::get_matmul_algo_heuristic(self.handle, descriptor, w, x, y, y, preference);
+            result::destroy_matmul_pref(preference)?;
+            found?
+        };
+        Ok(Plan { product: descriptor, w, x, y, algorithm: found.algo })
+    }
+}
+
+impl Drop for Gemm {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        let plans = std::mem::take(self.plans.get_mut().unwrap_or_else(PoisonError::into_inner));
+        // SAFETY: everything was made by this object and is destroyed once. Errors at the end of a process help nobody.
+        unsafe {
+            for plan in plans.into_values() {
+                result::destroy_matmul_desc(plan.product).ok();
+                for layout in [plan.w, plan.x, plan.y] {
+                    result::destroy_matrix_layout(layout).ok();
+                }
+            }
+            result::destroy_handle(self.handle).ok();
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! The CUDA backend: the operations of [`super::cpu`] at the speed of an NVIDIA GPU.
+//!
+//! | file | what |
+//! |---|---|
+//! | `library` | finding CUDA's libraries |
+//! | `compile` | kernel sources → machine code, cached on disk |
+//! | `device` | memory, launches, one stream |
+//! | `weight` | packed weights and their decoding |
+//! | `tensor` | activations |
+//! | `gemm` | cuBLASLt |
+//! | `linear` | y = x · wᵀ in its variants |
+//! | `loss` | logits, likelihoods and divergences |
+//!
+//! # Rounding
+//!
+//! Weights decode to the CPU's F32 values bit for bit and are then rounded once to bf16 (exact for MXFP4 and bf16
+//! checkpoints). Embeddings and the residual stream are F32; `linear_add` adds a product's F32 sums to it unrounded. The
+//! outputs of norms, linears, rope, swiglu and attention are rounded once each to bf16; sums, softmax and everything inside
+//! an operation are F32, but attention rounds queries, keys, values and probabilities to bf16 for its products. Logits are
+//! F32 sums of bf16 products. INT8 W8A8 products are exact integers, scaled in F32. With [`Precision::F32`] every
+//! activation and weight is F32 and products use F32 arithmetic without TF32.
+
+pub mod compile;
+pub mod device;
+mod gemm;
+pub mod library;
+mod linear;
+mod loss;
+mod tensor;
+mod weight;
+
+use anyhow::{Result, ensure};
+
+use self::compile::Kernel;
+use self::device::{Arg, Device, Geometry};
+use self::gemm::Gemm;
+pub use self::tensor::{Float, Tensor};
+pub use self::weight::{Stored, Weight, scheme_defines};
+use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score};
+use crate::scheme::Activations;
+use crate::tensor::Matrix;
+
+/// Number type of activations between operations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// As models are served.
+    #[default]
+    Bf16,
+    /// `--precise`: a slow reference.
+    F32,
+}
+
+/// One NVIDIA GPU.
+pub struct Cuda {
+    device: Device,
+    gemm: Gemm,
+    /// Number type of what operations write.
+    float: Float,
+}
+
+impl Cuda {
+    /// Opens GPU number `ordinal`. Errors, with the cure, without a driver, NVRTC, cuBLASLt or a supported GPU.
+    pub fn new(ordinal: usize, precision: Precision) -> Result<Self> {
+        let device = Device::open(ordinal)?;
+        let gemm = Gemm::new(&device)?;
+        let float = match precision {
+            Precision::Bf16 => Float::Bf16,
+            Precision::F32 => Float::F32,
+        };
+        Ok(Cuda { device, gemm, float })
+    }
+
+    /// Returns the device, for measurements.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Returns `x` in the number type products read.
+    fn rounded(&self, x: &Tensor) -> Result<Tensor> {
+        if x.float == self.float {
+            return Ok(x.clone());
+        }
+        self.cast(x, None, self.float)
+    }
+
+    /// Returns x + bias as `float`.
+    fn cast(&self, x: &Tensor, bias: Option<&Tensor>, float: Float) -> Result<Tensor> {
+        if let Some(bias) = bias {
+            ensure!(
+                bias.float == Float::F32 && bias.cols == x.cols,
+                "bias of {} for {} columns",
+                bias.cols,
+                x.cols
+            );
+        }
+        let y = Tensor::empty(&self.device, x.rows, x.cols, float)?;
+        self.device.launch(
+            Kernel::new("cast", &[&macro_of("X", x.float), &macro_of("Y", float)]),
+            elementwise(x)?,
+            &[
+                Arg::Pointer(x.at()),
+                Arg::Pointer(bias.map_or(0, Tensor::at)),
+                Arg::Pointer(y.at()),
+                Arg::U64(x.count() as u64),
+                Arg::U32(x.cols as u32),
+            ],
+        )?;
+        Ok(y)
+    }
+}
+
+/// Returns the definition that gives a kernel's type parameter its type.
+fn macro_of(parameter: &str, float: Float) -> String {
+    format!("{parameter}={}", float.c_name())
+}
+
+/// Returns the geometry of kernels that take eight values a thread.
+fn elementwise(x: &Tensor) -> Result<Geometry> {
+    ensure!(
+        x.cols.is_multiple_of(8),
+        "{} columns: the GPU wants a multiple of 8; use `--device cpu`",
+        x.cols
+    );
+    Ok(Geometry::flat(x.count().div_ceil(2048), 256))
+}
+
+fn u32_bytes(values: impl Iterator<Item = u32>) -> Vec<u8> {
+    values.flat_map(u32::to_le_bytes).collect()
+}
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Weight = Weight;
+
+    fn describe(&self) -> String {
+        let precision = match self.float {
+            Float::Bf16 => "bf16 activations, F32 sums and residual stream",
+            Float::F32 => "F32",
+        };
+        format!("{}, {precision}", self.device.name())
+    }
+
+    fn upload(&self, weight: Matrix) -> Result<Weight> {
+        Weight::upload(&self.device, &weight)
+    }
+
+    fn tensor(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Tensor> {
+        ensure!(values.len() == rows * cols, "{} values for [{rows}, {cols}]", values.len());
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Ok(Tensor::new(rows, cols, Float::F32, self.device.upload(&bytes)?))
+    }
+
+    fn read(&self, x: &Tensor) -> Result<Vec<f32>> {
+        let x = if x.float == Float::F32 { x.clone() } else { self.cast(x, None, Float::F32)? };
+        let mut bytes = vec![0u8; x.count() * 4];
+        self.device.download(x.buffer(), &mut bytes)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    fn select_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        ensure!(rows.iter().all(|&row| row < x.rows), "a row past the last of {}", x.rows);
+        let row_bytes = x.cols * x.float.bytes();
+        ensure!(
+            row_bytes.is_multiple_of(16),
+            "{} columns: the GPU wants a multiple of 8; use `--device cpu`",
+            x.cols
+        );
+        let y = Tensor::empty(&self.device, rows.len(), x.cols, x.float)?;
+        let indices = self.device.upload(&u32_bytes(rows.iter().map(|&row| row as u32)))?;
+        self.device.launch(
+            Kernel::new("gather", &[]),
+            Geometry::flat(rows.len(), 128),
+            &[
+                Arg::Pointer(x.at()),
+                Arg::Pointer(indices.at()),
+                Arg::Pointer(y.at()),
+                Arg::U32(row_bytes as u32),
+            ],
+        )?;
+        Ok(y)
+    }
+
+    fn embed(&self, table: &Weight, ids: &[u32]) -> Result<Tensor> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= table.rows) {
+            anyhow::bail!("token {id} is outside the vocabulary of {}", table.rows);
+        }
+        let uploaded = self.device.upload(&u32_bytes(ids.iter().copied()))?;
+        let values = table.embed(&self.device, &uploaded, ids.len())?;
+        Ok(Tensor::new(ids.len(), table.cols, Float::F32, values))
+    }
+
+    fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f32) -> Result<Tensor> {
+        let width = gain.count();
+        ensure!(gain.float == Float::F32, "gains are F32");
+        ensure!(
+            width.is_multiple_of(8) && x.cols.is_multiple_of(width),
+            "a gain of {width} for {} columns",
+            x.cols
+        );
+        let runs = x.count() / width;
+        let y = Tensor::empty(&self.device, x.rows, x.cols, self.float)?;
+        let geometry = match width {
+            ..=1024 => Geometry { grid: [runs.div_ceil(8), 1, 1], block: [32, 8], shared: 0 },
+            _ => Geometry::flat(runs, 256),
+        };
+        self.device.launch(
+            Kernel::new("rms_norm", &[&macro_of("X", x.float), &macro_of("Y", self.float)]),
+            geometry,
+            &[
+                Arg::Pointer(x.at()),
+                Arg::Pointer(gain.at()),
+                Arg::Pointer(y.at()),
+                Arg::U32(runs as u32),
+                Arg::U32(width as u32),
+                Arg::F32(eps),
+            ],
+        )?;
+        Ok(y)
+    }
+
+    fn linear(
+        &self,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        activations: Activations,
+    ) -> Result<Tensor> {
+        self.product(x, weight, bias, activations)
+    }
+
+    fn linear_add(
+        &self,
+        x: &mut Tensor,
+        input: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        activations: Activations,
+    ) -> Result<()> {
+        self.add_product(x, input, weight, bias, activations)
+    }
+
+    fn rope(&self, x: &mut Tensor, rope: &Rope, batch: Batch) -> Result<()> {
+        let half = rope.inverse_frequencies.len();
+        ensure!(
+            half.is_multiple_of(4) && (1..=128).contains(&half),
+            "head size {}: the GPU takes multiples of 8 up to 256",
+            2 * half
+        );
+        ensure!(x.cols.is_multiple_of(2 * half), "{} columns in heads of {}", x.cols, 2 * half);
+        ensure!(x.rows == batch.sequences * batch.tokens, "{} rows for {batch:?}", x.rows);
+        x.make_unique(&self.device)?;
+        let mut frequencies = [0u64; 64];
+        for (i, pair) in rope.inverse_frequencies.chunks(2).enumerate() {
+            let bits = |value: Option<&f32>| u64::from(value.map_or(0, |value| value.to_bits()));
+            frequencies[i] = bits(pair.first()) | bits(pair.get(1)) << 32;
+        }
+        self.device.launch(
+            Kernel::new("rope", &[&macro_of("X", x.float)]),
+            Geometry::flat(x.rows, 256),
+            &[
+                Arg::Pointer(x.at()),
+                Arg::Struct(&frequencies),
+                Arg::U32((x.cols / (2 * half)) as u32),
+                Arg::U32(half as u32),
+                Arg::U32(batch.tokens as u32),
+                Arg::U32(0),
+            ],
+        )
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: &AttentionShape,
+        batch: Batch,
+    ) -> Result<Tensor> {
+        let AttentionShape { heads, kv_heads, head_dim, window, scale } = *shape;
+        ensure!(
+            head_dim % 16 == 0 && head_dim <= 256,
+            "head size {head_dim}: the GPU takes multiples of 16 up to 256"
+        );
+        ensure!(kv_heads > 0 && heads % kv_heads == 0, "{heads} query heads for {kv_heads} key heads");
+        ensure!(window != Some(0), "a sliding window of 0 sees nothing");
+        for (x, count) in [(q, heads), (k, kv_heads), (v, kv_heads)] {
+            ensure!(
+                x.rows == batch.sequences * batch.tokens && x.cols == count * head_dim,
+                "[{}, {}] for {shape:?}",
+                x.rows,
+                x.cols
+            );
+        }
+        let (q, k, v) = (self.rounded(q)?, self.rounded(k)?, self.rounded(v)?);
+        let y = Tensor::empty(&self.device, q.rows, q.cols, self.float)?;
+        let (kernel, block_rows, geometry) = match self.float {
+            Float::F32 => {
+                (Kernel::new("attention_precise", &[&format!("D={head_dim}")]), 8, Geometry::flat(0, 256))
+            }
+            Float::Bf16 => flash_attention(head_dim),
+        };
+        let grid = [batch.tokens.div_ceil(block_rows), heads, batch.sequences];
+        self.device.launch(
+            kernel,
+            Geometry { grid, ..geometry },
+            &[
+                Arg::Pointer(q.at()),
+                Arg::Pointer(k.at()),
+                Arg::Pointer(v.at()),
+                Arg::Pointer(y.at()),
+                Arg::U32(batch.tokens as u32),
+                Arg::U32(heads as u32),
+                Arg::U32(kv_heads as u32),
+                Arg::U32(window.map_or(u32::MAX / 2, |window| window.min(1 << 30) as u32)),
+                Arg::F32(scale),
+            ],
+        )?;
+        Ok(y)
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        ensure!(gate.rows == up.rows && gate.cols == up.cols, "gate and up differ in shape");
+        let (gate, up) = (self.rounded(gate)?, self.rounded(up)?);
+        let y = Tensor::empty(&self.device, gate.rows, gate.cols, self.float)?;
+        self.device.launch(
+            Kernel::new("swiglu", &[&macro_of("X", self.float)]),
+            elementwise(&gate)?,
+            &[
+                Arg::Pointer(gate.at()),
+                Arg::Pointer(up.at()),
+                Arg::Pointer(y.at()),
+                Arg::U64(y.count() as u64),
+            ],
+        )?;
+        Ok(y)
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        ensure!(x.rows == y.rows && x.cols == y.cols, "the sum of differing shapes");
+        ensure!(x.float == Float::F32, "only the residual stream, which is F32, is added to");
+        x.make_unique(&self.device)?;
+        self.device.launch(
+            Kernel::new("add", &[&macro_of("X", y.float)]),
+            elementwise(x)?,
+            &[Arg::Pointer(x.at()), Arg::Pointer(y.at()), Arg::U64(x.count() as u64)],
+        )
+    }
+
+    fn score(&self, hidden: &Tensor, head: &Weight, targets: &[u32]) -> Result<Vec<Score>> {
+        self.score_rows(hidden, head, targets)
+    }
+
+    fn compare(
+        &self,
+        baseline: (&Tensor, &Weight),
+        model: (&Tensor, &Weight),
+        targets: &[u32],
+    ) -> Result<Vec<Divergence>> {
+        self.compare_rows(baseline, model, targets)
+    }
+}
+
+/// Returns the kernel for a head size, the queries a block takes, and its geometry without the grid. Heads past 128 take
+/// smaller tiles, so that output, scores and queries of a warp stay in registers.
+fn flash_attention(head_dim: usize) -> (Kernel, usize, Geometry) {
+    let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
+    let defines = [format!("D={head_dim}"), format!("BC={tile}"), format!("WARPS={warps}")];
+    let shared = 4 * tile * (head_dim + 8) * 2;
+    let geometry = Geometry { grid: [0; 3], block: [32 * warps, 1], shared: shared as u32 };
+    (Kernel { name: "attention", defines: defines.to_vec() }, 16 * warps as usize, geometry)
+}

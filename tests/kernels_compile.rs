@@ -1,0 +1,76 @@
+//! Every kernel compiles for every architecture we name, in every variant the backend asks for. Needs NVRTC but no GPU:
+//! `pip install nvidia-cuda-nvrtc`, or `QUANT_CUDA_LIBRARIES=FOLDER`. Without NVRTC the test says so and passes.
+
+use quant::backend::cuda::compile::{Kernel, compile, names};
+use quant::backend::cuda::{library, scheme_defines};
+use quant::scheme::schemes;
+
+fn kernel(name: &'static str, defines: &str) -> Kernel {
+    Kernel::new(name, &defines.split_whitespace().collect::<Vec<_>>())
+}
+
+/// Returns all variants of the kernels that decode weights.
+fn decoding() -> Vec<Kernel> {
+    let dense = ["F32", "F16", "BF16"].map(|dtype| vec![format!("ELEMENT=DENSE_{dtype}")]);
+    let grouped = schemes::int8_grouped(128);
+    let packed = schemes::ALL.iter().chain([&grouped]).map(scheme_defines);
+    let mut kernels = Vec::new();
+    for defines in dense.into_iter().chain(packed) {
+        kernels.push(Kernel { name: "embed", defines: defines.clone() });
+        for float in ["float", "bf16"] {
+            let with_output = defines.iter().cloned().chain([format!("Y={float}")]).collect();
+            kernels.push(Kernel { name: "dequantize", defines: with_output });
+        }
+    }
+    kernels
+}
+
+fn variants() -> Vec<Kernel> {
+    let mut kernels = decoding();
+    for x in ["float", "bf16"] {
+        for name in ["add", "rope", "swiglu"] {
+            kernels.push(kernel(name, &format!("X={x}")));
+        }
+        for y in ["float", "bf16"] {
+            for name in ["cast", "rms_norm"] {
+                kernels.push(kernel(name, &format!("X={x} Y={y}")));
+            }
+        }
+        for codes in ["i8", "bf16", "float"] {
+            kernels.push(kernel("quantize_rows", &format!("X={x} C={codes}")));
+        }
+        for sums in ["int", "float"] {
+            kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));
+        }
+    }
+    for name in ["compare", "gather", "score"] {
+        kernels.push(kernel(name, ""));
+    }
+    for head_dim in [64, 80, 96, 128, 256] {
+        let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
+        kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps}")));
+        kernels.push(kernel("attention_precise", &format!("D={head_dim}")));
+    }
+    kernels
+}
+
+#[test]
+fn every_kernel_compiles_for_ampere_hopper_and_blackwell() {
+    if let Err(reason) = library::load_nvrtc() {
+        eprintln!("SKIPPED: {reason}");
+        return;
+    }
+    let kernels = variants();
+    for name in names() {
+        assert!(
+            kernels.iter().any(|kernel| kernel.name == name),
+            "kernel `{name}` has no variant in this test"
+        );
+    }
+    for architecture in ["sm_80", "sm_90a", "sm_100"] {
+        for kernel in &kernels {
+            let code = compile(kernel, architecture).unwrap_or_else(|error| panic!("{error:#}"));
+            assert_eq!(&code[..4], b"\x7fELF", "{kernel:?} for {architecture}");
+        }
+    }
+}
