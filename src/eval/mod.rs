@@ -1,1 +1,3 @@
 //! Measuring what was written: perplexity and divergence from a baseline.
+
+pub mod speed;

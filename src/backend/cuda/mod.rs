@@ -75,8 +75,13 @@ impl Cuda {
         &self.device
     }
 
+    /// Returns a weight's values: F32 bit for bit as on the CPU, bf16 rounded once.
+    pub fn dequantize(&self, weight: &Weight, float: Float) -> Result<Tensor> {
+        Ok(Tensor::new(weight.rows, weight.cols, float, weight.dequantize(&self.device, float)?))
+    }
+
     /// Returns `x` in the number type products read.
-    fn rounded(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn rounded(&self, x: &Tensor) -> Result<Tensor> {
         if x.float == self.float {
             return Ok(x.clone());
         }

@@ -1,0 +1,29 @@
+//! Rates of the GPU and of our kernels on it, as a table. Ignored by default: `scripts/gpu.sh` runs it.
+
+use quant::backend::Batch;
+use quant::backend::cuda::{Cuda, Precision};
+use quant::eval::speed::{self, LLAMA_8B, Rate};
+use quant::scheme::schemes::{MXFP4, Q4_K};
+
+#[test]
+#[ignore = "measures speed on a GPU"]
+fn rates() {
+    let cuda = Cuda::new(0, Precision::Bf16).unwrap();
+    let show = |rate: &Rate| {
+        let share = rate.share.map_or(String::new(), |share| format!("{:.1} %", 100.0 * share));
+        println!("| {} | {:.1} {} | {share} |", rate.what, rate.value, rate.unit);
+    };
+    let copy = speed::copy_bandwidth(&cuda).unwrap();
+    let products = speed::matrix_rate(&cuda).unwrap();
+    show(&Rate { what: "device copy, read + write".into(), value: copy / 1e9, unit: "GB/s", share: None });
+    show(&Rate { what: "8192³ bf16 product".into(), value: products / 1e12, unit: "TFLOP/s", share: None });
+    speed::dequantize(&cuda, copy).unwrap().iter().for_each(show);
+    for (head_dim, tokens) in [(64, 2048), (128, 512), (128, 2048), (128, 8192), (256, 2048)] {
+        show(&speed::attention(&cuda, head_dim, tokens, products).unwrap());
+    }
+    for scheme in [None, Some(MXFP4), Some(Q4_K)] {
+        for sequences in [1, 4, 8] {
+            show(&speed::prefill(&cuda, LLAMA_8B, scheme, Batch { sequences, tokens: 2048 }).unwrap());
+        }
+    }
+}
