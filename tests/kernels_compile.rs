@@ -1,6 +1,8 @@
 //! Every kernel compiles for every architecture we name, in every variant the backend asks for. Needs NVRTC but no GPU:
 //! `pip install nvidia-cuda-nvrtc`, or `QUANT_CUDA_LIBRARIES=FOLDER`. Without NVRTC the test says so and passes.
 
+#![allow(clippy::unwrap_used)]
+
 use quant::backend::cuda::compile::{Kernel, compile, names};
 use quant::backend::cuda::{library, scheme_defines};
 use quant::scheme::schemes;

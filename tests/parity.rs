@@ -3,6 +3,8 @@
 //! Inputs are bf16 values, so that both sides start from the same numbers; bounds follow from the roundings that
 //! `backend/cuda/mod.rs` lists. Without a GPU the tests say so and pass, unless `QUANT_REQUIRE_GPU` is set.
 
+#![allow(clippy::unwrap_used)]
+
 use quant::backend::cpu::Cpu;
 use quant::backend::cuda::{Cuda, Float, Precision};
 use quant::backend::{AttentionShape, Backend, Batch, Rope};

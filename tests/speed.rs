@@ -1,5 +1,7 @@
 //! Rates of the GPU and of our kernels on it, as a table. Ignored by default: `scripts/gpu.sh` runs it.
 
+#![allow(clippy::unwrap_used)]
+
 use quant::backend::Batch;
 use quant::backend::cuda::{Cuda, Precision};
 use quant::eval::speed::{self, LLAMA_8B, Rate};
