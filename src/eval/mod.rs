@@ -1,3 +1,204 @@
-//! Measuring what was written: perplexity and divergence from a baseline.
+//! Measuring what was written: perplexity, and divergence from a baseline.
+//!
+//! All models walk through the windows in lock step, so that one window's activations are all that is kept beside the
+//! weights and the baseline runs once per window. Logits are exact and never stored ([`Backend::compare`]).
 
+pub mod protocol;
+pub mod report;
 pub mod speed;
+pub mod statistics;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use self::protocol::{Protocol, Scored};
+pub use self::report::{Report, Row};
+use self::statistics::{mean, perplexity_difference_error, quantile, standard_error};
+use crate::backend::{Backend, Batch, Divergence, Score};
+use crate::model::Model;
+
+/// A loaded model and what its row says of it.
+pub struct Subject<'a, B: Backend> {
+    /// Name as the user gave it.
+    pub name: String,
+    /// Format name.
+    pub format: String,
+    /// Stored bytes of all tensors.
+    pub bytes: u64,
+    /// `8 · bytes / weights`.
+    pub bits_per_weight: f64,
+    /// The weights.
+    pub model: &'a Model<B>,
+}
+
+/// Evaluates `models`, and against `baseline` if there is one; its row comes first. `tokens` are those of the whole text.
+///
+/// `progress(done, total)` is called after every model's window.
+///
+/// # Errors
+/// Vocabularies that differ from the baseline's, windows longer than a model's context, token ids outside a
+/// vocabulary, and losses that are not finite; each names the model.
+pub fn run<B: Backend>(
+    backend: &B,
+    baseline: Option<&Subject<B>>,
+    models: &[Subject<B>],
+    tokens: &[u32],
+    protocol: &Protocol,
+    progress: &dyn Fn(usize, usize),
+) -> Result<Report> {
+    let subjects = || baseline.into_iter().chain(models);
+    for subject in subjects() {
+        check(subject, baseline, tokens, protocol).with_context(|| subject.name.clone())?;
+    }
+    let total = protocol.windows * subjects().count();
+    let mut tallies: Vec<Tally> = subjects().map(|_| Tally::default()).collect();
+    for window in 0..protocol.windows {
+        let ids = protocol.window(tokens, window);
+        let mut reference = None;
+        for (at, subject) in subjects().enumerate() {
+            let context = || format!("{}, window {}", subject.name, window + 1);
+            let is_baseline = at == 0 && baseline.is_some();
+            let hidden = tallies[at]
+                .measure(backend, subject, &ids, protocol, reference.as_ref())
+                .with_context(context)?;
+            if is_baseline {
+                reference = Some((hidden, subject.model.head()));
+            }
+            progress(window * subjects().count() + at + 1, total);
+        }
+    }
+    let reference = baseline.map(|_| tallies[0].window_nll.clone());
+    let rows = subjects().zip(tallies).enumerate().map(|(at, (subject, tally))| {
+        let compared_with = reference.as_deref().filter(|_| at > 0);
+        tally.into_row(subject, compared_with, protocol)
+    });
+    Ok(Report { protocol: protocol.clone(), rows: rows.collect() })
+}
+
+fn check<B: Backend>(
+    subject: &Subject<B>,
+    baseline: Option<&Subject<B>>,
+    tokens: &[u32],
+    protocol: &Protocol,
+) -> Result<()> {
+    let config = &subject.model.config;
+    if let Some(baseline) = baseline {
+        let (found, wanted) = (config.vocab_size, baseline.model.config.vocab_size);
+        ensure!(
+            found == wanted,
+            "its vocabulary has {found} tokens and the baseline's ({}) {wanted}; a divergence needs one vocabulary",
+            baseline.name
+        );
+    }
+    ensure!(
+        protocol.n_ctx <= config.max_position_embeddings,
+        "windows of {} tokens exceed its context of {}; use a smaller `--ctx`",
+        protocol.n_ctx,
+        config.max_position_embeddings
+    );
+    ensure!(
+        tokens.len() >= protocol.windows * protocol.n_ctx,
+        "{} tokens do not fill {} windows of {}",
+        tokens.len(),
+        protocol.windows,
+        protocol.n_ctx
+    );
+    if let Some(id) = tokens.iter().chain(&protocol.bos).find(|&&id| id as usize >= config.vocab_size) {
+        bail!(
+            "token id {id} is outside its vocabulary of {}; was the text tokenized for another model?",
+            config.vocab_size
+        );
+    }
+    Ok(())
+}
+
+/// What one model's windows add up to.
+#[derive(Default)]
+struct Tally {
+    /// Mean negative log-likelihood of each window.
+    window_nll: Vec<f64>,
+    /// Mean divergence of each window.
+    window_kld: Vec<f64>,
+    /// Divergence of each position.
+    kld: Vec<f32>,
+    /// Positions whose most likely token is the baseline's.
+    same_top: usize,
+    elapsed: Duration,
+}
+
+impl Tally {
+    /// Runs one window and returns its final hidden states at the scored positions. `reference` holds those of the
+    /// baseline, and its head.
+    fn measure<B: Backend>(
+        &mut self,
+        backend: &B,
+        subject: &Subject<B>,
+        ids: &[u32],
+        protocol: &Protocol,
+        reference: Option<&(B::Tensor, &B::Weight)>,
+    ) -> Result<B::Tensor> {
+        let started = Instant::now();
+        let scored = protocol.scored();
+        let targets = &ids[scored.start + 1..scored.end + 1];
+        let batch = Batch { sequences: 1, tokens: ids.len() };
+        let hidden = subject.model.hidden(backend, ids, batch)?;
+        let hidden = backend.select_rows(&hidden, &scored.collect::<Vec<_>>())?;
+        let head = subject.model.head();
+        match reference {
+            None => self.add_scores(&backend.score(&hidden, head, targets)?)?,
+            Some((baseline, baseline_head)) => {
+                self.add_divergences(&backend.compare(
+                    (baseline, baseline_head),
+                    (&hidden, head),
+                    targets,
+                )?)?;
+            }
+        }
+        self.elapsed += started.elapsed();
+        Ok(hidden)
+    }
+
+    fn add_scores(&mut self, scores: &[Score]) -> Result<()> {
+        let nll: Vec<f64> = scores.iter().map(|score| score.nll as f64).collect();
+        let nll = mean(&nll);
+        ensure!(nll.is_finite(), "the loss is {nll}; the weights overflow or hold NaN");
+        self.window_nll.push(nll);
+        Ok(())
+    }
+
+    fn add_divergences(&mut self, divergences: &[Divergence]) -> Result<()> {
+        self.add_scores(&divergences.iter().map(|d| d.model).collect::<Vec<_>>())?;
+        let start = self.kld.len();
+        self.kld.extend(divergences.iter().map(|d| d.kld));
+        self.window_kld.push(mean(&self.kld[start..].iter().map(|&kld| kld as f64).collect::<Vec<_>>()));
+        self.same_top += divergences.iter().filter(|d| d.model.top == d.baseline.top).count();
+        Ok(())
+    }
+
+    /// Returns the model's row; `baseline` holds the baseline's loss in each window.
+    fn into_row<B: Backend>(
+        mut self,
+        subject: &Subject<B>,
+        baseline: Option<&[f64]>,
+        protocol: &Protocol,
+    ) -> Row {
+        let tokens = protocol.windows * protocol.scored().len();
+        let ppl = mean(&self.window_nll).exp();
+        Row {
+            model: subject.name.clone(),
+            format: subject.format.clone(),
+            bytes: subject.bytes,
+            bits_per_weight: subject.bits_per_weight,
+            ppl,
+            delta_ppl: baseline.map(|nll| ppl - mean(nll).exp()),
+            delta_ppl_se: baseline.and_then(|nll| perplexity_difference_error(&self.window_nll, nll)),
+            kld: baseline.map(|_| mean(&self.window_kld)),
+            kld_se: baseline.and_then(|_| standard_error(&self.window_kld)),
+            kld_p99: baseline.map(|_| quantile(&mut self.kld, 0.99)),
+            top1: baseline.map(|_| self.same_top as f64 / tokens as f64),
+            tokens,
+            tok_per_s: (protocol.windows * protocol.n_ctx) as f64 / self.elapsed.as_secs_f64(),
+        }
+    }
+}
