@@ -1,6 +1,6 @@
 //! One decoder layer: attention and a gated feed-forward part, each behind an RMS norm and added to the residual stream.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use super::config::Config;
 use super::{TensorSource, read_vector, read_weight};
@@ -20,30 +20,8 @@ pub struct LayerConstants {
 }
 
 impl LayerConstants {
-    /// Returns the constants of a configuration, with the frequency divisors a GGUF file may carry (Llama 3 scaling).
-    ///
-    /// # Errors
-    /// If there are divisors and the configuration scales too: the file would scale twice.
-    pub fn new(config: &Config, source: &impl TensorSource) -> Result<Self> {
-        let mut rope = config.rope();
-        let id = TensorId::global(Role::RopeFreqs);
-        if source.contains(id) {
-            ensure!(
-                config.rope_divisors().iter().all(|&divisor| divisor == 1.0),
-                "{id} is present and the configuration scales RoPE as well; one of the two must go"
-            );
-            let divisors = source.read(id)?.to_f32();
-            ensure!(
-                divisors.len() == rope.inverse_frequencies.len() && divisors.iter().all(|&d| d > 0.0),
-                "{id} holds {} divisors; wanted {} positive ones",
-                divisors.len(),
-                rope.inverse_frequencies.len()
-            );
-            rope.inverse_frequencies
-                .iter_mut()
-                .zip(divisors)
-                .for_each(|(frequency, divisor)| *frequency /= divisor);
-        }
+    /// Returns the constants of a configuration.
+    pub fn new(config: &Config) -> Self {
         let attention = AttentionShape {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
@@ -51,7 +29,7 @@ impl LayerConstants {
             window: config.sliding_window,
             scale: (config.head_dim as f64).powf(-0.5) as f32,
         };
-        Ok(LayerConstants { attention, rope, eps: config.rms_norm_eps })
+        LayerConstants { attention, rope: config.rope(), eps: config.rms_norm_eps }
     }
 }
 

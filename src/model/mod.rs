@@ -18,9 +18,6 @@ use crate::tensor::Matrix;
 
 /// Where a model's tensors come from.
 pub trait TensorSource {
-    /// Whether there is such a tensor.
-    fn contains(&self, id: TensorId) -> bool;
-
     /// Reads a whole tensor in Hugging Face row order.
     fn read(&self, id: TensorId) -> Result<Matrix>;
 
@@ -29,10 +26,6 @@ pub trait TensorSource {
 }
 
 impl TensorSource for Checkpoint {
-    fn contains(&self, id: TensorId) -> bool {
-        self.tensors.contains_key(&id)
-    }
-
     fn read(&self, id: TensorId) -> Result<Matrix> {
         Checkpoint::read(self, id)
     }
@@ -71,7 +64,7 @@ impl<B: Backend> Model<B> {
         let head = TensorId::global(Role::Head);
         Ok(Model {
             config: config.clone(),
-            constants: LayerConstants::new(config, source)?,
+            constants: LayerConstants::new(config),
             embed: read_weight(backend, source, TensorId::global(Role::Embed), table)?,
             layers: (0..config.num_hidden_layers)
                 .map(|layer| Layer::load(backend, config, source, layer))
