@@ -18,11 +18,16 @@
 //! Sink::finish (fsync, rename) ─▶ Checkpoint::open(artifact) ─ unpack ─▶ Model ─▶ eval ─▶ Report
 //! ```
 
+pub mod artifact;
 pub mod backend;
 pub mod calib;
 pub mod checkpoint;
+pub mod cli;
+pub mod cmd;
 pub mod container;
+pub mod convert;
 pub mod dialect;
+pub mod embedded;
 pub mod eval;
 pub mod hub;
 pub mod loaders;
@@ -31,5 +36,8 @@ pub mod method;
 pub mod model;
 pub mod names;
 pub mod num;
+pub mod output;
+pub mod plan;
+pub mod recipe;
 pub mod scheme;
 pub mod tensor;

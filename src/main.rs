@@ -1,3 +1,32 @@
-//! The `quant` command.
+//! The `quant` command: parse, run, print the error chain, set the exit status.
 
-fn main() {}
+use std::io;
+use std::process::ExitCode;
+
+use clap::Parser;
+use quant::cli::Cli;
+use quant::cmd::{self, Outcome};
+
+/// A quality gate failed: the run worked, the answer is no.
+const GATE_FAILED: u8 = 1;
+/// Bad usage or input; clap uses the same number for flags it does not know.
+const BAD_INPUT: u8 = 2;
+
+fn main() -> ExitCode {
+    match cmd::run(Cli::parse()) {
+        Ok(Outcome::Ok) => ExitCode::SUCCESS,
+        Ok(Outcome::GateFailed) => ExitCode::from(GATE_FAILED),
+        // Whoever read our output has what they wanted (`quant inspect | head`).
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(BAD_INPUT)
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe))
+}

@@ -8,8 +8,8 @@
 //! is cheap since the conversion has just brought the file into memory.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -145,6 +145,31 @@ pub struct Evaluation {
 }
 
 impl Manifest {
+    /// Returns the manifest of a conversion that is about to start.
+    pub fn new(recipe: Value, source: Source) -> Self {
+        Manifest {
+            quant_version: env!("CARGO_PKG_VERSION").to_string(),
+            command: command_line(std::env::args()),
+            recipe,
+            source,
+            calibration: None,
+            tensors: BTreeMap::new(),
+            outputs: Hashes::new(),
+            side_files: Hashes::new(),
+            evaluation: None,
+        }
+    }
+
+    /// Writes `quant.json` into a folder, in place of one that stands there.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(FILE_NAME);
+        let failed = || format!("{}: cannot be written", path.display());
+        let mut file = tempfile::NamedTempFile::new_in(folder).with_context(failed)?;
+        file.write_all(self.to_json()?.as_bytes()).with_context(failed)?;
+        file.persist(&path).with_context(failed)?;
+        Ok(())
+    }
+
     /// Returns the file's contents.
     pub fn to_json(&self) -> Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
@@ -221,6 +246,19 @@ fn codec_name(codec: Codec) -> String {
 /// Returns the SHA-256 of those files of a folder, computed in parallel.
 pub fn hash_files(folder: &Path, names: &[String]) -> Result<Hashes> {
     names.par_iter().map(|name| Ok((name.clone(), hash_file(&folder.join(name))?))).collect()
+}
+
+/// Returns the SHA-256 of every file of an artifact folder but `quant.json`.
+pub fn hash_folder(folder: &Path) -> Result<Hashes> {
+    let failed = || format!("{}: cannot be listed", folder.display());
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).with_context(failed)? {
+        let entry = entry.with_context(failed)?;
+        if entry.path().is_file() && entry.file_name() != FILE_NAME {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    hash_files(folder, &names)
 }
 
 /// Returns the SHA-256 of a file, lower-case hexadecimal.

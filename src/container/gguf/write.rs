@@ -32,6 +32,12 @@ impl GgufSink {
         let tensors = specs.iter().cloned().zip(slots).collect();
         Ok(GgufSink { draft, payload: Payload::new(vec![(path.to_path_buf(), file)], tensors) })
     }
+
+    /// Returns the exact size of the file. Errors as [`GgufSink::create`] for tensors that GGUF cannot hold.
+    pub fn bytes(metadata: &Metadata, specs: &[TensorSpec]) -> Result<u64> {
+        let (header, _, payload_bytes) = header(metadata, specs)?;
+        Ok(header.len() as u64 + payload_bytes)
+    }
 }
 
 impl Sink for GgufSink {

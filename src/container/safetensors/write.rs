@@ -62,6 +62,18 @@ impl SafetensorsSink {
         Ok(sink)
     }
 
+    /// Returns the exact size of all files that [`SafetensorsSink::create`] and complete writes make, side files left
+    /// out. Errors as `create` for tensors that safetensors cannot hold.
+    pub fn bytes(specs: &[TensorSpec], metadata: &[(&str, &str)], shard_bytes: u64) -> Result<u64> {
+        let shards = split(specs, shard_bytes);
+        let total: u64 = specs.iter().map(TensorSpec::bytes).sum();
+        let mut bytes = total;
+        for members in &shards {
+            bytes += header(specs, members, metadata)?.0.len() as u64;
+        }
+        Ok(if shards.len() > 1 { bytes + index(specs, &shards, total).len() as u64 } else { bytes })
+    }
+
     /// Writes a side file (tokenizer, configuration) into the folder.
     pub fn add_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.draft.path().join(name);

@@ -12,6 +12,8 @@ mod tile;
 
 use multiversion::multiversion;
 
+use std::fmt;
+
 use super::{Offset, QTensor, Scheme, Span};
 use crate::method::rtn;
 use crate::num::Codec;
@@ -28,6 +30,17 @@ pub enum ScaleRule {
     /// Tries the neighbouring exponents and keeps the least weighted squared error.
     #[default]
     Search,
+}
+
+impl fmt::Display for ScaleRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ScaleRule::Floor => "floor",
+            ScaleRule::Even => "even",
+            ScaleRule::T7_25 => "t7.25",
+            ScaleRule::Search => "search",
+        })
+    }
 }
 
 /// Returns the scales and offsets of every group of `weights` `[rows, cols]`, with the codes rounded to nearest.

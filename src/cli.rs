@@ -1,0 +1,245 @@
+//! What can be typed. Types only: nothing here reads a file or decides anything.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::scheme::fit::ScaleRule;
+
+const EXAMPLES: &str = "Examples:
+  quant convert --format mxfp4                          the embedded model: convert, load back, measure
+  quant convert ./Llama-3.2-1B --format q4_k_m -o llama-3.2-1b.gguf
+  quant convert Qwen/Qwen3-0.6B --format mxfp4,int8 -o out --json report.json
+  quant convert ./model --format q4_k_m --dry-run       what would be written, and who can load it
+  quant eval out/model.gguf --baseline ./model --ppl --kld
+  quant inspect out/model.gguf
+
+Results go to standard output, progress and notes to standard error.
+Exit status: 0 ok, 1 a quality gate failed, 2 bad usage or input.";
+
+/// Quantize Hugging Face checkpoints and measure what was written
+#[derive(Parser, Debug)]
+#[command(name = "quant", version, about, after_help = EXAMPLES, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+}
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+pub struct Global {
+    /// Print results and errors only
+    #[arg(long, short, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Print every tensor and every decision
+    #[arg(long, short, global = true)]
+    pub verbose: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+}
+
+/// The subcommands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Quantize a model, load the result back and measure what it lost
+    Convert(ConvertArgs),
+    /// Measure perplexity and divergence from a baseline
+    Eval(EvalArgs),
+    /// Print a model's tensors, formats and sizes
+    Inspect(InspectArgs),
+    /// Print a shell completion script
+    Completions(CompletionsArgs),
+}
+
+/// `quant convert`
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
+    pub model: Option<String>,
+    /// What to write, one or several: mxfp4, int8, int8-w8a8, q4_k_m, q4_k_s, q5_k_m, q5_k_s, q6_k, q8_0, q4_0
+    #[arg(long, short, required = true, value_delimiter = ',', value_name = "FORMAT")]
+    pub format: Vec<String>,
+    /// Who will read it: compressed-tensors (vLLM, transformers) or gguf (llama.cpp) [default: the format's own]
+    #[arg(long, value_name = "DIALECT")]
+    pub dialect: Option<String>,
+    /// How codes are chosen
+    #[arg(long, value_enum, default_value_t = MethodArg::Auto)]
+    pub method: MethodArg,
+    /// How the power-of-two scales of mxfp4 are chosen
+    #[arg(long, value_enum, default_value_t = ScaleRuleArg::Search)]
+    pub scale_rule: ScaleRuleArg,
+    /// Columns that share a scale (int8): 32, 64 or 128 [default: the whole row]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub group_size: Option<u32>,
+    /// One scheme for every matrix instead of the format's mix (GGUF)
+    #[arg(long)]
+    pub pure: bool,
+    /// Calibration text [default: the embedded one]
+    #[arg(long, value_name = "FILE")]
+    pub calib: Option<PathBuf>,
+    /// Where to write: a path ending in .gguf is the file itself, anything else a folder [default: ./MODEL-FORMAT]
+    #[arg(long, short, value_name = "PATH")]
+    pub out: Option<PathBuf>,
+    /// Replace an existing output
+    #[arg(long)]
+    pub force: bool,
+    /// Print the plan and stop: schemes, fallbacks, sizes, memory, who can load it
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not load the result back and measure it
+    #[arg(long)]
+    pub no_validate: bool,
+    /// Refuse to write any tensor in another scheme than the format asks for
+    #[arg(long)]
+    pub no_fallback: bool,
+    /// Accept a source that is already quantized
+    #[arg(long)]
+    pub allow_requantize: bool,
+    /// Largest safetensors file, in GB (10^9 bytes)
+    #[arg(long, value_name = "GB", default_value_t = 5.0)]
+    pub shard_size: f64,
+    /// Write the report as JSON; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Where the model comes from and where it runs.
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// How the result is measured.
+    #[command(flatten)]
+    pub protocol: ProtocolArgs,
+}
+
+/// `quant eval`
+#[derive(Args, Debug)]
+pub struct EvalArgs {
+    /// Folders, safetensors files, GGUF files or hub ids [default: the embedded tiny-llama]
+    pub models: Vec<String>,
+    /// What to compare with, usually the unquantized model
+    #[arg(long, value_name = "MODEL")]
+    pub baseline: Option<String>,
+    /// Measure perplexity (and its change, given a baseline); the default
+    #[arg(long)]
+    pub ppl: bool,
+    /// Measure KL divergence from the baseline and same-top-1
+    #[arg(long, requires = "baseline")]
+    pub kld: bool,
+    /// Write the rows as JSON; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the rows as CSV; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Where the models come from and where they run.
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// How they are measured.
+    #[command(flatten)]
+    pub protocol: ProtocolArgs,
+}
+
+/// `quant inspect`
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
+    pub model: Option<String>,
+    /// Write the same as JSON; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Branch, tag or commit of a hub id
+    #[arg(long, value_name = "REV")]
+    pub revision: Option<String>,
+}
+
+/// `quant completions`
+#[derive(Args, Debug)]
+pub struct CompletionsArgs {
+    /// The shell to print for
+    pub shell: clap_complete::Shell,
+}
+
+/// Where models come from and where they run.
+#[derive(Args, Clone, Debug)]
+pub struct SourceArgs {
+    /// Branch, tag or commit of a hub id
+    #[arg(long, value_name = "REV")]
+    pub revision: Option<String>,
+    /// Where models run: auto, cpu or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
+}
+
+/// How models are measured.
+#[derive(Args, Clone, Debug)]
+pub struct ProtocolArgs {
+    /// Evaluation text [default: the embedded one]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Tokens in a window
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub ctx: Option<u32>,
+    /// At most this many windows
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub windows: Option<u32>,
+    /// Which positions of a window are scored
+    #[arg(long, value_enum, default_value_t = ProtocolArg::LlamaCpp)]
+    pub protocol: ProtocolArg,
+}
+
+/// `--protocol`
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProtocolArg {
+    /// The second half of each window of 512, as llama-perplexity does
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+    /// Every position of each window of 2048, as papers do
+    Full,
+}
+
+/// `--method`
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MethodArg {
+    /// The best method this version has for the format
+    Auto,
+    /// Round to nearest after an error-minimising scale search; needs no calibration
+    Rtn,
+}
+
+/// `--scale-rule`
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleRuleArg {
+    /// OCP and ggml: the block's maximum may clip by up to a quarter
+    Floor,
+    /// compressed-tensors: step up when the maximum passes 7 times the scale
+    Even,
+    /// Step up when the maximum passes 7.25 times the scale
+    #[value(name = "t7.25")]
+    T7_25,
+    /// Keep the exponent of least squared error
+    Search,
+}
+
+impl From<ScaleRuleArg> for ScaleRule {
+    fn from(rule: ScaleRuleArg) -> Self {
+        match rule {
+            ScaleRuleArg::Floor => ScaleRule::Floor,
+            ScaleRuleArg::Even => ScaleRule::Even,
+            ScaleRuleArg::T7_25 => ScaleRule::T7_25,
+            ScaleRuleArg::Search => ScaleRule::Search,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,264 @@
+//! `quant convert`: load → plan → quantize → write → load the artifact back → measure → report.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use super::measure::{self, Request};
+use super::{ModelRef, Outcome, plan_report, show};
+use crate::artifact::{self, Artifact};
+use crate::checkpoint::Checkpoint;
+use crate::cli::{ConvertArgs, MethodArg};
+use crate::convert;
+use crate::eval::{Report, Row};
+use crate::manifest::{self, Evaluation, Manifest, SchemeRecord, Source, TensorRecord};
+use crate::num::Codec;
+use crate::output::{self, Printer, Unit};
+use crate::plan::{Action, Plan, Step};
+use crate::recipe::{Method, Recipe};
+use crate::scheme::{Distortion, Span};
+
+/// One artifact: what was asked, what was decided, where it goes.
+struct Task {
+    plan: Plan,
+    artifact: Artifact,
+    manifest: Manifest,
+    out: PathBuf,
+}
+
+/// Runs the whole pipeline for every format.
+pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
+    let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
+    let source = Checkpoint::open(&model.path)?;
+    let mut tasks = tasks(args, &model, &source)?;
+    report_fallbacks(&tasks, printer);
+    if args.dry_run {
+        return dry_run(args, &tasks, printer);
+    }
+    let request = (!args.no_validate)
+        .then(|| Request::new(&args.protocol, &args.source.device, &source))
+        .transpose()?
+        .map(|request| request.within_budget(source.total_weights()));
+    for task in &mut tasks {
+        write(args, &source, task, printer)?;
+    }
+    let artifacts = tasks.iter().map(|task| Checkpoint::open(&task.out)).collect::<Result<Vec<_>>>()?;
+    let measured = request
+        .map(|request| measure::run(&request, Some(&source), &artifacts.iter().collect::<Vec<_>>(), printer))
+        .transpose()?;
+    for (i, task) in tasks.iter_mut().enumerate() {
+        // The first row is the source's own.
+        finish_manifest(args, task, &source, measured.as_ref().map(|report| (report, &report.rows[i + 1])))?;
+    }
+    report(args, &tasks, measured.as_ref(), printer)?;
+    Ok(Outcome::Ok)
+}
+
+/// Decides everything that headers can decide, for every format, before anything is written.
+fn tasks(args: &ConvertArgs, model: &ModelRef, source: &Checkpoint) -> Result<Vec<Task>> {
+    let file_named = args.out.as_deref().is_some_and(is_gguf);
+    ensure!(
+        !(file_named && args.format.len() > 1),
+        "`--out` names one file, but {} formats were asked for; name a folder",
+        args.format.len()
+    );
+    ensure!(args.shard_size > 0.0, "`--shard-size {}`: wanted a positive number of GB", args.shard_size);
+    let shard_bytes = (args.shard_size * 1e9) as u64;
+    let files = source_record(source, model)?;
+    let mut tasks = Vec::new();
+    for format in &args.format {
+        let recipe = recipe(args, format)?;
+        let out = out_path(args, model, &recipe)?;
+        let plan = Plan::new(source, &recipe)?;
+        let manifest = Manifest::new(recipe_json(&recipe), files.clone());
+        let artifact = Artifact::new(&plan, source, &model.short_name(), &manifest.gguf_keys(), shard_bytes)?;
+        tasks.push(Task { plan, artifact, manifest, out });
+    }
+    Ok(tasks)
+}
+
+fn recipe(args: &ConvertArgs, format: &str) -> Result<Recipe> {
+    let method = match args.method {
+        MethodArg::Auto | MethodArg::Rtn => Method::Rtn,
+    };
+    Ok(Recipe {
+        method,
+        scale_rule: args.scale_rule.into(),
+        pure: args.pure,
+        no_fallback: args.no_fallback,
+        allow_requantize: args.allow_requantize,
+        ..Recipe::new(format, args.dialect.as_deref(), args.group_size)?
+    })
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// Returns where a format goes: `--out` itself, or `MODEL-FORMAT` in it when several formats or GGUF files go into one
+/// folder.
+fn out_path(args: &ConvertArgs, model: &ModelRef, recipe: &Recipe) -> Result<PathBuf> {
+    let gguf = recipe.dialect.name() == "gguf";
+    let name = format!("{}-{}{}", model.short_name(), recipe.format.name, if gguf { ".gguf" } else { "" });
+    match args.out.as_deref() {
+        None => Ok(PathBuf::from(name)),
+        Some(out) if is_gguf(out) => {
+            ensure!(
+                gguf,
+                "`--out {}` names a GGUF file, but `{}` is written for {}; name a folder, or pass `--dialect gguf`",
+                out.display(),
+                recipe.format.name,
+                recipe.dialect.name()
+            );
+            Ok(out.to_path_buf())
+        }
+        Some(out) if args.format.len() > 1 || gguf => Ok(out.join(name)),
+        Some(out) => Ok(out.to_path_buf()),
+    }
+}
+
+fn report_fallbacks(tasks: &[Task], printer: Printer) {
+    for task in tasks {
+        let format = task.plan.recipe.format.name;
+        for (step, reason) in task.plan.fallbacks() {
+            printer.detail(format!("{format}: {}: {reason}", step.id));
+        }
+        if let Some((_, reason)) = task.plan.fallbacks().next() {
+            let count = task.plan.fallbacks().count();
+            printer.note(format!("note: {format}: {count} tensors do not get what was asked for: {reason}"));
+        }
+    }
+}
+
+fn dry_run(args: &ConvertArgs, tasks: &[Task], printer: Printer) -> Result<Outcome> {
+    let mut plans = Vec::new();
+    for task in tasks {
+        let (out, bytes) = (task.out.display().to_string(), task.artifact.bytes()?);
+        plans.push(plan_report::json(&task.plan, &out, bytes));
+        if args.json.as_deref() != Some(Path::new("-")) {
+            printer.result(&plan_report::text(&task.plan, &out, bytes))?;
+        }
+    }
+    if let Some(file) = &args.json {
+        output::write_report(file, &format!("{:#}\n", json!({ "plans": plans })), printer)?;
+    }
+    Ok(Outcome::Ok)
+}
+
+/// Writes one artifact and records what became of every tensor.
+fn write(args: &ConvertArgs, source: &Checkpoint, task: &mut Task, printer: Printer) -> Result<()> {
+    let sink = task.artifact.create(&task.out, args.force)?;
+    let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
+    let distortions = convert::convert(source, &task.plan, sink.as_ref(), &|weights| bar.inc(weights))?;
+    sink.finish()?;
+    bar.finish_and_clear();
+    for (step, distortion) in task.plan.steps.iter().zip(distortions) {
+        task.manifest.tensors.insert(step.id.to_string(), record(&task.plan, step, distortion));
+    }
+    Ok(())
+}
+
+fn record(plan: &Plan, step: &Step, distortion: Distortion) -> TensorRecord {
+    match step.action {
+        Action::Keep(dtype) => TensorRecord::kept(dtype),
+        Action::Quantize(scheme) => TensorRecord::Quantized {
+            scheme: SchemeRecord::new(&scheme, plan.recipe.activations(step.id)),
+            scale_rule: match scheme.scale {
+                Codec::E8M0 => plan.recipe.scale_rule.to_string(),
+                _ => "search".to_string(),
+            },
+            error: distortion.relative(),
+            fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.name.to_string()),
+        },
+    }
+}
+
+fn evaluation(args: &ConvertArgs, report: &Report, row: &Row) -> Evaluation {
+    let protocol = &report.protocol;
+    let metrics =
+        [("ppl", Some(row.ppl)), ("delta_ppl", row.delta_ppl), ("kld", row.kld), ("top1", row.top1)];
+    Evaluation {
+        protocol: protocol.name.to_string(),
+        n_ctx: protocol.n_ctx,
+        windows: protocol.windows,
+        text: args.protocol.text.as_deref().map_or("embedded".to_string(), artifact::file_name),
+        text_sha256: protocol.text_sha256.clone(),
+        metrics: metrics.into_iter().filter_map(|(name, v)| Some((name.to_string(), v?))).collect(),
+    }
+}
+
+/// Returns what the artifacts are made from, every file hashed.
+fn source_record(source: &Checkpoint, model: &ModelRef) -> Result<Source> {
+    let folder = source.folder().or_else(|| source.path.parent()).unwrap_or(Path::new("."));
+    let mut names: Vec<String> = source.weight_files().map(artifact::file_name).collect();
+    if source.config_json().is_some() {
+        names.push("config.json".to_string());
+    }
+    Ok(Source {
+        name: model.name.clone(),
+        revision: model.revision.clone(),
+        files: manifest::hash_files(folder, &names)?,
+    })
+}
+
+fn recipe_json(recipe: &Recipe) -> Value {
+    let mut json = json!({
+        "format": recipe.format.name,
+        "dialect": recipe.dialect.name(),
+        "method": recipe.method.to_string(),
+        "scale_rule": recipe.scale_rule.to_string(),
+    });
+    if let (Some(object), Span::Cols(size), "int8") =
+        (json.as_object_mut(), recipe.format.base.group, recipe.format.name)
+    {
+        object.insert("group_size".into(), size.into());
+    }
+    if let (Some(object), true) = (json.as_object_mut(), recipe.pure) {
+        object.insert("pure".into(), true.into());
+    }
+    json
+}
+
+/// Adds hashes and the measurement, and writes `quant.json` into a folder. A GGUF file carries its provenance inside.
+fn finish_manifest(
+    args: &ConvertArgs,
+    task: &mut Task,
+    source: &Checkpoint,
+    measured: Option<(&Report, &Row)>,
+) -> Result<()> {
+    if !task.out.is_dir() {
+        return Ok(());
+    }
+    let copied: BTreeSet<String> =
+        source.side_files()?.iter().map(|path| artifact::file_name(path)).collect();
+    let mut hashes = manifest::hash_folder(&task.out)?;
+    task.manifest.side_files = hashes.extract_if(.., |name, _| copied.contains(name)).collect();
+    task.manifest.outputs = hashes;
+    task.manifest.evaluation = measured.map(|(report, row)| evaluation(args, report, row));
+    task.manifest.write(&task.out)
+}
+
+/// Prints the summary and writes the JSON report.
+fn report(args: &ConvertArgs, tasks: &[Task], measured: Option<&Report>, printer: Printer) -> Result<()> {
+    if let Some(file) = &args.json {
+        let artifacts: Vec<_> = tasks
+            .iter()
+            .map(|task| Ok(json!({ "out": task.out, "manifest": serde_json::to_value(&task.manifest)? })))
+            .collect::<Result<_>>()?;
+        let measured = measured.map(serde_json::to_value).transpose()?;
+        let text = format!("{:#}\n", json!({ "artifacts": artifacts, "evaluation": measured }));
+        output::write_report(file, &text, printer)?;
+    }
+    if args.json.as_deref() == Some(Path::new("-")) {
+        return Ok(());
+    }
+    for task in tasks {
+        printer.result(&format!("wrote {}", task.out.display()))?;
+    }
+    match measured {
+        Some(measured) => printer.result(&show::rows(measured)),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,125 @@
+//! Runs an evaluation on the device that was asked for.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::artifact::file_name;
+use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
+use crate::checkpoint::Checkpoint;
+use crate::cli::{ProtocolArg, ProtocolArgs};
+use crate::dialect::gguf;
+use crate::embedded;
+use crate::eval::{self, Protocol, Report, Scored, Subject};
+use crate::model::Model;
+use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
+use crate::output::{Printer, Unit};
+
+/// Windows of the embedded text that are evaluated unless told otherwise.
+const DEFAULT_WINDOWS: usize = 60;
+/// Multiply-adds a validation may cost: about two minutes on two cores.
+const VALIDATION_BUDGET: u64 = 10_000_000_000_000;
+/// Fewer windows than this say nothing.
+const MIN_WINDOWS: u64 = 4;
+
+/// What to measure, on what text and where.
+pub struct Request {
+    protocol: Protocol,
+    tokens: Vec<u32>,
+    device: String,
+}
+
+impl Request {
+    /// Reads and tokenizes the text with the tokenizer of `reference`, whose token ids all models share.
+    pub fn new(args: &ProtocolArgs, device: &str, reference: &Checkpoint) -> Result<Self> {
+        let text = match &args.text {
+            None => embedded::EVAL_TEXT.to_string(),
+            Some(path) => fs::read_to_string(path)
+                .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))?,
+        };
+        let tokenizer = tokenizer(reference)?;
+        let bos = tokenizer.bos();
+        let tokens = tokenizer.encode(&text, bos.is_some())?;
+        let (scored, n_ctx) = match args.protocol {
+            ProtocolArg::LlamaCpp => (Scored::SecondHalf, 512),
+            ProtocolArg::Full => (Scored::All, 2048),
+        };
+        let n_ctx = args.ctx.map_or(n_ctx, |n| n as usize);
+        let all = args.text.is_some().then_some(usize::MAX);
+        let windows = args.windows.map(|n| n as usize).or(all).unwrap_or(DEFAULT_WINDOWS);
+        let protocol = Protocol::new(scored, n_ctx, Some(windows), &text, &tokens, bos)?;
+        Ok(Request { protocol, tokens, device: device.to_string() })
+    }
+
+    /// Lowers the number of windows to what a validation may cost with a model of that many weights.
+    pub fn within_budget(mut self, weights: u64) -> Self {
+        let window = weights.max(1) * self.protocol.n_ctx as u64;
+        let affordable = (VALIDATION_BUDGET / window).max(MIN_WINDOWS) as usize;
+        self.protocol.windows = self.protocol.windows.min(affordable);
+        self
+    }
+}
+
+/// Measures the models, against the baseline if there is one; its row comes first.
+pub fn run(
+    request: &Request,
+    baseline: Option<&Checkpoint>,
+    models: &[&Checkpoint],
+    printer: Printer,
+) -> Result<Report> {
+    match request.device.as_str() {
+        "auto" | "cpu" => run_on(&Cpu, request, baseline, models, printer),
+        other => bail!("`--device {other}`: this version runs on `cpu`"),
+    }
+}
+
+fn run_on<B: Backend>(
+    backend: &B,
+    request: &Request,
+    baseline: Option<&Checkpoint>,
+    models: &[&Checkpoint],
+    printer: Printer,
+) -> Result<Report> {
+    printer.detail(format!("measuring on {}", backend.describe()));
+    let load = |checkpoint: &Checkpoint| {
+        Model::load(backend, &checkpoint.config, checkpoint)
+            .with_context(|| format!("{}", checkpoint.path.display()))
+    };
+    let baseline_model = baseline.map(load).transpose()?;
+    let loaded = models.iter().map(|checkpoint| load(checkpoint)).collect::<Result<Vec<_>>>()?;
+    let baseline =
+        baseline.zip(baseline_model.as_ref()).map(|(checkpoint, model)| subject(checkpoint, model));
+    let subjects: Vec<_> =
+        models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
+    let runs = request.protocol.windows * (subjects.len() + baseline.iter().len());
+    let bar = printer.bar(runs as u64, "measuring", Unit::Count);
+    let report =
+        eval::run(backend, baseline.as_ref(), &subjects, &request.tokens, &request.protocol, &|done, _| {
+            bar.set_position(done as u64)
+        })?;
+    bar.finish_and_clear();
+    Ok(report)
+}
+
+fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {
+    Subject {
+        name: file_name(&checkpoint.path),
+        format: checkpoint.format_name(),
+        bytes: checkpoint.total_bytes(),
+        bits_per_weight: checkpoint.bits_per_weight(),
+        model,
+    }
+}
+
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    match checkpoint.gguf_metadata() {
+        Some(metadata) => {
+            let files: TokenizerFiles =
+                gguf::tokenizer::read(metadata).with_context(|| format!("{}", checkpoint.path.display()))?;
+            Tokenizer::from_files(&files)
+        }
+        None => Tokenizer::open(checkpoint.folder().unwrap_or(Path::new("."))),
+    }
+}

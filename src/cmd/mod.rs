@@ -1,0 +1,78 @@
+//! One file per subcommand; each `run` reads as a table of contents.
+
+mod completions;
+mod convert;
+mod eval;
+mod inspect;
+mod measure;
+mod plan_report;
+mod show;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::artifact;
+use crate::cli::{Cli, Command};
+use crate::embedded;
+use crate::hub;
+use crate::output::Printer;
+
+/// How a command that ran to its end came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Everything was done.
+    Ok,
+    /// A quality gate failed.
+    GateFailed,
+}
+
+/// Runs what was typed.
+pub fn run(cli: Cli) -> Result<Outcome> {
+    let printer = Printer::new(cli.global.quiet, cli.global.verbose);
+    if let Some(threads) = cli.global.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.into())
+            .build_global()
+            .context("cannot start the worker threads")?;
+    }
+    match cli.command {
+        Command::Convert(args) => convert::run(&args, printer),
+        Command::Eval(args) => eval::run(&args, printer),
+        Command::Inspect(args) => inspect::run(&args, printer),
+        Command::Completions(args) => completions::run(&args, printer),
+    }
+}
+
+/// A model as typed: a path, a hub id, or nothing for the embedded one.
+struct ModelRef {
+    /// Where its files are.
+    path: PathBuf,
+    /// Hub id, or the path's last component.
+    name: String,
+    /// Hub commit.
+    revision: Option<String>,
+}
+
+impl ModelRef {
+    /// Finds a model, downloading it if it is a hub id.
+    fn resolve(model: Option<&str>, revision: Option<&str>, printer: Printer) -> Result<Self> {
+        let Some(model) = model else {
+            return Ok(ModelRef {
+                path: embedded::model_folder()?,
+                name: embedded::MODEL_NAME.to_string(),
+                revision: None,
+            });
+        };
+        let path = hub::resolve(model, revision, printer)?;
+        let name = artifact::file_name(&path.canonicalize().unwrap_or_else(|_| path.clone()));
+        Ok(ModelRef { path, name, revision: None })
+    }
+
+    /// Returns the name without its owner and file ending: what outputs are called after.
+    fn short_name(&self) -> String {
+        let name = self.name.rsplit('/').next().unwrap_or(&self.name);
+        let name = name.strip_suffix(".gguf").or_else(|| name.strip_suffix(".safetensors")).unwrap_or(name);
+        name.to_string()
+    }
+}

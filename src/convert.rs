@@ -1,0 +1,170 @@
+//! Carries a plan out: read, fit, choose codes, pack, write, in chunks of rows, so that memory does not grow with the
+//! model.
+
+use std::ops::Range;
+
+use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
+
+use crate::checkpoint::Checkpoint;
+use crate::container::Sink;
+use crate::plan::{Action, Plan, Step};
+use crate::scheme::fit::fit;
+use crate::scheme::{Distortion, Scheme};
+use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite};
+
+/// Weights decoded at a time by one thread: with source bytes, codes and packed bytes about 12 bytes each.
+const CHUNK_WEIGHTS: usize = 1 << 20;
+
+/// Returns the memory a conversion takes beside the program itself, whatever the model's size.
+pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
+    let widest = plan.steps.iter().map(|step| step.cols()).max().unwrap_or(0);
+    (threads * CHUNK_WEIGHTS.max(widest) * 12) as u64
+}
+
+/// Converts every tensor of the plan, in parallel over chunks of rows. Returns the distortion of each step (zero for
+/// kept tensors), in plan order. `progress` is told how many weights were finished.
+pub fn convert(
+    source: &Checkpoint,
+    plan: &Plan,
+    sink: &dyn Sink,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<Vec<Distortion>> {
+    write_decided(plan, sink)?;
+    let jobs: Vec<Job> = plan.steps.iter().enumerate().flat_map(|(i, step)| jobs(i, step)).collect();
+    let done: Vec<Distortion> = jobs
+        .par_iter()
+        .map(|job| {
+            let step = &plan.steps[job.step];
+            let distortion = run(source, plan, sink, step, job.rows.clone())
+                .with_context(|| format!("{}: `{}`", source.path.display(), step.id))?;
+            progress((job.rows.len() * step.cols()) as u64);
+            Ok(distortion)
+        })
+        .collect::<Result<_>>()?;
+    // Summed in job order, so that the last digit does not depend on which thread was faster.
+    let mut distortions = vec![Distortion::default(); plan.steps.len()];
+    for (job, distortion) in jobs.iter().zip(done) {
+        distortions[job.step] += distortion;
+    }
+    Ok(distortions)
+}
+
+/// Some rows of one step.
+struct Job {
+    step: usize,
+    rows: Range<usize>,
+}
+
+/// Cuts a step into chunks of whole rows, never across a run of rows that is reordered.
+fn jobs(index: usize, step: &Step) -> Vec<Job> {
+    if step.values.is_some() {
+        return Vec::new();
+    }
+    let rows = step.rows();
+    if step.shape.len() == 1 {
+        return vec![Job { step: index, rows: 0..rows }];
+    }
+    let run = step.row_order.as_ref().map_or(1, Vec::len);
+    let chunk = (CHUNK_WEIGHTS / step.cols().max(1)).max(1).next_multiple_of(run).min(rows.max(1));
+    (0..rows).step_by(chunk).map(|r| Job { step: index, rows: r..(r + chunk).min(rows) }).collect()
+}
+
+/// Writes what the plan alone decides: computed tensors and parts of fixed content.
+fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {
+    for step in &plan.steps {
+        if let Some(values) = &step.values {
+            sink.write(step.parts.start, 0, &bytes_from_floats(Dtype::F32, values))?;
+        }
+        for index in step.parts.clone() {
+            if let Some(bytes) = &plan.outputs[index].fixed {
+                sink.write(index, 0, bytes)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn run(
+    source: &Checkpoint,
+    plan: &Plan,
+    sink: &dyn Sink,
+    step: &Step,
+    rows: Range<usize>,
+) -> Result<Distortion> {
+    let matrix = match step.shape.len() {
+        1 => source.read(step.id)?,
+        _ => source.read_rows(step.id, rows.clone())?,
+    };
+    match step.action {
+        Action::Keep(dtype) => {
+            let parts = [keep(&matrix, dtype, step)?];
+            write_rows(plan, sink, step, rows, &parts)?;
+            Ok(Distortion::default())
+        }
+        Action::Quantize(scheme) => {
+            let (distortion, parts) = quantize(&matrix, scheme, plan, step)?;
+            write_rows(plan, sink, step, rows, &parts)?;
+            Ok(distortion)
+        }
+    }
+}
+
+/// Returns the bytes of kept rows in the output's number type and row order.
+fn keep(matrix: &Matrix, dtype: Dtype, step: &Step) -> Result<Vec<u8>> {
+    let bytes = match matrix {
+        Matrix::Dense(dense) if dense.dtype == dtype => dense.bytes.clone(),
+        Matrix::Dense(dense) => dense.cast(dtype).bytes,
+        Matrix::Quantized(_) => bytes_from_floats(dtype, &matrix.to_f32()),
+    };
+    let row_bytes = step.cols() * dtype.bytes();
+    match &step.row_order {
+        None => Ok(bytes),
+        Some(order) => Ok(bytes
+            .chunks(row_bytes * order.len())
+            .flat_map(|run| order.iter().flat_map(|&row| &run[row * row_bytes..(row + 1) * row_bytes]))
+            .copied()
+            .collect()),
+    }
+}
+
+/// Returns the packed parts of quantized rows in the output's row order, and what rounding cost.
+fn quantize(matrix: &Matrix, scheme: Scheme, plan: &Plan, step: &Step) -> Result<(Distortion, Vec<Vec<u8>>)> {
+    let [rows, cols] = matrix.dims();
+    let mut weights = vec![0.0; rows * cols];
+    matrix.decode_rows(0, &mut weights);
+    if let Some(at) = first_non_finite(&weights) {
+        bail!(
+            "row {} of this chunk, column {}: found {}, wanted finite weights; the checkpoint is damaged or was saved \
+             from a diverged run",
+            at / cols,
+            at % cols,
+            weights[at]
+        );
+    }
+    let mut q = fit(scheme, &weights, rows, cols, None, plan.recipe.scale_rule);
+    let distortion = q.distortion(&weights, None);
+    if let Some(order) = &step.row_order {
+        let order: Vec<usize> =
+            (0..rows).map(|row| row / order.len() * order.len() + order[row % order.len()]).collect();
+        q = q.permute_rows(&order);
+    }
+    Ok((distortion, plan.recipe.dialect.pack(&q, plan.recipe.activations(step.id))?))
+}
+
+/// Writes those rows of each part.
+fn write_rows(
+    plan: &Plan,
+    sink: &dyn Sink,
+    step: &Step,
+    rows: Range<usize>,
+    parts: &[Vec<u8>],
+) -> Result<()> {
+    let streamed = step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none());
+    for (index, bytes) in streamed.zip(parts) {
+        let row_bytes = plan.outputs[index].spec.bytes() / step.rows() as u64;
+        debug_assert_eq!(bytes.len() as u64, row_bytes * rows.len() as u64);
+        sink.write(index, rows.start as u64 * row_bytes, bytes)?;
+    }
+    Ok(())
+}

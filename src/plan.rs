@@ -1,0 +1,190 @@
+//! What will be done: every tensor's final scheme, every size, every refusal and every fallback, decided from headers
+//! before the first weight byte is read.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+
+use crate::checkpoint::{Checkpoint, Stored};
+use crate::container::{Storage, TensorSpec};
+use crate::names::{Part, TensorId};
+use crate::recipe::Recipe;
+use crate::scheme::Scheme;
+use crate::scheme::mix::{self, ModelShape};
+use crate::tensor::Dtype;
+
+/// What happens to one tensor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Action {
+    /// Copied, as this number type.
+    Keep(Dtype),
+    /// Rounded to this scheme.
+    Quantize(Scheme),
+}
+
+/// One tensor of the output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Which tensor.
+    pub id: TensorId,
+    /// Row-major shape in the source.
+    pub shape: Vec<usize>,
+    /// What happens to it.
+    pub action: Action,
+    /// Why it is not what the format asks for.
+    pub fallback: Option<String>,
+    /// How the output orders rows, see [`Dialect::row_order`](crate::dialect::Dialect::row_order).
+    pub row_order: Option<Vec<usize>>,
+    /// The content, where it does not come from the source.
+    pub values: Option<Vec<f32>>,
+    /// Indices into [`Plan::outputs`] of the stored tensors it becomes.
+    pub parts: Range<usize>,
+}
+
+/// A stored tensor of the output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// Name, number type, shape.
+    pub spec: TensorSpec,
+    /// The bytes, where the shape alone decides them.
+    pub fixed: Option<Vec<u8>>,
+}
+
+/// A conversion, decided.
+pub struct Plan {
+    /// What was asked for.
+    pub recipe: Recipe,
+    /// What happens, in output order.
+    pub steps: Vec<Step>,
+    /// Stored tensors of the output, in file order.
+    pub outputs: Vec<Output>,
+}
+
+impl Plan {
+    /// Decides everything from the source's headers. Errors name the tensor and the cure.
+    pub fn new(source: &Checkpoint, recipe: &Recipe) -> Result<Self> {
+        let mut plan = Plan { recipe: *recipe, steps: Vec::new(), outputs: Vec::new() };
+        let config = &source.config;
+        let model = ModelShape { layers: config.num_hidden_layers, tied: config.tie_word_embeddings };
+        for (&id, info) in &source.tensors {
+            let stored = match info.stored {
+                Stored::Dense(dtype) => dtype,
+                Stored::Quantized(scheme, _) if !recipe.allow_requantize => bail!(
+                    "{}: `{id}` is already quantized ({}); start from the original model, or pass \
+                     `--allow-requantize` and lose quality twice",
+                    source.path.display(),
+                    scheme.name
+                ),
+                // What the tensor would be if a mix keeps it dense.
+                Stored::Quantized(..) => Dtype::BF16,
+            };
+            let (action, fallback) = decide(recipe, id, &info.shape, stored, model)?;
+            let row_order = recipe.dialect.row_order(id, config);
+            plan.push(Step { fallback, row_order, ..Step::new(id, info.shape.clone(), action) })?;
+        }
+        for (id, values) in recipe.dialect.computed_tensors(config) {
+            let step = Step::new(id, vec![values.len()], Action::Keep(Dtype::F32));
+            plan.push(Step { values: Some(values), ..step })?;
+        }
+        Ok(plan)
+    }
+
+    /// Appends a step and the stored tensors it becomes.
+    fn push(&mut self, mut step: Step) -> Result<()> {
+        let dialect = self.recipe.dialect;
+        let first = self.outputs.len();
+        match step.action {
+            Action::Keep(dtype) => {
+                let suffix = if step.id.part == Part::Bias { "bias" } else { "weight" };
+                let name = dialect.tensor_name(step.id, suffix);
+                let spec = TensorSpec { name, storage: Storage::Plain(dtype), shape: step.shape.clone() };
+                self.outputs.push(Output { spec, fixed: None });
+            }
+            Action::Quantize(scheme) => {
+                let activations = self.recipe.activations(step.id);
+                for part in dialect.parts(&scheme, activations, step.rows(), step.cols())? {
+                    let name = dialect.tensor_name(step.id, part.suffix);
+                    let spec = TensorSpec { name, storage: part.storage, shape: part.shape };
+                    self.outputs.push(Output { spec, fixed: part.fixed });
+                }
+            }
+        }
+        step.parts = first..self.outputs.len();
+        self.steps.push(step);
+        Ok(())
+    }
+
+    /// Returns the stored tensors in file order.
+    pub fn specs(&self) -> Vec<TensorSpec> {
+        self.outputs.iter().map(|output| output.spec.clone()).collect()
+    }
+
+    /// Returns the steps that do not get what the format asks for, with the reason.
+    pub fn fallbacks(&self) -> impl Iterator<Item = (&Step, &str)> {
+        self.steps.iter().filter_map(|step| Some((step, step.fallback.as_deref()?)))
+    }
+
+    /// Returns the number of weights.
+    pub fn weights(&self) -> u64 {
+        self.steps.iter().map(|s| (s.rows() * s.cols()) as u64).sum()
+    }
+
+    /// Returns the bytes of all tensors, without headers and padding.
+    pub fn payload_bytes(&self) -> u64 {
+        self.outputs.iter().map(|output| output.spec.bytes()).sum()
+    }
+}
+
+/// Returns what happens to a tensor, and why if it is not what the format asks for.
+fn decide(
+    recipe: &Recipe,
+    id: TensorId,
+    shape: &[usize],
+    stored: Dtype,
+    model: ModelShape,
+) -> Result<(Action, Option<String>)> {
+    let keep = Action::Keep(recipe.dialect.kept_dtype(id, shape, stored));
+    let wanted = recipe.format.scheme_for(id, recipe.dialect.name(), model, recipe.pure);
+    let (Some(wanted), &[_, cols]) = (wanted, shape) else { return Ok((keep, None)) };
+    let got = mix::fallback(wanted, cols);
+    if got == Some(wanted) {
+        return Ok((Action::Quantize(wanted), None));
+    }
+    let action = got.map_or(keep, Action::Quantize);
+    let note = format!(
+        "rows of {cols} columns are no multiple of {}: {} instead of {}",
+        wanted.block_cols(),
+        action.name(),
+        wanted.name
+    );
+    if recipe.no_fallback {
+        bail!("`{id}`: {note}; drop `--no-fallback` to accept it, or choose a format with smaller blocks");
+    }
+    Ok((action, Some(note)))
+}
+
+impl Step {
+    fn new(id: TensorId, shape: Vec<usize>, action: Action) -> Self {
+        Step { id, shape, action, fallback: None, row_order: None, values: None, parts: 0..0 }
+    }
+
+    /// Returns the rows; a vector is a column of one-element rows, so that its elements can be reordered like rows.
+    pub fn rows(&self) -> usize {
+        self.shape[0]
+    }
+
+    /// Returns the columns; 1 for a vector.
+    pub fn cols(&self) -> usize {
+        self.shape[1..].iter().product()
+    }
+}
+
+impl Action {
+    /// Returns the scheme's or number type's name.
+    pub fn name(&self) -> String {
+        match self {
+            Action::Keep(dtype) => dtype.to_string().to_lowercase(),
+            Action::Quantize(scheme) => scheme.name.to_string(),
+        }
+    }
+}
