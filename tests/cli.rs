@@ -1,5 +1,7 @@
 //! The binary, end to end, as a user or a script meets it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -116,8 +118,7 @@ fn every_format_loads_back_and_stays_close_to_the_source() {
         ("q4_0", 0.2),
     ];
     let names: Vec<_> = formats.iter().map(|f| f.0).collect();
-    let report =
-        bench.ok(&format!("convert --format {} --windows 2 --out made --json -", names.join(",")));
+    let report = bench.ok(&format!("convert --format {} --windows 2 --out made --json -", names.join(",")));
     let report: Value = serde_json::from_str(&report).unwrap();
     let rows = report["evaluation"]["rows"].as_array().unwrap();
     assert_eq!(rows.len(), formats.len() + 1);
@@ -151,7 +152,8 @@ fn the_same_input_gives_the_same_bytes() {
         bench.ok(&format!("convert --format mxfp4 --out {out} --windows 1"));
     }
     for (format, threads) in [("q4_k_m", 1), ("q4_k_m", 2)] {
-        bench.ok(&format!("convert --format {format} --out {threads}.gguf --no-validate --threads {threads}"));
+        bench
+            .ok(&format!("convert --format {format} --out {threads}.gguf --no-validate --threads {threads}"));
     }
     for file in ["model.safetensors", "config.json", "quant.json"] {
         let [a, b] = ["a", "b"].map(|out| fs::read(bench.path(out).join(file)).unwrap());
@@ -198,7 +200,10 @@ fn a_quantized_source_is_refused_unless_allowed() {
     let bench = Bench::new();
     bench.ok("convert --format q8_0 --out m.gguf --no-validate");
     let message = bench.refused("convert m.gguf --format q4_0 --out n.gguf");
-    assert!(message.contains("already quantized (q8_0)") && message.contains("--allow-requantize"), "{message}");
+    assert!(
+        message.contains("already quantized (q8_0)") && message.contains("--allow-requantize"),
+        "{message}"
+    );
     bench.ok("convert m.gguf --format q4_0 --out n.gguf --allow-requantize --windows 1");
 }
 
