@@ -7,9 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::folder::{OpenedFolder, some_of};
 use super::{Stored, TensorInfo};
+use crate::container::gguf::Gguf;
 use crate::container::{InputFile, Located, Storage};
-use crate::dialect::Dialect;
 use crate::dialect::compressed_tensors::CompressedTensors;
+use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::names::{Part, Role, TensorId};
 use crate::num::Codec;
@@ -39,6 +40,27 @@ pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
                 quantized(&CompressedTensors, scheme, activations, shape, parts, &opened.files)
             }
         }
+    })
+}
+
+/// Understands a GGUF file.
+pub(super) fn of_gguf(config: &Config, gguf: &Gguf) -> Result<Contents> {
+    let mut found = sort(&gguf.tensors, |name| {
+        let id = TensorId::from_gguf(name)?;
+        let suffix = if id.part == Part::Bias { "bias" } else { "weight" };
+        Some((id, suffix.to_string()))
+    })?;
+    // Part of the configuration already.
+    found.remove(&TensorId::global(Role::RopeFreqs));
+    assign(config, found, |id, shape, parts| {
+        let kind = parts.values().find_map(|part| match part.spec.storage {
+            Storage::Ggml(kind) => Some(kind),
+            Storage::Plain(_) => None,
+        });
+        let Some(kind) = kind else { return dense(shape, parts) };
+        let scheme = dialect::gguf::scheme_of(kind)
+            .with_context(|| format!("no scheme is known for {kind:?} of `{}`", id.gguf_name()))?;
+        quantized(&dialect::gguf::Gguf, scheme, Activations::Full, shape, parts, &gguf.files)
     })
 }
 

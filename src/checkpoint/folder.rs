@@ -1,4 +1,4 @@
-//! Which files a model consists of.
+//! Which files of a folder or repository make a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,7 +13,8 @@ use crate::container::{InputFile, Located};
 use crate::dialect::compressed_tensors::config::Quantization;
 use crate::model::config::Config;
 
-const INDEX: &str = "model.safetensors.index.json";
+/// The index of a sharded checkpoint.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Side files by exact name; see also [`is_side_file`].
 const SIDE_FILES: [&str; 9] = [
@@ -98,51 +99,95 @@ fn no_config(folder: &Path) -> String {
     }
 }
 
+/// Which weight files of a repository make the model.
+pub(crate) enum Weights {
+    /// These.
+    Files(Vec<String>),
+    /// Those that [`INDEX`] names.
+    Indexed,
+}
+
+impl Weights {
+    /// Chooses among the names of a repository's files as transformers does: `model.safetensors`, else what the index
+    /// says; without an index, all shards of one numbering, else all safetensors files.
+    pub(crate) fn among(names: &[String]) -> Result<Self> {
+        if names.iter().any(|name| name == "model.safetensors") {
+            return Ok(Weights::Files(vec!["model.safetensors".to_string()]));
+        }
+        if names.iter().any(|name| name == INDEX) {
+            return Ok(Weights::Indexed);
+        }
+        let plain = |name: &&String| name.ends_with(".safetensors") && !name.contains('/');
+        let found: Vec<_> = names.iter().filter(plain).cloned().collect();
+        if found.is_empty() {
+            match names.iter().find(|name| name.ends_with(".bin") || name.ends_with(".pth")) {
+                Some(name) => bail!("`{name}` is a pickle, which is not read; save the model as safetensors"),
+                None => bail!("there is no `.safetensors` file; name a folder that holds the weights"),
+            }
+        }
+        refuse_missing(expected_shards(&found), names)?;
+        Ok(Weights::Files(found))
+    }
+}
+
 /// The index of a sharded checkpoint: which file holds which tensor.
 #[derive(Deserialize)]
-struct Index {
+pub(crate) struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Returns the weight files of a folder, as transformers picks them: `model.safetensors`, else the shards of the index;
-/// without an index, all shards of one numbering, else all safetensors files.
-fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, Option<Index>)> {
-    let shown = folder.display();
-    let names = list(folder)?;
-    if names.iter().any(|name| name == "model.safetensors") {
-        return Ok((vec![folder.join("model.safetensors")], None));
+impl Index {
+    /// Reads an index file.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        let index = serde_json::from_str(&text);
+        index.with_context(|| format!("{}: no valid index; download it again", path.display()))
     }
-    if names.iter().any(|name| name == INDEX) {
-        let path = folder.join(INDEX);
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
-        let index: Index = serde_json::from_str(&text)
-            .with_context(|| format!("{}: no valid index; download it again", path.display()))?;
-        let shards: BTreeSet<_> = index.weight_map.values().cloned().collect();
+
+    /// Returns the files it names, all of which must be among `names`.
+    pub(crate) fn shards(&self, names: &[String]) -> Result<Vec<String>> {
+        let shards: BTreeSet<_> = self.weight_map.values().cloned().collect();
         for name in &shards {
             // An index from a stranger must not reach outside its folder.
             let plain = Path::new(name).file_name().is_some_and(|file| file == name.as_str());
-            ensure!(plain, "{}: `{name}` is no file name", path.display());
+            ensure!(plain, "{INDEX}: `{name}` is no file name");
         }
-        refuse_missing(&shown.to_string(), shards.iter().filter(|name| !names.contains(name)))?;
-        return Ok((shards.iter().map(|name| folder.join(name)).collect(), Some(index)));
+        let shards: Vec<_> = shards.into_iter().collect();
+        refuse_missing(shards.clone(), names)?;
+        Ok(shards)
     }
-    let found: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
-    if found.is_empty() {
-        match names.iter().find(|name| name.ends_with(".bin") || name.ends_with(".pth")) {
-            Some(name) => {
-                bail!("{shown}: `{name}` is a pickle, which is not read; save the model as safetensors")
-            }
-            None => bail!("{shown}: there is no `.safetensors` file; download the weights"),
+
+    /// Checks that each tensor is in the file it names; `holders` says which of `paths` holds a tensor.
+    fn check(&self, holders: &BTreeMap<String, usize>, paths: &[PathBuf]) -> Result<()> {
+        let holds = |name: &str, file: &str| holders.get(name).is_some_and(|&i| paths[i].ends_with(file));
+        let absent = self.weight_map.iter().filter(|(name, file)| !is_buffer(name) && !holds(name, file));
+        let absent: Vec<_> = absent.map(|(name, file)| format!("{name} (in {file})")).collect();
+        ensure!(
+            absent.is_empty(),
+            "{INDEX} names {} tensors that the files do not hold: {}; download index and files again",
+            absent.len(),
+            some_of(&absent)
+        );
+        Ok(())
+    }
+}
+
+/// Returns the weight files of a folder, and the index if that names them.
+fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, Option<Index>)> {
+    let names = list(folder)?;
+    let shown = || format!("{}", folder.display());
+    let (files, index) = match Weights::among(&names).with_context(shown)? {
+        Weights::Files(files) => (files, None),
+        Weights::Indexed => {
+            let index = Index::read(&folder.join(INDEX))?;
+            (index.shards(&names).with_context(shown)?, Some(index))
         }
-    }
-    let missing: Vec<_> = expected_shards(&found).into_iter().filter(|name| !names.contains(name)).collect();
-    refuse_missing(&shown.to_string(), missing.iter())?;
-    Ok((found.into_iter().map(|name| folder.join(name)).collect(), None))
+    };
+    Ok((files.into_iter().map(|name| folder.join(name)).collect(), index))
 }
 
 /// Returns all names of the numbering `NAME-00001-of-00003.safetensors` that some file follows.
-fn expected_shards(found: &[&String]) -> Vec<String> {
+fn expected_shards(found: &[String]) -> Vec<String> {
     let numbering = found.iter().find_map(|name| {
         let (rest, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
@@ -154,13 +199,13 @@ fn expected_shards(found: &[&String]) -> Vec<String> {
     (1..=count).map(|number| format!("{stem}-{number:0width$}-of-{text}.safetensors")).collect()
 }
 
-fn refuse_missing<'a>(folder: &str, missing: impl Iterator<Item = &'a String>) -> Result<()> {
-    let missing: Vec<_> = missing.collect();
+fn refuse_missing(mut wanted: Vec<String>, names: &[String]) -> Result<()> {
+    wanted.retain(|name| !names.contains(name));
     ensure!(
-        missing.is_empty(),
-        "{folder}: {} of the model's files missing: {}; download them",
-        missing.len(),
-        some_of(&missing)
+        wanted.is_empty(),
+        "{} of the model's files missing: {}; download them",
+        wanted.len(),
+        some_of(&wanted)
     );
     Ok(())
 }
@@ -181,16 +226,9 @@ fn open_files(paths: &[PathBuf], index: Option<&Index>) -> Result<(Vec<InputFile
         }
         files.push(opened.file);
     }
-    let Some(index) = index else { return Ok((files, tensors)) };
-    let holds = |name: &str, file: &str| holders.get(name).is_some_and(|&i| paths[i].ends_with(file));
-    let absent = index.weight_map.iter().filter(|(name, file)| !is_buffer(name) && !holds(name, file));
-    let absent: Vec<_> = absent.map(|(name, file)| format!("{name} (in {file})")).collect();
-    ensure!(
-        absent.is_empty(),
-        "{INDEX} names {} tensors that the files do not hold: {}; download index and files again",
-        absent.len(),
-        some_of(&absent)
-    );
+    if let Some(index) = index {
+        index.check(&holders, paths)?;
+    }
     Ok((files, tensors))
 }
 

@@ -4,16 +4,16 @@
 //! - [`contents`]: which tensor of the model each stored tensor is, checked against the configuration.
 
 mod contents;
-mod folder;
+pub(crate) mod folder;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::container::gguf::Metadata;
+use crate::container::gguf::{Gguf, Metadata};
 use crate::container::{InputFile, Located};
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
@@ -102,7 +102,20 @@ impl Checkpoint {
     }
 
     fn open_gguf(path: &Path) -> Result<Self> {
-        bail!("{}: GGUF models are not read yet", path.display())
+        let gguf = Gguf::open(path)?;
+        let shown = || format!("{}", path.display());
+        let config = dialect::gguf::metadata::read(&gguf).with_context(shown)?;
+        let contents = contents::of_gguf(&config, &gguf).with_context(shown)?;
+        Ok(Checkpoint {
+            path: path.to_path_buf(),
+            config,
+            tensors: contents.tensors,
+            parts: contents.parts,
+            files: gguf.files,
+            folder: None,
+            metadata: Some(gguf.metadata),
+            dialect: &dialect::gguf::Gguf,
+        })
     }
 
     /// Reads a whole tensor, in Hugging Face row order.
@@ -214,9 +227,11 @@ impl Checkpoint {
         self.tensors.values().any(|info| matches!(info.stored, Stored::Quantized(..)))
     }
 
-    /// Returns what reports call the model's format: that of most weights (`bf16`, `mxfp4`, `int8-w8a8`).
+    /// Returns what reports call the model's format: the mix a GGUF file names (`q4_k_m`), else that of most
+    /// weights (`bf16`, `mxfp4`, `int8-w8a8`).
     pub fn format_name(&self) -> String {
-        contents::main_format(&self.tensors)
+        let named = self.metadata.as_ref().and_then(dialect::gguf::metadata::format);
+        named.map_or_else(|| contents::main_format(&self.tensors), str::to_string)
     }
 }
 
@@ -237,7 +252,7 @@ mod tests {
     use crate::container::{Sink, Storage, TensorSpec};
     use crate::dialect::compressed_tensors::{CompressedTensors, config::Quantization};
     use crate::names::Role;
-    use crate::scheme::schemes::{INT8, MXFP4};
+    use crate::scheme::schemes::{INT8, MXFP4, Q4_0};
     use crate::tensor::bytes_from_floats;
 
     fn config_json() -> Value {
@@ -321,6 +336,76 @@ mod tests {
         write(&folder, &config_json(), &tensors, SHARD_BYTES);
         let checkpoint = Checkpoint::open(&folder).unwrap();
         assert!(!checkpoint.tensors.contains_key(&TensorId::global(Role::Head)));
+    }
+
+    #[test]
+    fn gguf_rows_come_in_hugging_face_order_whatever_range_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        let config = Config::from_json(&config_json()).unwrap();
+        let gguf = dialect::gguf::Gguf;
+        let mut metadata = Metadata::default();
+        metadata.set("general.architecture", "llama");
+        metadata.set("general.file_type", 2u32);
+        for (key, value) in [
+            ("context_length", 64u32),
+            ("embedding_length", 32),
+            ("block_count", 1),
+            ("feed_forward_length", 64),
+            ("attention.head_count", 4),
+            ("attention.head_count_kv", 2),
+        ] {
+            metadata.set(&format!("llama.{key}"), value);
+        }
+        metadata.set("llama.attention.layer_norm_rms_epsilon", 1e-5f32);
+        // As a writer: rows reordered, matrices of linears quantized, vectors F32.
+        let (mut specs, mut payload, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, (id, shape)) in config.expected_tensors().into_iter().enumerate() {
+            let dense = Dense::from_f32(shape.clone(), &values(i, shape.iter().product()));
+            let quantized = id.role.is_linear();
+            let matrix = if quantized {
+                let mut q = crate::scheme::QTensor::zeroed(Q4_0, shape[0], shape[1]);
+                q.codes.iter_mut().enumerate().for_each(|(at, code)| *code = ((at / 3 + i) % 16) as u8);
+                q.scales.iter_mut().enumerate().for_each(|(at, scale)| *scale = at as f32 + 0.5);
+                Matrix::Quantized(q)
+            } else {
+                Matrix::Dense(dense)
+            };
+            let stored = match gguf.row_order(id, &config) {
+                None => matrix.clone(),
+                Some(order) => {
+                    let run = order.len();
+                    let rows: Vec<_> = (0..shape[0]).map(|row| row / run * run + order[row % run]).collect();
+                    assert_ne!(rows, (0..shape[0]).collect::<Vec<_>>(), "the order does something");
+                    matrix.select_rows(&rows)
+                }
+            };
+            let (storage, bytes) = match &stored {
+                Matrix::Dense(dense) => (Storage::Plain(dense.dtype), dense.bytes.clone()),
+                Matrix::Quantized(q) => {
+                    let part = &gguf.parts(&q.scheme, Activations::Full, q.rows, q.cols).unwrap()[0];
+                    (part.storage, gguf.pack(q, Activations::Full).unwrap().swap_remove(0))
+                }
+            };
+            specs.push(TensorSpec { name: id.gguf_name(), storage, shape });
+            payload.push(bytes);
+            wanted.push((id, matrix));
+        }
+        let sink = crate::container::gguf::GgufSink::create(&path, false, &metadata, &specs).unwrap();
+        payload.iter().enumerate().for_each(|(i, bytes)| sink.write(i, 0, bytes).unwrap());
+        Box::new(sink).finish().unwrap();
+
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        assert_eq!(checkpoint.format_name(), "q4_0");
+        assert!(checkpoint.config.tie_word_embeddings && checkpoint.is_quantized());
+        for (id, matrix) in wanted {
+            assert_eq!(checkpoint.read(id).unwrap(), matrix, "{id}");
+            let count = checkpoint.tensors[&id].shape[0];
+            for rows in [0..1, 3..7, 5..count, 0..count] {
+                let picked: Vec<_> = rows.clone().collect();
+                assert_eq!(checkpoint.read_rows(id, rows).unwrap(), matrix.select_rows(&picked), "{id}");
+            }
+        }
     }
 
     #[test]

@@ -57,6 +57,12 @@ pub fn write(config: &Config, files: &TokenizerFiles, name: &str, format: &str) 
     Ok(out)
 }
 
+/// Returns the format that `general.file_type` names; `None` if it names none of this project's.
+pub fn format(metadata: &Metadata) -> Option<&'static str> {
+    let file_type = metadata.get("general.file_type")?.as_u64()?;
+    FILE_TYPES.iter().find(|row| row.1 as u64 == file_type && row.0 != "mixed").map(|row| row.0)
+}
+
 fn gguf_name(architecture: Architecture) -> &'static str {
     // Every variant has a row: the test below walks them all.
     ARCHITECTURES.iter().find(|row| row.0 == architecture).map_or("", |row| row.1)
