@@ -92,58 +92,55 @@ fn run(
     step: &Step,
     rows: Range<usize>,
 ) -> Result<Distortion> {
-    let matrix = match step.shape.len() {
-        1 => source.read(step.id)?,
-        _ => source.read_rows(step.id, rows.clone())?,
-    };
-    match step.action {
-        Action::Keep(dtype) => {
-            let parts = [keep(&matrix, dtype, step)?];
-            write_rows(plan, sink, step, rows, &parts)?;
-            Ok(Distortion::default())
-        }
-        Action::Quantize(scheme) => {
-            let (distortion, parts) = quantize(&matrix, scheme, plan, step)?;
-            write_rows(plan, sink, step, rows, &parts)?;
-            Ok(distortion)
-        }
-    }
-}
-
-/// Returns the bytes of kept rows in the output's number type and row order.
-fn keep(matrix: &Matrix, dtype: Dtype, step: &Step) -> Result<Vec<u8>> {
-    let bytes = match matrix {
-        Matrix::Dense(dense) if dense.dtype == dtype => dense.bytes.clone(),
-        Matrix::Dense(dense) => dense.cast(dtype).bytes,
-        Matrix::Quantized(_) => bytes_from_floats(dtype, &matrix.to_f32()),
-    };
-    let row_bytes = step.cols() * dtype.bytes();
-    match &step.row_order {
-        None => Ok(bytes),
-        Some(order) => Ok(bytes
-            .chunks(row_bytes * order.len())
-            .flat_map(|run| order.iter().flat_map(|&row| &run[row * row_bytes..(row + 1) * row_bytes]))
-            .copied()
-            .collect()),
-    }
-}
-
-/// Returns the packed parts of quantized rows in the output's row order, and what rounding cost.
-fn quantize(matrix: &Matrix, scheme: Scheme, plan: &Plan, step: &Step) -> Result<(Distortion, Vec<Vec<u8>>)> {
-    let [rows, cols] = matrix.dims();
-    let mut weights = vec![0.0; rows * cols];
+    let matrix = source.read_rows(step.id, rows.clone())?;
+    let [chunk_rows, cols] = matrix.dims();
+    let mut weights = vec![0.0; chunk_rows * cols];
     matrix.decode_rows(0, &mut weights);
     if let Some(at) = first_non_finite(&weights) {
         bail!(
-            "row {} of this chunk, column {}: found {}, wanted finite weights; the checkpoint is damaged or was saved \
-             from a diverged run",
-            at / cols,
+            "row {}, column {}: found {}, wanted finite weights; the checkpoint is damaged or was saved from a diverged \
+             run",
+            rows.start + at / cols,
             at % cols,
             weights[at]
         );
     }
-    let mut q = fit(scheme, &weights, rows, cols, None, plan.recipe.scale_rule);
-    let distortion = q.distortion(&weights, None);
+    let (distortion, parts) = match step.action {
+        Action::Keep(dtype) => (Distortion::default(), vec![keep(&matrix, &weights, dtype, step)]),
+        Action::Quantize(scheme) => quantize(&weights, cols, scheme, plan, step)?,
+    };
+    write_rows(plan, sink, step, rows, &parts)?;
+    Ok(distortion)
+}
+
+/// Returns the bytes of kept rows in the output's number type and row order.
+fn keep(matrix: &Matrix, weights: &[f32], dtype: Dtype, step: &Step) -> Vec<u8> {
+    let bytes = match matrix {
+        Matrix::Dense(dense) if dense.dtype == dtype => dense.bytes.clone(),
+        _ => bytes_from_floats(dtype, weights),
+    };
+    let row_bytes = step.cols() * dtype.bytes();
+    match &step.row_order {
+        None => bytes,
+        Some(order) => bytes
+            .chunks(row_bytes * order.len())
+            .flat_map(|run| order.iter().flat_map(|&row| &run[row * row_bytes..(row + 1) * row_bytes]))
+            .copied()
+            .collect(),
+    }
+}
+
+/// Returns the packed parts of quantized rows in the output's row order, and what rounding cost.
+fn quantize(
+    weights: &[f32],
+    cols: usize,
+    scheme: Scheme,
+    plan: &Plan,
+    step: &Step,
+) -> Result<(Distortion, Vec<Vec<u8>>)> {
+    let rows = weights.len() / cols;
+    let mut q = fit(scheme, weights, rows, cols, None, plan.recipe.scale_rule);
+    let distortion = q.distortion(weights, None);
     if let Some(order) = &step.row_order {
         let order: Vec<usize> =
             (0..rows).map(|row| row / order.len() * order.len() + order[row % order.len()]).collect();
