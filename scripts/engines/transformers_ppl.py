@@ -1,0 +1,33 @@
+"""Prints the perplexity transformers measures on a compressed-tensors folder, with the protocol of an evaluation of ours.
+
+usage: transformers_ppl.py FOLDER TEXT EVAL_JSON
+The library unpacks the weights; products are F32, as in our evaluation, so that only the reading of the file differs.
+"""
+import json
+import math
+import pathlib
+import sys
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+folder, text, evaluation = sys.argv[1:]
+protocol = json.loads(pathlib.Path(evaluation).read_text())["protocol"]
+n_ctx = protocol["n_ctx"]
+ids = Tokenizer.from_file(f"{folder}/tokenizer.json").encode(pathlib.Path(text).read_text(encoding="utf-8")).ids
+windows = torch.tensor(ids[: n_ctx * protocol["windows"]]).reshape(-1, n_ctx)
+if protocol.get("bos") is not None:
+    windows[:, 0] = protocol["bos"]
+
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+model.hf_quantizer.compressor.decompress_model(model)
+torch.nn.Module.float(model)  # MXFP4 unpacks to BF16 whatever was asked; its values are exact there.
+
+nll = 0.0
+with torch.no_grad():
+    for batch in windows.split(4):
+        logits = model(batch).logits[:, n_ctx // 2 : -1]
+        targets = batch[:, n_ctx // 2 + 1 :]
+        nll += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+print(math.exp(nll / (len(windows) * (n_ctx - 1 - n_ctx // 2))))
