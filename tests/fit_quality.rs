@@ -143,9 +143,9 @@ fn mxfp4_is_symmetric_in_sign() {
 }
 
 #[test]
-fn equal_importances_change_nothing_where_squared_error_is_the_default() {
+fn equal_importances_change_nothing() {
     let weights = laplace(7, ROWS * COLS);
-    for scheme in ALL.into_iter().filter(|s| s.outer.is_none()) {
+    for scheme in ALL {
         let weighed = fit(scheme, &weights, ROWS, COLS, Some(&[1.0; COLS]), ScaleRule::Search);
         assert!(fitted(scheme, &weights) == weighed, "{}", scheme.name);
     }
@@ -232,5 +232,104 @@ fn errors_are_below_those_of_the_reference_quantizers() {
             let ours = fitted(scheme, &weights).distortion(&weights, None).error;
             assert!(ours < error, "{} {name}: {ours} against {error}", scheme.name);
         }
+    }
+}
+
+#[test]
+fn int8_rows_are_never_worse_than_without_clipping() {
+    let weights = laplace(12, ROWS * COLS);
+    for (scheme, span) in [(schemes::INT8, COLS), (schemes::int8_grouped(128), 128)] {
+        let q = fitted(scheme, &weights);
+        for (i, (group, values)) in weights.chunks(span).zip(q.decode().chunks(span)).enumerate() {
+            let scale = Codec::BF16.round(group.iter().fold(0f32, |a, w| a.max(w.abs())) / 127.0);
+            let square = |a: f32, b: f32| (a as f64 - b as f64).powi(2);
+            let plain: f64 = group.iter().map(|&w| square(w, scale * (w / scale).round())).sum();
+            let ours: f64 = group.iter().zip(values).map(|(&w, &v)| square(w, v)).sum();
+            assert!(ours <= plain, "group {i}: {ours} against {plain}");
+        }
+    }
+}
+
+#[test]
+fn rows_are_fitted_independently_of_how_they_are_split() {
+    let weights = laplace(13, ROWS * COLS);
+    for scheme in ALL {
+        let whole = fitted(scheme, &weights);
+        let mut joined = QTensor::zeroed(scheme, ROWS, COLS);
+        for (first, count) in [(0, 1), (1, 3), (4, 2)] {
+            joined.set_rows(first, &fitted(scheme, &weights[first * COLS..(first + count) * COLS]));
+        }
+        assert!(whole == joined, "{}", scheme.name);
+    }
+}
+
+/// How much the squared error of each weight of a super-block counts: `√(σ² + x²)`, `σ²` twice the mean square.
+fn error_weights(block: &[f32]) -> Vec<f64> {
+    let square = |&x: &f32| x as f64 * x as f64;
+    let variance = 2.0 * block.iter().map(square).sum::<f64>() / block.len() as f64;
+    block.iter().map(|x| (variance + square(x)).sqrt()).collect()
+}
+
+/// ggml's search for one sub-block of Q4_K, from its description: 21 scales around the one that spans the range, each
+/// refitted by least squares with an offset of at most zero. Returns scale and offset.
+fn reference_sub_block(block: &[f32], weights: &[f64], steps: f64) -> (f64, f64) {
+    let low = block.iter().fold(0f32, |a, &x| a.min(x)) as f64;
+    let high = block.iter().fold(f32::MIN, |a, &x| a.max(x)) as f64;
+    let fit = |units: f64| {
+        let codes =
+            block.iter().map(|&x| ((x as f64 - low) * units / (high - low)).round().clamp(0.0, steps));
+        let [mut w, mut q, mut qq, mut x, mut xq] = [0.0; 5];
+        for ((&value, &weight), code) in block.iter().zip(weights).zip(codes.clone()) {
+            let value = value as f64;
+            w += weight;
+            q += weight * code;
+            qq += weight * code * code;
+            x += weight * value;
+            xq += weight * value * code;
+        }
+        let mut scale = (w * xq - x * q) / (w * qq - q * q);
+        let mut offset = (x - scale * q) / w;
+        if offset > 0.0 {
+            (scale, offset) = (xq / qq, 0.0);
+        }
+        let square = |(&x, code): (&f32, f64)| (x as f64 - scale * code - offset).powi(2);
+        let squares = block.iter().zip(codes).map(square);
+        (squares.zip(weights).map(|(square, weight)| weight * square).sum::<f64>(), scale, offset)
+    };
+    let fits = (-10..=10).map(|i| fit(steps + 0.1 * i as f64));
+    let (_, scale, offset) = fits.min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+    (scale, offset)
+}
+
+/// The values of a super-block under ggml's Q4_K: sub-block fits rounded to 6 bits under their maxima.
+fn reference_q4_k(block: &[f32]) -> Vec<f64> {
+    let weights = error_weights(block);
+    let subs = || block.chunks(32).zip(weights.chunks(32));
+    let fits: Vec<_> = subs().map(|(sub, weights)| reference_sub_block(sub, weights, 15.0)).collect();
+    let f16 = |x: f64| Codec::F16.round(x as f32) as f64;
+    let d = f16(fits.iter().fold(0.0, |a, f| f64::max(a, f.0)) / 63.0);
+    let dmin = f16(fits.iter().fold(0.0, |a, f| f64::max(a, -f.1)) / 63.0);
+    let decode = |(sub, &(scale, offset)): (&[f32], &(f64, f64))| -> Vec<f64> {
+        let scale = d * (scale / d).round().min(63.0);
+        let offset = -dmin * (-offset / dmin).round().min(63.0);
+        let value = |&x: &f32| scale * ((x as f64 - offset) / scale).round().clamp(0.0, 15.0) + offset;
+        sub.iter().map(value).collect()
+    };
+    block.chunks(32).zip(&fits).flat_map(decode).collect()
+}
+
+#[test]
+fn q4_k_errors_are_below_those_of_ggmls_search() {
+    for (weights, name) in [(gaussian(14, 32 * COLS), "gaussian"), (laplace(15, 32 * COLS), "laplace")] {
+        let [mut reference, mut ours] = [0.0; 2];
+        let values = fitted(schemes::Q4_K, &weights).decode();
+        for (block, values) in weights.chunks(256).zip(values.chunks(256)) {
+            let others = reference_q4_k(block);
+            for (i, weight) in error_weights(block).into_iter().enumerate() {
+                reference += weight * (block[i] as f64 - others[i]).powi(2);
+                ours += weight * (block[i] as f64 - values[i] as f64).powi(2);
+            }
+        }
+        assert!(ours < 0.99 * reference, "{name}: {ours} against {reference}");
     }
 }

@@ -155,6 +155,11 @@ pub(super) fn search<const N: usize>(tile: &Tile<N>, fixed: &Fixed, steps: f32, 
         let grid = sums.refit(fixed, negative);
         keep(&mut best, &mut chosen, &sums.cost(fixed, &grid), &grid);
     }
+    for _ in 0..2 {
+        let sums = Sums::of(tile, &chosen, steps);
+        let grid = sums.refit(fixed, negative);
+        keep(&mut best, &mut chosen, &sums.cost(fixed, &grid), &grid);
+    }
     chosen
 }
 

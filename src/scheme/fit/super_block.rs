@@ -52,9 +52,10 @@ pub(super) fn fit_symmetric(q: &mut QTensor, weights: &[f32], importances: Optio
     }
 }
 
-/// Multiplies in how much a weight's own size raises the cost of its error: `√(σ² + x²)` with importances, where `σ²`
-/// is twice the super-block's mean square, and `rms + |x|` of the sub-block without. The weighting is ggml's
-/// (`quantize_row_q4_K_impl`, `quantize_row_q4_K_ref` in ggml-quants.c); `SUBS` sub-blocks make a super-block.
+/// Sets the weight of each error to `importance · √(σ² + x²)`, where `σ²` is twice the mean square of the super-block
+/// of `SUBS` sub-blocks: large weights matter more than plain squared error says. The formula is ggml's for an
+/// importance matrix (`quantize_row_q4_K_impl` in ggml-quants.c), which serves as well without one: on two small
+/// models KLD was equal or lower than with `rms + |x|`, ggml's data-free choice.
 #[inline(always)]
 fn weigh<const N: usize, const SUBS: usize>(tile: &mut Tile<N>, has_importances: bool) {
     let mut square = [0.0; LANES];
@@ -63,22 +64,14 @@ fn weigh<const N: usize, const SUBS: usize>(tile: &mut Tile<N>, has_importances:
             square[l] += x[l] * x[l];
         }
     }
-    if has_importances {
-        let mut variance = [0.0; LANES];
-        for (variance, square) in variance.chunks_exact_mut(SUBS).zip(square.chunks_exact(SUBS)) {
-            variance.fill(2.0 * square.iter().sum::<f32>() / (N * SUBS) as f32);
-        }
-        for (x, importance) in tile.x.iter().zip(&mut tile.importance) {
-            for l in 0..LANES {
-                importance[l] *= (variance[l] + x[l] * x[l]).sqrt();
-            }
-        }
-    } else {
-        let rms = tile::lanes(|l| (square[l] * (1.0 / N as f32)).sqrt());
-        for (x, importance) in tile.x.iter().zip(&mut tile.importance) {
-            for l in 0..LANES {
-                importance[l] = rms[l] + x[l].abs();
-            }
+    let mut variance = [0.0; LANES];
+    for (variance, square) in variance.chunks_exact_mut(SUBS).zip(square.chunks_exact(SUBS)) {
+        variance.fill(2.0 * square.iter().sum::<f32>() / (N * SUBS) as f32);
+    }
+    for (x, importance) in tile.x.iter().zip(&mut tile.importance) {
+        for l in 0..LANES {
+            let given = if has_importances { importance[l] } else { 1.0 };
+            importance[l] = given * (variance[l] + x[l] * x[l]).sqrt();
         }
     }
 }
