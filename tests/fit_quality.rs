@@ -297,7 +297,7 @@ fn reference_sub_block(block: &[f32], weights: &[f64], steps: f64) -> (f64, f64)
         (squares.zip(weights).map(|(square, weight)| weight * square).sum::<f64>(), scale, offset)
     };
     let fits = (-10..=10).map(|i| fit(steps + 0.1 * i as f64));
-    let (_, scale, offset) = fits.min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+    let (_, scale, offset) = fits.min_by(|a, b| a.0.total_cmp(&b.0)).expect("21 fits");
     (scale, offset)
 }
 
