@@ -78,17 +78,20 @@ const fn row(id: &'static str, splits: &'static [&'static [&'static str]]) -> Pr
 
 const PRE_TOKENIZERS: [PreTokenizer; 7] = [
     PreTokenizer {
-        aliases: &["llama3", "llama-v3"],
+        aliases: &["llama3", "llama-v3", "falcon3", "pixtral"],
         ignore_merges: Some(true),
         adds_bos: true,
         ..row("llama-bpe", &[LLAMA3])
     },
-    row("dbrx", &[LLAMA3]),
-    PreTokenizer { aliases: &["deepseek-r1-qwen"], ..row("qwen2", &[QWEN2]) },
-    row("smollm", &[&[NUMBER], GPT2]),
-    row("gpt-2", &[GPT2]),
+    PreTokenizer { aliases: &["smaug-bpe"], ..row("dbrx", &[LLAMA3]) },
+    PreTokenizer { aliases: &["deepseek-r1-qwen", "stablelm2"], ..row("qwen2", &[QWEN2]) },
+    PreTokenizer {
+        aliases: &["starcoder", "refact", "command-r", "exaone"],
+        ..row("smollm", &[&[NUMBER], GPT2])
+    },
+    PreTokenizer { aliases: &["mpt", "olmo", "phi-2"], ..row("gpt-2", &[GPT2]) },
     PreTokenizer { ignore_merges: None, adds_bos: true, ..row("tekken", &[TEKKEN]) },
-    row("gpt-4o", &[GPT4O]),
+    PreTokenizer { aliases: &["llama4"], ..row("gpt-4o", &[GPT4O]) },
 ];
 
 /// Returns the pre-tokenizer of a GGUF file. Errors on ids outside the table.
