@@ -288,14 +288,19 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Options that do not change what is written, and whether a value follows.
-const SILENT: [(&str, bool); 12] = [
+const SILENT: [(&str, bool); 17] = [
     ("--threads", true),
     ("--out", true),
     ("-o", true),
     ("--json", true),
     ("--csv", true),
     ("--force", false),
+    ("--dry-run", false),
     ("--no-validate", false),
+    ("--text", true),
+    ("--ctx", true),
+    ("--windows", true),
+    ("--protocol", true),
     ("--quiet", false),
     ("-q", false),
     ("--verbose", false),
