@@ -42,12 +42,14 @@ pub fn rows(report: &Report) -> String {
     )
 }
 
+/// `value ± error`; one window has no error to show.
 fn with_error(value: Option<f64>, error: Option<f64>, signed: bool) -> String {
-    match (value, error) {
-        (Some(value), Some(error)) if signed => format!("{value:+.4} ± {error:.4}"),
-        (Some(value), Some(error)) => format!("{value:.5} ± {error:.5}"),
-        _ => dash(),
-    }
+    let Some(value) = value else { return dash() };
+    let (value, error) = match signed {
+        true => (format!("{value:+.4}"), error.map(|e| format!(" ± {e:.4}"))),
+        false => (format!("{value:.5}"), error.map(|e| format!(" ± {e:.5}"))),
+    };
+    value + &error.unwrap_or_default()
 }
 
 fn dash() -> String {
