@@ -1,5 +1,7 @@
 use std::ops::AddAssign;
 
+use multiversion::multiversion;
+
 use super::QTensor;
 
 /// How far a quantized tensor lies from its weights, as two sums that add up over chunks of rows.
@@ -35,15 +37,38 @@ impl QTensor {
         let mut values = vec![0.0; self.cols];
         for (row, weights) in weights.chunks_exact(self.cols.max(1)).enumerate() {
             self.decode_row(row, &mut values);
-            for (col, (&weight, &value)) in weights.iter().zip(&values).enumerate() {
-                let importance = importances.map_or(1.0, |h| h[col] as f64);
-                let (weight, difference) = (weight as f64, weight as f64 - value as f64);
-                total += Distortion {
-                    error: importance * difference * difference,
-                    power: importance * weight * weight,
-                };
-            }
+            total += of_row(weights, &values, importances);
         }
         total
     }
+}
+
+/// How many sums run side by side, so that the loop vectorises.
+const LANES: usize = 16;
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+fn of_row(weights: &[f32], values: &[f32], importances: Option<&[f32]>) -> Distortion {
+    let (mut error, mut power) = ([0f64; LANES], [0f64; LANES]);
+    let mut add = |lane: usize, weight: f32, value: f32, importance: f64| {
+        // The weight and its value are close, so F32 holds their difference with hardly a rounding.
+        let (difference, weight) = ((weight - value) as f64, weight as f64);
+        error[lane] += importance * (difference * difference);
+        power[lane] += importance * (weight * weight);
+    };
+    let (weight_chunks, weight_rest) = weights.as_chunks::<LANES>();
+    let (value_chunks, value_rest) = values.as_chunks::<LANES>();
+    for (i, (weights, values)) in weight_chunks.iter().zip(value_chunks).enumerate() {
+        match importances {
+            Some(h) => {
+                let h = &h[i * LANES..(i + 1) * LANES];
+                (0..LANES).for_each(|l| add(l, weights[l], values[l], h[l] as f64));
+            }
+            None => (0..LANES).for_each(|l| add(l, weights[l], values[l], 1.0)),
+        }
+    }
+    for (l, (&weight, &value)) in weight_rest.iter().zip(value_rest).enumerate() {
+        let importance = importances.map_or(1.0, |h| h[weights.len() - weight_rest.len() + l] as f64);
+        add(l, weight, value, importance);
+    }
+    Distortion { error: error.iter().sum(), power: power.iter().sum() }
 }
