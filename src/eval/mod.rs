@@ -202,3 +202,105 @@ impl Tally {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::path::Path;
+
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::checkpoint::Checkpoint;
+
+    fn model(name: &str) -> Model<Cpu> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/logits").join(name);
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        Model::load(&Cpu, &checkpoint.config, &checkpoint).unwrap()
+    }
+
+    fn subject<'a>(name: &str, model: &'a Model<Cpu>) -> Subject<'a, Cpu> {
+        Subject { name: name.into(), format: "bf16".into(), bytes: 1, bits_per_weight: 16.0, model }
+    }
+
+    fn tokens() -> Vec<u32> {
+        (0..100u32).map(|i| i.wrapping_mul(2_654_435_761) >> 26).collect()
+    }
+
+    fn protocol(name: Scored) -> Protocol {
+        Protocol::new(name, 16, None, "text", &tokens(), None).unwrap()
+    }
+
+    #[test]
+    fn a_model_diverges_from_itself_by_exactly_zero() {
+        let model = model("qwen3");
+        let (base, same) = (subject("base", &model), subject("same", &model));
+        let calls = RefCell::new(Vec::new());
+        let report =
+            run(&Cpu, Some(&base), &[same], &tokens(), &protocol(Scored::SecondHalf), &|done, total| {
+                calls.borrow_mut().push((done, total));
+            });
+        let rows = report.unwrap().rows;
+        assert_eq!((rows[0].kld, rows[0].delta_ppl, rows[0].tokens), (None, None, 6 * 7));
+        let zero = Some(0.0);
+        let same = &rows[1];
+        assert_eq!([same.kld, same.kld_se, same.kld_p99, same.delta_ppl, same.delta_ppl_se], [zero; 5]);
+        assert_eq!((same.top1, same.ppl), (Some(1.0), rows[0].ppl));
+        assert_eq!(*calls.borrow(), (1..=12).map(|done| (done, 12)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn perplexity_is_the_exponential_of_the_mean_loss_of_all_scored_positions() {
+        let model = model("mistral");
+        let protocol = protocol(Scored::All);
+        let report = run(&Cpu, None, &[subject("m", &model)], &tokens(), &protocol, &|_, _| ()).unwrap();
+        let mut losses = Vec::new();
+        for window in tokens().chunks_exact(16) {
+            let hidden = model.hidden(&Cpu, window, Batch { sequences: 1, tokens: 16 }).unwrap();
+            let hidden = Cpu.select_rows(&hidden, &(0..15).collect::<Vec<_>>()).unwrap();
+            let scores = Cpu.score(&hidden, model.head(), &window[1..]).unwrap();
+            losses.extend(scores.iter().map(|score| score.nll as f64));
+        }
+        assert_eq!(losses.len(), report.rows[0].tokens);
+        assert!((report.rows[0].ppl - mean(&losses).exp()).abs() < 1e-9 * report.rows[0].ppl);
+    }
+
+    #[test]
+    fn another_model_diverges_and_each_sees_its_own_hidden_states() {
+        let (a, b) = (model("qwen3"), model("mistral"));
+        let (a, b) = (subject("a", &a), subject("b", &b));
+        let both =
+            run(&Cpu, Some(&a), &[subject("b", b.model)], &tokens(), &protocol(Scored::All), &|_, _| ())
+                .unwrap();
+        let alone = run(&Cpu, None, &[b], &tokens(), &protocol(Scored::All), &|_, _| ()).unwrap();
+        assert_eq!(both.rows[1].ppl, alone.rows[0].ppl);
+        assert!(both.rows[1].kld.unwrap() > 0.1 && both.rows[1].kld_se.unwrap() > 0.0);
+        assert!(both.rows[1].top1.unwrap() < 1.0);
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_refused_with_the_models_name() {
+        let (base, mut other) = (model("qwen3"), model("mistral"));
+        let refusal = |base: &Model<Cpu>, other: &Model<Cpu>, tokens: &[u32], protocol: &Protocol| {
+            let (base, other) = (subject("base", base), subject("other", other));
+            format!("{:#}", run(&Cpu, Some(&base), &[other], tokens, protocol, &|_, _| ()).unwrap_err())
+        };
+        let protocol = protocol(Scored::All);
+        let mut outside = tokens();
+        outside[50] = 64;
+        assert!(refusal(&base, &other, &outside, &protocol).contains("token id 64"));
+        assert!(refusal(&base, &other, &tokens()[..90], &protocol).contains("90 tokens"));
+        other.config.max_position_embeddings = 8;
+        assert!(refusal(&base, &other, &tokens(), &protocol).starts_with("other: windows of 16 tokens"));
+        other.config.vocab_size = 65;
+        assert!(refusal(&base, &other, &tokens(), &protocol).starts_with("other: its vocabulary has 65"));
+    }
+
+    #[test]
+    fn weights_that_overflow_are_reported_with_model_and_window() {
+        let mut model = model("llama2");
+        model.output_norm.fill(f32::NAN);
+        let refusal =
+            run(&Cpu, None, &[subject("broken", &model)], &tokens(), &protocol(Scored::All), &|_, _| ());
+        assert!(format!("{:#}", refusal.unwrap_err()).starts_with("broken, window 1: the loss is NaN"));
+    }
+}

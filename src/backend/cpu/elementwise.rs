@@ -26,11 +26,12 @@ pub fn exp(x: f32) -> f32 {
         .mul_add(r, 1.666_666_5e-1)
         .mul_add(r, 0.5);
     let e_r = (r * r).mul_add(p, r) + 1.0;
-    // Two half-steps reach 2^-126 and 2^128 without leaving the exponent's range.
+    // Two half-steps reach 2^-126 and 2^128 without leaving the exponent's range. Wrapping, because an overflow check
+    // would keep the loop around from being vectorised.
     let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     let half = n >> 1;
-    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    let y = e_r * power(half) * power(n - half);
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    let y = e_r * power(half) * power(n.wrapping_sub(half));
     // A NaN survives the clamp and every product; only the far left end needs a hand.
     if x < -87.336_54 { 0.0 } else { y }
 }

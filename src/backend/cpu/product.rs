@@ -144,11 +144,12 @@ fn multiply_panel(
     y: &mut ArrayViewMut2<f32>,
     previous: Previous,
 ) {
-    for (block, mut y) in y.axis_chunks_iter_mut(Axis(0), ROWS).enumerate() {
+    for block in 0..left.rows.div_ceil(ROWS) {
         let sums = tile(left.block(block, depth.clone()), panel);
-        for (mut y, sums) in y.rows_mut().into_iter().zip(&sums) {
+        for (row, sums) in (block * ROWS..left.rows).zip(&sums) {
+            let y = y.row_mut(row).into_slice().expect("rows are contiguous");
             match previous {
-                Previous::Replaced => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = *sum),
+                Previous::Replaced => y.copy_from_slice(&sums[..y.len()]),
                 Previous::Kept => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += *sum),
             }
         }
@@ -189,10 +190,13 @@ pub fn transpose<const W: usize>(rows: ArrayView2<f32>, out: &mut [[f32; W]]) {
     if rows.nrows() < W {
         out.fill([0.0; W]);
     }
+    let mut sources: [&[f32]; W] = [&[]; W];
+    for (source, row) in sources.iter_mut().zip(rows.rows()) {
+        *source = row.to_slice().expect("rows are contiguous");
+    }
     for (start, out) in (0..rows.ncols()).step_by(LINE).zip(out.chunks_mut(LINE)) {
-        for (i, row) in rows.rows().into_iter().enumerate() {
-            let row = row.to_slice().expect("rows are contiguous");
-            for (out, &value) in out.iter_mut().zip(&row[start..]) {
+        for (i, source) in sources[..rows.nrows()].iter().enumerate() {
+            for (out, &value) in out.iter_mut().zip(&source[start..]) {
                 out[i] = value;
             }
         }
