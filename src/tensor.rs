@@ -68,7 +68,7 @@ impl Dense {
     /// Returns an F32 tensor of those values.
     pub fn from_f32(shape: Vec<usize>, values: &[f32]) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
-        Dense { dtype: Dtype::F32, shape, bytes: values.iter().flat_map(|v| v.to_le_bytes()).collect() }
+        Dense { dtype: Dtype::F32, shape, bytes: bytes_from_floats(Dtype::F32, values) }
     }
 
     /// Returns `[rows, cols]`: all but the last axis, and the last. A vector is one row.
@@ -96,8 +96,11 @@ impl Dense {
         let mut shape = self.shape.clone();
         shape.iter_mut().take(1).for_each(|n| *n = order.len());
         let width = self.shape.iter().skip(1).product::<usize>() * self.dtype.bytes();
-        let row = |i: usize| &self.bytes[i * width..(i + 1) * width];
-        Dense { dtype: self.dtype, shape, bytes: order.iter().flat_map(|&i| row(i)).copied().collect() }
+        let mut bytes = Vec::with_capacity(order.len() * width);
+        for &i in order {
+            bytes.extend_from_slice(&self.bytes[i * width..(i + 1) * width]);
+        }
+        Dense { dtype: self.dtype, shape, bytes }
     }
 
     /// Returns the same values as `dtype`, rounded to nearest even.
@@ -133,12 +136,26 @@ pub fn floats_from_bytes(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
 
 /// Encodes floats as `dtype` (F32, F16 or BF16), rounded to nearest even.
 pub fn bytes_from_floats(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * dtype.bytes()];
     match dtype {
-        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Dtype::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
-        Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+        Dtype::F32 => {
+            for (out, x) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                *out = x.to_le_bytes();
+            }
+        }
+        Dtype::F16 => {
+            for (out, &x) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                *out = f16::from_f32(x).to_le_bytes();
+            }
+        }
+        Dtype::BF16 => {
+            for (out, &x) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                *out = bf16::from_f32(x).to_le_bytes();
+            }
+        }
         other => unreachable!("{other} is no float type"),
     }
+    bytes
 }
 
 /// Returns the index of the first NaN or infinity.

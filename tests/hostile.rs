@@ -6,10 +6,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use quant::artifact::Artifact;
 use quant::checkpoint::Checkpoint;
 use quant::container::gguf::{Gguf, GgufSink, Metadata};
 use quant::container::safetensors::{SHARD_BYTES, Safetensors, SafetensorsSink};
 use quant::container::{Sink, Storage, TensorSpec};
+use quant::plan::Plan;
+use quant::recipe::Recipe;
 use quant::tensor::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -363,6 +366,15 @@ fn paths_that_hold_no_model_say_what_they_hold() {
     assert_error(Checkpoint::open(dir.path()), &["`pytorch_model.bin` is a pickle", "safetensors"]);
     fs::write(at("notes.txt"), "x").unwrap();
     assert_error(Checkpoint::open(&at("notes.txt")), &["notes.txt", "`.gguf`"]);
+}
+
+#[test]
+fn a_gguf_file_needs_the_tokenizer_that_the_folder_lacks() {
+    let model = Model::new();
+    let source = Checkpoint::open(&model.write()).unwrap();
+    let plan = Plan::new(&source, &Recipe::new("q8_0", None, None).unwrap()).unwrap();
+    let artifact = Artifact::new(&plan, &source, "model", &[], SHARD_BYTES).map(|_| ());
+    assert_error(artifact, &["model", "tokenizer.json"]);
 }
 
 fn entries(folder: &Path) -> usize {
