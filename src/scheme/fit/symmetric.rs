@@ -10,7 +10,7 @@ use crate::scheme::QTensor;
 
 /// Eight bits: the largest weight sits at 127.45 units and fewer. No clipping; the error's mean grows with the scale
 /// but its spread over candidates, being a sum of only 32 rounding errors, is far larger.
-const EIGHT_BITS: [f32; 8] = [127.45, 126.4, 125.4, 124.4, 123.4, 122.4, 121.4, 120.4];
+const EIGHT_BITS: [f32; 6] = [127.45, 126.25, 125.05, 123.85, 122.65, 121.45];
 
 #[inline(always)]
 pub(super) fn fit(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>) {
