@@ -27,10 +27,15 @@ fi
 compressed_tensors=(mxfp4 int8 int8-w8a8)
 gguf=(q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s q4_0)
 
-# Prints what llama-perplexity measures.
+# Prints what llama-perplexity measures. On a busy machine its log thread loses the last lines at exit: ask again.
 llama_cpp() {
-    "$peers/bin/llama-perplexity" -m "$1" -f "$2" -c 512 -b 512 --chunks "$windows" 2>&1 |
-        sed -n 's/.*Final estimate: PPL = \([0-9.]*\).*/\1/p'
+    local ppl
+    for _ in 1 2 3 4 5; do
+        ppl=$("$peers/bin/llama-perplexity" -m "$1" -f "$2" -c 512 -b 512 --chunks "$windows" 2>&1 |
+            sed -n 's/.*Final estimate: PPL = \([0-9.]*\).*/\1/p')
+        [ -z "$ppl" ] || break
+    done
+    echo "${ppl:-nan}"
 }
 
 results=$work/results.tsv
@@ -58,7 +63,7 @@ for model in "$@"; do
     done
     for artifact in "$out"/*.gguf; do
         ppl=$(llama_cpp "$artifact" "$out/text.txt") || ppl=nan
-        printf '%s\t%s\t%s\t%s\t%s\n' "$out/eval.json" "$artifact" llama.cpp "${ppl:-nan}" 0.01 >>"$results"
+        printf '%s\t%s\t%s\t%s\t%s\n' "$out/eval.json" "$artifact" llama.cpp "$ppl" 0.01 >>"$results"
     done
 done
 "$python" "$repository/scripts/engines/compare.py" "$results"
