@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Converts models to every format, loads each artifact in the engine it is for, and compares perplexities with ours:
-# GGUF in llama.cpp within 1 %, compressed-tensors in transformers within 0.01 % (1 % where inputs are quantized: the
-# library rounds them with another scale than vLLM and we). Prints one table; exit 1 if an artifact fails.
+# GGUF in llama.cpp within 1 %, compressed-tensors in transformers within 0.01 % (1 % where inputs are quantized: there
+# equal arithmetic still rounds apart). Prints one table; exit 1 if an artifact fails.
 #
 # usage: scripts/engines.sh WORK_DIR [MODEL_DIR...]       default model: eval/tiny-llama
 #        PEERS=WORK_DIR/peers  TEXT=eval/eval.txt  WINDOWS=20  QUANT=program to test, built if not given
