@@ -18,7 +18,7 @@ use anyhow::{Result, bail};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::linalg;
+use super::linalg::Cholesky;
 use super::statistics::Moments;
 use crate::num::Element;
 use crate::scheme::{Grid, QTensor};
@@ -56,11 +56,11 @@ impl Feedback {
             let hessian = moments.damped(damp);
             // Cholesky of the reversed order: row i of the factor is step cols - 1 - i.
             let at = |step: usize| order[cols - 1 - step] as usize;
-            match linalg::cholesky(cols, |row, col| hessian[at(row) * cols + at(col)] as f64) {
+            match Cholesky::new(cols, |row, col| hessian[at(row) * cols + at(col)] as f64) {
                 Ok(lower) => {
                     let entry = |j: usize, k: usize| {
                         let (row, col) = (cols - 1 - j, cols - 1 - k);
-                        (lower[(row, col)] / lower[(col, col)]) as f32
+                        (lower.at(row, col) / lower.at(col, col)) as f32
                     };
                     return Ok(Feedback { panels: panels(cols, entry), order, damp });
                 }

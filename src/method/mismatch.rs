@@ -12,7 +12,7 @@
 
 use anyhow::{Context, Result};
 
-use super::linalg;
+use super::linalg::{self, Cholesky};
 use super::statistics::Moments;
 
 /// λ of the module's formula, relative to the mean diagonal.
@@ -35,9 +35,9 @@ fn correct(weights: &[f32], moments: &Moments, strength: f32, ridge: f32) -> Res
     let mut missing = vec![0.0; rows * cols];
     linalg::add_product(&mut missing, weights, &difference, [rows, cols, cols]);
     let damped = moments.damped(ridge);
-    let factor = linalg::cholesky(cols, |row, col| damped[row * cols + col] as f64)
+    let factor = Cholesky::new(cols, |row, col| damped[row * cols + col] as f64)
         .context("input-mismatch correction: calibration inputs are not finite")?;
-    let correction = linalg::solve_right(&missing, rows, &factor);
+    let correction = factor.solve_right(&missing);
     Ok(weights.iter().zip(correction).map(|(w, c)| w + strength * c).collect())
 }
 

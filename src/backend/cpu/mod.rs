@@ -5,7 +5,7 @@
 mod attention;
 mod elementwise;
 mod head;
-mod product;
+pub(crate) mod product;
 
 use anyhow::{Result, ensure};
 use ndarray::{Array2, Axis};
