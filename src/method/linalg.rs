@@ -3,10 +3,10 @@
 
 use anyhow::{Result, bail};
 use multiversion::multiversion;
-use ndarray::{ArrayView2, ArrayViewMut2, s};
+use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-use crate::backend::cpu::product::{Left, Previous, RightRows, multiply_transposed};
+use crate::backend::cpu::product::{Columns, Left, Previous, multiply_transposed};
 
 /// out += a · b for `a` `[m, k]`, `b` `[k, n]`, `out` `[m, n]`.
 pub fn add_product(out: &mut [f32], a: &[f32], b: &[f32], [m, k, n]: [usize; 3]) {
@@ -30,21 +30,6 @@ fn view(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
 
 fn view_mut(values: &mut [f32], rows: usize, cols: usize) -> ArrayViewMut2<'_, f32> {
     ArrayViewMut2::from_shape((rows, cols), values).expect("callers pass a slice of that shape")
-}
-
-/// The columns of a matrix `[depth, cols]` as rows of a right operand.
-struct Columns<'a>(ArrayView2<'a, f32>);
-
-impl RightRows for Columns<'_> {
-    fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        let depth = self.0.nrows();
-        let columns = first..first + out.len() / depth.max(1);
-        for (k, row) in self.0.slice(s![.., columns]).rows().into_iter().enumerate() {
-            for (i, &value) in row.iter().enumerate() {
-                out[i * depth + k] = value;
-            }
-        }
-    }
 }
 
 /// Columns factored together: their rows stay in the L2 cache while all later rows pass.

@@ -1,19 +1,20 @@
 //! One matrix from weights to codes: target, scales, feedback rounding, descent.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::descent::descend;
 use super::gptq::{Feedback, gptq};
-use super::mismatch::corrected_target;
+use super::linalg;
+use super::mismatch::{Strength, corrected_target};
 use super::statistics::Moments;
 use crate::scheme::fit::{ScaleRule, fit};
 use crate::scheme::{QTensor, Scheme};
 
-/// The knobs of calibrated rounding.
+/// The knobs of calibrated rounding of one matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
-    /// Strength of the input-mismatch correction, 0..=1.
-    pub mismatch: f32,
+pub struct Knobs {
+    /// Strength of the mismatch correction.
+    pub strength: Strength,
     /// Damping relative to the Hessian's mean diagonal.
     pub damp: f32,
     /// Coordinate-descent sweeps over codes and scales.
@@ -22,11 +23,15 @@ pub struct Settings {
     pub scale_rule: ScaleRule,
 }
 
-impl Default for Settings {
-    /// The best fixed settings over the models measured.
-    fn default() -> Self {
-        Settings { mismatch: 0.5, damp: 0.05, sweeps: 4, scale_rule: ScaleRule::Search }
-    }
+/// A calibrated matrix and what rounding cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Solved {
+    /// Codes and scales.
+    pub q: QTensor,
+    /// Output error of the nearest codes, relative to the output's energy: `tr(Δ H Δᵀ) / tr(W H Wᵀ)`.
+    pub error_nearest: f64,
+    /// The same for the codes chosen.
+    pub error: f64,
 }
 
 /// The statistics of one input with everything derived from them that its linears share.
@@ -35,7 +40,7 @@ pub struct Solver {
     importances: Vec<f32>,
     feedback: Feedback,
     damped: Vec<f32>,
-    settings: Settings,
+    knobs: Knobs,
 }
 
 impl Solver {
@@ -43,22 +48,39 @@ impl Solver {
     ///
     /// # Errors
     /// If the moments are not finite.
-    pub fn new(moments: Moments, settings: Settings) -> Result<Self> {
-        let feedback = Feedback::new(&moments, settings.damp)?;
+    pub fn new(moments: Moments, knobs: Knobs) -> Result<Self> {
+        let feedback = Feedback::new(&moments, knobs.damp)?;
         let damped = moments.damped(feedback.damp);
-        Ok(Solver { importances: moments.importances(), feedback, damped, moments, settings })
+        Ok(Solver { importances: moments.importances(), feedback, damped, moments, knobs })
     }
 
     /// Returns the quantized form of `weights` `[rows, cols]`.
     ///
     /// # Errors
-    /// If the moments are not finite.
-    pub fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme) -> Result<QTensor> {
+    /// If weights or moments are not finite.
+    pub fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme) -> Result<Solved> {
         let cols = self.moments.cols;
-        let target = corrected_target(weights, &self.moments, self.settings.mismatch)?;
-        let mut q = fit(scheme, &target, rows, cols, Some(&self.importances), self.settings.scale_rule);
+        ensure!(weights.iter().all(|w| w.is_finite()), "weights that are not finite");
+        let target = corrected_target(weights, &self.moments, self.knobs.strength)?;
+        let mut q = fit(scheme, &target, rows, cols, Some(&self.importances), self.knobs.scale_rule);
+        let energy = self.energy(&target, rows).max(f64::MIN_POSITIVE);
+        let error_nearest = self.error(&q, &target) / energy;
         gptq(&target, &mut q, &self.feedback);
-        descend(&target, &mut q, &self.damped, self.settings.sweeps);
-        Ok(q)
+        descend(&target, &mut q, &self.damped, self.knobs.sweeps);
+        let error = self.error(&q, &target) / energy;
+        Ok(Solved { q, error_nearest, error })
+    }
+
+    fn error(&self, q: &QTensor, target: &[f32]) -> f64 {
+        let delta: Vec<f32> = q.decode().iter().zip(target).map(|(v, t)| v - t).collect();
+        self.energy(&delta, q.rows)
+    }
+
+    /// tr(a H aᵀ) for `a` `[rows, cols]`.
+    fn energy(&self, a: &[f32], rows: usize) -> f64 {
+        let cols = self.moments.cols;
+        let mut product = vec![0.0; a.len()];
+        linalg::add_product(&mut product, a, &self.moments.hessian, [rows, cols, cols]);
+        a.iter().zip(&product).map(|(a, p)| *a as f64 * *p as f64).sum()
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! hessian = X̃ᵀX̃    X̃: inputs the quantized model will feed this linear
 //! cross   = XᵀX̃    X:  inputs the full-precision model feeds it
+//! drift   = (R - R̃)ᵀX̃    R, R̃: the residual streams the linear adds to, in both models
 //! ```
 //!
 //! Linears that read the same input (q, k, v; gate, up) share one [`Moments`]. Sums are in F32: 65,536 tokens in
@@ -21,12 +22,21 @@ pub struct Moments {
     pub hessian: Vec<f32>,
     /// `XᵀX̃`, `[cols, cols]`.
     pub cross: Vec<f32>,
+    /// `(R - R̃)ᵀX̃`, `[outputs, cols]`: how far the residual streams that the linear adds to have drifted apart; only
+    /// for linears that add to them (o, down).
+    pub drift: Option<Vec<f32>>,
 }
 
 impl Moments {
     /// Returns sums over no tokens.
     pub fn new(cols: usize) -> Self {
-        Moments { cols, tokens: 0, hessian: vec![0.0; cols * cols], cross: vec![0.0; cols * cols] }
+        Moments {
+            cols,
+            tokens: 0,
+            hessian: vec![0.0; cols * cols],
+            cross: vec![0.0; cols * cols],
+            drift: None,
+        }
     }
 
     /// Adds tokens: `quantized` is X̃ and `full` is X, each `[tokens, cols]`.

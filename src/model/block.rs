@@ -140,30 +140,45 @@ impl<B: Backend> Layer<B> {
         batch: Batch,
         observe: &mut dyn FnMut(Role, &B::Tensor) -> Result<()>,
     ) -> Result<()> {
-        let LayerConstants { attention, rope, eps } = constants;
-        let normed = backend.rms_norm(x, &self.attn_norm, *eps)?;
+        let normed = backend.rms_norm(x, &self.attn_norm, constants.eps)?;
         for role in [Role::Q, Role::K, Role::V] {
             observe(role, &normed)?;
         }
-        let mut q = self.q.forward(backend, &normed)?;
-        let mut k = self.k.forward(backend, &normed)?;
-        let v = self.v.forward(backend, &normed)?;
+        let mixed = self.attend(backend, constants, &normed, batch)?;
+        observe(Role::O, &mixed)?;
+        self.o.add_forward(backend, x, &mixed)?;
+
+        let normed = backend.rms_norm(x, &self.ffn_norm, constants.eps)?;
+        observe(Role::Gate, &normed)?;
+        observe(Role::Up, &normed)?;
+        let gated = self.gated(backend, &normed)?;
+        observe(Role::Down, &gated)?;
+        self.down.add_forward(backend, x, &gated)
+    }
+
+    /// Returns the values mixed by attention `[n, heads · head_dim]`, what `o` takes, for normed inputs `[n, hidden]`.
+    pub fn attend(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        normed: &B::Tensor,
+        batch: Batch,
+    ) -> Result<B::Tensor> {
+        let LayerConstants { attention, rope, eps } = constants;
+        let mut q = self.q.forward(backend, normed)?;
+        let mut k = self.k.forward(backend, normed)?;
+        let v = self.v.forward(backend, normed)?;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             q = backend.rms_norm(&q, q_norm, *eps)?;
             k = backend.rms_norm(&k, k_norm, *eps)?;
         }
         backend.rope(&mut q, rope, batch)?;
         backend.rope(&mut k, rope, batch)?;
-        let mixed = backend.attention(&q, &k, &v, attention, batch)?;
-        observe(Role::O, &mixed)?;
-        self.o.add_forward(backend, x, &mixed)?;
+        backend.attention(&q, &k, &v, attention, batch)
+    }
 
-        let normed = backend.rms_norm(x, &self.ffn_norm, *eps)?;
-        observe(Role::Gate, &normed)?;
-        observe(Role::Up, &normed)?;
-        let gated =
-            backend.swiglu(&self.gate.forward(backend, &normed)?, &self.up.forward(backend, &normed)?)?;
-        observe(Role::Down, &gated)?;
-        self.down.add_forward(backend, x, &gated)
+    /// Returns `silu(gate) · up` `[n, intermediate]`, what `down` takes, for normed inputs `[n, hidden]`.
+    pub fn gated(&self, backend: &B, normed: &B::Tensor) -> Result<B::Tensor> {
+        backend.swiglu(&self.gate.forward(backend, normed)?, &self.up.forward(backend, normed)?)
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
-use self::product::{Left, Previous, multiply_transposed};
+use self::product::{Columns, Left, Previous, multiply_transposed};
 use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score};
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
@@ -131,6 +131,22 @@ impl Backend for Cpu {
 
     fn add(&self, x: &mut Array2<f32>, y: &Array2<f32>) -> Result<()> {
         *x += y;
+        Ok(())
+    }
+
+    fn add_moment(&self, sum: &mut Array2<f32>, a: &Array2<f32>, b: &Array2<f32>, scale: f32) -> Result<()> {
+        ensure!(
+            a.nrows() == b.nrows() && sum.dim() == (a.ncols(), b.ncols()),
+            "moments {:?} of inputs {:?} and {:?}",
+            sum.dim(),
+            a.dim(),
+            b.dim()
+        );
+        let left = match scale == 1.0 {
+            true => Left::pack_columns(a.view()),
+            false => Left::pack_columns((a * scale).view()),
+        };
+        multiply_transposed(&left, &Columns(b.view()), sum.view_mut(), Previous::Kept);
         Ok(())
     }
 

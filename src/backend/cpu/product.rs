@@ -82,6 +82,21 @@ impl RightRows for crate::tensor::Matrix {
     }
 }
 
+/// The columns of a matrix `[depth, cols]` as rows of a right operand.
+pub struct Columns<'a>(pub ArrayView2<'a, f32>);
+
+impl RightRows for Columns<'_> {
+    fn decode_rows(&self, first: usize, out: &mut [f32]) {
+        let depth = self.0.nrows();
+        let columns = first..first + out.len() / depth.max(1);
+        for (k, row) in self.0.slice(s![.., columns]).rows().into_iter().enumerate() {
+            for (i, &value) in row.iter().enumerate() {
+                out[i * depth + k] = value;
+            }
+        }
+    }
+}
+
 /// What becomes of the previous content of a product's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Previous {

@@ -1,0 +1,328 @@
+//! Quantizes a model layer by layer on the inputs of its already quantized part, while the full-precision model runs
+//! beside it.
+//!
+//! Per layer and in order: q, k, v → o → gate, up → down. Each stage sums the second moments of its input in both
+//! streams ([`Moments`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
+//! they changed. In memory at a time: the residual streams of both models, one layer of each, one stage's moments.
+//!
+//! Windows past `held_out` ride along without being counted: comparing both models' outputs on them at the end says how
+//! good these settings are, on text the statistics have not seen.
+
+use anyhow::{Context, Result};
+
+use super::settings::Settings;
+use crate::backend::{Backend, Batch};
+use crate::method::solve::{Solved, Solver};
+use crate::method::statistics::Moments;
+use crate::model::TensorSource;
+use crate::model::block::{Layer, LayerConstants, Linear};
+use crate::model::config::Config;
+use crate::names::{Role, TensorId};
+use crate::scheme::fit::fit;
+use crate::scheme::{Activations, QTensor, Scheme};
+use crate::tensor::Matrix;
+
+/// Tokens that pass through a layer together.
+const CHUNK_TOKENS: usize = 4096;
+
+/// What to calibrate, and on what.
+pub struct Request<'a> {
+    /// Token windows of one length; at least one.
+    pub windows: &'a [Vec<u32>],
+    /// How many of the windows, the last ones, stay out of the statistics.
+    pub held_out: usize,
+    /// The scheme of each weight, `None` for those kept as they are.
+    pub scheme: &'a (dyn Fn(TensorId) -> Option<Scheme> + Sync),
+    /// What the engine will do to the inputs of quantized linears.
+    pub activations: Activations,
+    /// How codes are chosen.
+    pub settings: Settings,
+}
+
+/// A finished tensor.
+pub struct Calibrated {
+    /// Which one.
+    pub id: TensorId,
+    /// Its codes and scales, and what rounding cost.
+    pub solved: Solved,
+    /// Tokens its statistics come from; 0 for tensors rounded without.
+    pub tokens: usize,
+}
+
+/// Receives every tensor of the request as it is finished, in the order of a forward pass.
+pub type Emit<'a> = &'a mut dyn FnMut(Calibrated) -> Result<()>;
+
+/// Quantizes every weight of `request` and hands it to `emit`. Returns the mean KL divergence, in nats, of the quantized
+/// model from the full one over the second halves of the held-out windows; `None` without such windows.
+///
+/// # Errors
+/// If a tensor cannot be read, inputs are not finite (the message names the tensor), or `emit` fails.
+pub fn calibrate<B: Backend>(
+    backend: &B,
+    config: &Config,
+    source: &impl TensorSource,
+    request: &Request,
+    emit: Emit,
+) -> Result<Option<f64>> {
+    let constants = LayerConstants::new(config, source)?;
+    let mut run = Run { backend, config, constants, request, chunks: Vec::new(), emit };
+    let table = quantized_embeddings(&mut run, source)?;
+    run.embed(source, table)?;
+    for layer in 0..config.num_hidden_layers {
+        let full = Layer::load(backend, config, source, layer)?;
+        let mut quantized = Layer::load(backend, config, source, layer)?;
+        run.layer(source, layer, &full, &mut quantized).with_context(|| format!("layer {layer}"))?;
+    }
+    run.head(source)
+}
+
+/// Equally long windows on their way through both models.
+struct Chunk<T> {
+    ids: Vec<u32>,
+    batch: Batch,
+    /// Whether it counts for the statistics.
+    counted: bool,
+    /// Residual streams of the full-precision and the quantized model, `[n, hidden]`.
+    full: T,
+    quantized: T,
+    /// Input of the quantized model's next linear that adds to the stream.
+    pending: Option<T>,
+}
+
+struct Run<'a, B: Backend> {
+    backend: &'a B,
+    config: &'a Config,
+    constants: LayerConstants,
+    request: &'a Request<'a>,
+    chunks: Vec<Chunk<B::Tensor>>,
+    emit: Emit<'a>,
+}
+
+/// Rounds and emits the embedding table, if the request says so: it comes first, since every layer sees its errors.
+fn quantized_embeddings<B: Backend>(run: &mut Run<B>, source: &impl TensorSource) -> Result<Option<QTensor>> {
+    let id = TensorId::global(Role::Embed);
+    let Some(scheme) = (run.request.scheme)(id) else { return Ok(None) };
+    let weight = source.read(id)?;
+    let [rows, cols] = weight.dims();
+    let q = fit(scheme, &weight.to_f32(), rows, cols, None, run.request.settings.scale_rule);
+    let solved = Solved { q: q.clone(), error_nearest: f64::NAN, error: f64::NAN };
+    (run.emit)(Calibrated { id, solved, tokens: 0 })?;
+    Ok(Some(q))
+}
+
+impl<B: Backend> Run<'_, B> {
+    /// Starts both streams with the embeddings of all windows.
+    fn embed(&mut self, source: &impl TensorSource, quantized: Option<QTensor>) -> Result<()> {
+        let full = self.backend.upload(source.read(TensorId::global(Role::Embed))?)?;
+        let quantized = quantized.map(|q| self.backend.upload(Matrix::Quantized(q))).transpose()?;
+        let windows = self.request.windows;
+        let (counted, held_out) = windows.split_at(windows.len() - self.request.held_out);
+        let tokens = windows[0].len();
+        for (windows, counted) in [(counted, true), (held_out, false)] {
+            for windows in windows.chunks((CHUNK_TOKENS / tokens).max(1)) {
+                let ids = windows.concat();
+                let stream = self.backend.embed(&full, &ids)?;
+                self.chunks.push(Chunk {
+                    quantized: match &quantized {
+                        Some(table) => self.backend.embed(table, &ids)?,
+                        None => stream.clone(),
+                    },
+                    full: stream,
+                    batch: Batch { sequences: windows.len(), tokens },
+                    counted,
+                    ids,
+                    pending: None,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Quantizes one layer and carries both streams through it.
+    fn layer(
+        &mut self,
+        source: &impl TensorSource,
+        index: usize,
+        full: &Layer<B>,
+        quantized: &mut Layer<B>,
+    ) -> Result<()> {
+        let (backend, config, constants) = (self.backend, self.config, self.constants.clone());
+        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+        let norm = |x: &B::Tensor, gain: &B::Tensor| backend.rms_norm(x, gain, constants.eps);
+
+        let mut sums = Sums::new(backend, hidden, None)?;
+        for chunk in &mut self.chunks {
+            let input = norm(&chunk.full, &full.attn_norm)?;
+            sums.add(chunk, &input, &norm(&chunk.quantized, &full.attn_norm)?)?;
+        }
+        self.stage(source, index, &[Role::Q, Role::K, Role::V], sums, quantized)?;
+
+        let mut sums = Sums::new(backend, config.num_attention_heads * config.head_dim, Some(hidden))?;
+        for chunk in &mut self.chunks {
+            let (input, input_q) =
+                (norm(&chunk.full, &full.attn_norm)?, norm(&chunk.quantized, &full.attn_norm)?);
+            let mixed = full.attend(backend, &constants, &input, chunk.batch)?;
+            let mixed_q = quantized.attend(backend, &constants, &input_q, chunk.batch)?;
+            sums.add(chunk, &mixed, &mixed_q)?;
+            full.o.add_forward(backend, &mut chunk.full, &mixed)?;
+            chunk.pending = Some(mixed_q);
+        }
+        self.stage(source, index, &[Role::O], sums, quantized)?;
+        self.add_pending(&quantized.o)?;
+
+        let mut sums = Sums::new(backend, hidden, None)?;
+        for chunk in &mut self.chunks {
+            let input = norm(&chunk.full, &full.ffn_norm)?;
+            sums.add(chunk, &input, &norm(&chunk.quantized, &full.ffn_norm)?)?;
+        }
+        self.stage(source, index, &[Role::Gate, Role::Up], sums, quantized)?;
+
+        let mut sums = Sums::new(backend, ffn, Some(hidden))?;
+        for chunk in &mut self.chunks {
+            let gated = full.gated(backend, &norm(&chunk.full, &full.ffn_norm)?)?;
+            let gated_q = quantized.gated(backend, &norm(&chunk.quantized, &full.ffn_norm)?)?;
+            sums.add(chunk, &gated, &gated_q)?;
+            full.down.add_forward(backend, &mut chunk.full, &gated)?;
+            chunk.pending = Some(gated_q);
+        }
+        self.stage(source, index, &[Role::Down], sums, quantized)?;
+        self.add_pending(&quantized.down)
+    }
+
+    /// Adds the outputs of a linear, now quantized, to the quantized model's residual streams.
+    fn add_pending(&mut self, linear: &Linear<B>) -> Result<()> {
+        for chunk in &mut self.chunks {
+            if let Some(input) = chunk.pending.take() {
+                linear.add_forward(self.backend, &mut chunk.quantized, &input)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Quantizes linears that share an input, emits them and exchanges them in the quantized layer.
+    fn stage(
+        &mut self,
+        source: &impl TensorSource,
+        layer: usize,
+        roles: &[Role],
+        sums: Sums<B>,
+        quantized: &mut Layer<B>,
+    ) -> Result<()> {
+        let ids = roles.iter().map(|&role| TensorId::in_layer(layer, role));
+        let wanted: Vec<_> = ids.filter_map(|id| Some((id, (self.request.scheme)(id)?))).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let moments = sums.moments()?;
+        let tokens = moments.tokens;
+        let solver = Solver::new(moments, self.request.settings.knobs(roles[0]))
+            .with_context(|| format!("{}", wanted[0].0))?;
+        for (id, scheme) in wanted {
+            let weight = source.read(id)?;
+            let solved = solver
+                .quantize(&weight.to_f32(), weight.dims()[0], scheme)
+                .with_context(|| format!("{id}"))?;
+            let linear = quantized.linear_mut(id.role).context("stages list linears only")?;
+            linear.weight = self.backend.upload(Matrix::Quantized(solved.q.clone()))?;
+            linear.activations = self.request.activations;
+            (self.emit)(Calibrated { id, solved, tokens })?;
+        }
+        Ok(())
+    }
+
+    /// Quantizes the head, if the request says so, and compares both models on the held-out windows.
+    fn head(&mut self, source: &impl TensorSource) -> Result<Option<f64>> {
+        let (backend, eps) = (self.backend, self.constants.eps);
+        let gain = source.read(TensorId::global(Role::OutputNorm))?.to_f32();
+        let gain = backend.tensor(1, gain.len(), &gain)?;
+        let mut sums = Sums::new(backend, self.config.hidden_size, None)?;
+        for chunk in &mut self.chunks {
+            chunk.full = backend.rms_norm(&chunk.full, &gain, eps)?;
+            chunk.quantized = backend.rms_norm(&chunk.quantized, &gain, eps)?;
+            sums.add(chunk, &chunk.full, &chunk.quantized)?;
+        }
+        let id = TensorId::global(if self.config.tie_word_embeddings { Role::Embed } else { Role::Head });
+        let weight = source.read(id)?;
+        let full = backend.upload(weight.clone())?;
+        let quantized = match (self.request.scheme)(id) {
+            None => None,
+            Some(scheme) if self.config.tie_word_embeddings => {
+                let [rows, cols] = weight.dims();
+                let rule = self.request.settings.scale_rule;
+                Some(fit(scheme, &weight.to_f32(), rows, cols, None, rule))
+            }
+            Some(scheme) => {
+                let moments = sums.moments()?;
+                let tokens = moments.tokens;
+                let solver = Solver::new(moments, self.request.settings.knobs(Role::Head))?;
+                let solved = solver.quantize(&weight.to_f32(), weight.dims()[0], scheme)?;
+                let q = solved.q.clone();
+                (self.emit)(Calibrated { id, solved, tokens })?;
+                Some(q)
+            }
+        };
+        let quantized = quantized.map(|q| backend.upload(Matrix::Quantized(q))).transpose()?;
+        self.divergence(&full, quantized.as_ref().unwrap_or(&full))
+    }
+
+    fn divergence(&self, full: &B::Weight, quantized: &B::Weight) -> Result<Option<f64>> {
+        let (mut sum, mut count) = (0.0, 0usize);
+        for chunk in self.chunks.iter().filter(|chunk| !chunk.counted) {
+            let tokens = chunk.batch.tokens;
+            let scored: Vec<usize> =
+                (0..chunk.ids.len()).filter(|at| (tokens / 2..tokens - 1).contains(&(at % tokens))).collect();
+            let targets: Vec<u32> = scored.iter().map(|&at| chunk.ids[at + 1]).collect();
+            let baseline = self.backend.select_rows(&chunk.full, &scored)?;
+            let model = self.backend.select_rows(&chunk.quantized, &scored)?;
+            let scores = self.backend.compare((&baseline, full), (&model, quantized), &targets)?;
+            sum += scores.iter().map(|score| score.kld as f64).sum::<f64>();
+            count += scores.len();
+        }
+        Ok((count > 0).then(|| sum / count as f64))
+    }
+}
+
+/// Moments while they are summed, with the backend.
+struct Sums<'a, B: Backend> {
+    backend: &'a B,
+    cols: usize,
+    tokens: usize,
+    hessian: B::Tensor,
+    cross: B::Tensor,
+    /// Only for linears that add to the residual stream.
+    drift: Option<B::Tensor>,
+}
+
+impl<'a, B: Backend> Sums<'a, B> {
+    /// Returns sums over no tokens, for inputs of `cols` columns; of drift with residual streams of `hidden` columns.
+    fn new(backend: &'a B, cols: usize, hidden: Option<usize>) -> Result<Self> {
+        let zeros = |rows: usize| backend.tensor(rows, cols, &vec![0.0; rows * cols]);
+        let drift = hidden.map(zeros).transpose()?;
+        Ok(Sums { backend, cols, tokens: 0, hessian: zeros(cols)?, cross: zeros(cols)?, drift })
+    }
+
+    /// Adds a chunk's inputs of the next linears in both models.
+    fn add(&mut self, chunk: &Chunk<B::Tensor>, full: &B::Tensor, quantized: &B::Tensor) -> Result<()> {
+        if !chunk.counted {
+            return Ok(());
+        }
+        self.backend.add_moment(&mut self.hessian, quantized, quantized, 1.0)?;
+        self.backend.add_moment(&mut self.cross, full, quantized, 1.0)?;
+        if let Some(drift) = &mut self.drift {
+            self.backend.add_moment(drift, &chunk.full, quantized, 1.0)?;
+            self.backend.add_moment(drift, &chunk.quantized, quantized, -1.0)?;
+        }
+        self.tokens += chunk.ids.len();
+        Ok(())
+    }
+
+    fn moments(self) -> Result<Moments> {
+        Ok(Moments {
+            cols: self.cols,
+            tokens: self.tokens,
+            hessian: self.backend.read(&self.hessian)?,
+            cross: self.backend.read(&self.cross)?,
+            drift: self.drift.map(|drift| self.backend.read(&drift)).transpose()?,
+        })
+    }
+}

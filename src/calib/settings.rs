@@ -1,0 +1,53 @@
+//! The settings of a calibrated run, and what each linear gets of them.
+
+use crate::method::mismatch::Strength;
+use crate::method::solve::Knobs;
+use crate::names::Role;
+use crate::scheme::fit::ScaleRule;
+
+/// How a model is calibrated.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Strength of the input-mismatch correction of q, k, v.
+    pub mismatch: f32,
+    /// The same for all other linears.
+    pub mismatch_later: f32,
+    /// Strength with which o and down make up for the residual stream's drift.
+    pub residual: f32,
+    /// Damping relative to the Hessian's mean diagonal.
+    pub damp: f32,
+    /// Coordinate-descent sweeps over codes and scales.
+    pub sweeps: usize,
+    /// How power-of-two scales are chosen.
+    pub scale_rule: ScaleRule,
+}
+
+impl Default for Settings {
+    /// The best fixed settings over the models measured.
+    fn default() -> Self {
+        Settings {
+            mismatch: 0.5,
+            mismatch_later: 0.75,
+            residual: 0.5,
+            damp: 0.05,
+            sweeps: 4,
+            scale_rule: ScaleRule::Search,
+        }
+    }
+}
+
+impl Settings {
+    /// Returns what the linears of a stage get; `role` is any of them.
+    pub fn knobs(&self, role: Role) -> Knobs {
+        let inputs = match role {
+            Role::Q | Role::K | Role::V => self.mismatch,
+            _ => self.mismatch_later,
+        };
+        Knobs {
+            strength: Strength { inputs, residual: self.residual },
+            damp: self.damp,
+            sweeps: self.sweeps,
+            scale_rule: self.scale_rule,
+        }
+    }
+}
