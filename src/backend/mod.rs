@@ -133,15 +133,12 @@ pub trait Backend: Sync {
     /// x += y
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
-    /// sum += scale · aᵀ · b for `a` `[n, a_cols]`, `b` `[n, b_cols]`, `sum` `[a_cols, b_cols]`: second moments of
-    /// calibration.
-    fn add_moment(
-        &self,
-        sum: &mut Self::Tensor,
-        a: &Self::Tensor,
-        b: &Self::Tensor,
-        scale: f32,
-    ) -> Result<()>;
+    /// x -= y
+    fn subtract(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// sum += aᵀ · b for `a` `[n, a_cols]`, `b` `[n, b_cols]`, `sum` `[a_cols, b_cols]`: second moments of calibration.
+    /// Where `a` and `b` are the same tensor, only the entries at and below the diagonal need be right.
+    fn add_moment(&self, sum: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor) -> Result<()>;
 
     /// Scores `targets[i]` against softmax(head · hidden\[i\]), exact F32 logits, without keeping all logits.
     fn score(&self, hidden: &Self::Tensor, head: &Self::Weight, targets: &[u32]) -> Result<Vec<Score>>;

@@ -306,21 +306,28 @@ impl<'a, B: Backend> Sums<'a, B> {
         if !chunk.counted {
             return Ok(());
         }
-        self.backend.add_moment(&mut self.hessian, quantized, quantized, 1.0)?;
-        self.backend.add_moment(&mut self.cross, full, quantized, 1.0)?;
+        self.backend.add_moment(&mut self.hessian, quantized, quantized)?;
+        self.backend.add_moment(&mut self.cross, full, quantized)?;
         if let Some(drift) = &mut self.drift {
-            self.backend.add_moment(drift, &chunk.full, quantized, 1.0)?;
-            self.backend.add_moment(drift, &chunk.quantized, quantized, -1.0)?;
+            let mut difference = chunk.full.clone();
+            self.backend.subtract(&mut difference, &chunk.quantized)?;
+            self.backend.add_moment(drift, &difference, quantized)?;
         }
         self.tokens += chunk.ids.len();
         Ok(())
     }
 
     fn moments(self) -> Result<Moments> {
+        let mut hessian = self.backend.read(&self.hessian)?;
+        for row in 0..self.cols {
+            for col in 0..row {
+                hessian[col * self.cols + row] = hessian[row * self.cols + col];
+            }
+        }
         Ok(Moments {
             cols: self.cols,
             tokens: self.tokens,
-            hessian: self.backend.read(&self.hessian)?,
+            hessian,
             cross: self.backend.read(&self.cross)?,
             drift: self.drift.map(|drift| self.backend.read(&drift)).transpose()?,
         })

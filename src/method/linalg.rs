@@ -6,22 +6,16 @@ use multiversion::multiversion;
 use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-use crate::backend::cpu::product::{Columns, Left, Previous, multiply_transposed};
+use crate::backend::cpu::product::{self, Left, Wanted};
 
 /// out += a · b for `a` `[m, k]`, `b` `[k, n]`, `out` `[m, n]`.
 pub fn add_product(out: &mut [f32], a: &[f32], b: &[f32], [m, k, n]: [usize; 3]) {
-    multiply_transposed(
-        &Left::pack(view(a, m, k)),
-        &Columns(view(b, k, n)),
-        view_mut(out, m, n),
-        Previous::Kept,
-    );
+    product::add_product(&Left::pack(view(a, m, k)), view(b, k, n), view_mut(out, m, n), Wanted::All);
 }
 
 /// out += aᵀ · b for `a` `[k, m]`, `b` `[k, n]`, `out` `[m, n]`.
 pub fn add_transposed_product(out: &mut [f32], a: &[f32], b: &[f32], [k, m, n]: [usize; 3]) {
-    let left = Left::pack_columns(view(a, k, m));
-    multiply_transposed(&left, &Columns(view(b, k, n)), view_mut(out, m, n), Previous::Kept);
+    product::add_product(&Left::pack_columns(view(a, k, m)), view(b, k, n), view_mut(out, m, n), Wanted::All);
 }
 
 fn view(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {

@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
-use self::product::{Columns, Left, Previous, multiply_transposed};
+use self::product::{Left, Previous, Wanted, multiply_transposed};
 use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score};
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
@@ -134,7 +134,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn add_moment(&self, sum: &mut Array2<f32>, a: &Array2<f32>, b: &Array2<f32>, scale: f32) -> Result<()> {
+    fn add_moment(&self, sum: &mut Array2<f32>, a: &Array2<f32>, b: &Array2<f32>) -> Result<()> {
         ensure!(
             a.nrows() == b.nrows() && sum.dim() == (a.ncols(), b.ncols()),
             "moments {:?} of inputs {:?} and {:?}",
@@ -142,11 +142,14 @@ impl Backend for Cpu {
             a.dim(),
             b.dim()
         );
-        let left = match scale == 1.0 {
-            true => Left::pack_columns(a.view()),
-            false => Left::pack_columns((a * scale).view()),
-        };
-        multiply_transposed(&left, &Columns(b.view()), sum.view_mut(), Previous::Kept);
+        let same = std::ptr::eq(a, b);
+        let wanted = if same { Wanted::Lower } else { Wanted::All };
+        product::add_product(&Left::pack_columns(a.view()), b.view(), sum.view_mut(), wanted);
+        Ok(())
+    }
+
+    fn subtract(&self, x: &mut Array2<f32>, y: &Array2<f32>) -> Result<()> {
+        *x -= y;
         Ok(())
     }
 

@@ -48,14 +48,10 @@ impl Left {
     pub fn pack_columns(x: ArrayView2<f32>) -> Self {
         let (depth, rows) = x.dim();
         let mut blocks = vec![[0.0; ROWS]; rows.div_ceil(ROWS) * depth];
-        for (block, out) in blocks.chunks_mut(depth.max(1)).enumerate() {
-            let columns = block * ROWS..rows.min((block + 1) * ROWS);
-            for (out, row) in out.iter_mut().zip(x.rows()) {
-                for (out, &value) in out.iter_mut().zip(row.slice(s![columns.clone()])) {
-                    *out = value;
-                }
-            }
-        }
+        blocks
+            .par_chunks_mut(depth.max(1))
+            .enumerate()
+            .for_each(|(block, out)| copy_columns(x, block * ROWS, out));
         Left { blocks, rows, depth }
     }
 
@@ -79,21 +75,6 @@ pub trait RightRows: Sync {
 impl RightRows for crate::tensor::Matrix {
     fn decode_rows(&self, first: usize, out: &mut [f32]) {
         crate::tensor::Matrix::decode_rows(self, first, out);
-    }
-}
-
-/// The columns of a matrix `[depth, cols]` as rows of a right operand.
-pub struct Columns<'a>(pub ArrayView2<'a, f32>);
-
-impl RightRows for Columns<'_> {
-    fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        let depth = self.0.nrows();
-        let columns = first..first + out.len() / depth.max(1);
-        for (k, row) in self.0.slice(s![.., columns]).rows().into_iter().enumerate() {
-            for (i, &value) in row.iter().enumerate() {
-                out[i * depth + k] = value;
-            }
-        }
     }
 }
 
@@ -136,10 +117,46 @@ fn multiply_strip(
             let range = start..depth.min(start + DEPTH);
             panel.resize(range.len(), [0.0; COLS]);
             transpose(rows.slice(s![.., range.clone()]), panel);
-            multiply_panel(left, range, panel, &mut y, previous);
+            multiply_panel(left, 0, range, panel, &mut y, previous);
             previous = Previous::Kept;
         }
     });
+}
+
+/// Which entries of a product are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// All.
+    All,
+    /// Those at and below the diagonal; others may or may not be computed.
+    Lower,
+}
+
+/// y += left · right for `right` `[depth, cols]`; strips of [`COLS`] columns run in parallel.
+pub fn add_product(left: &Left, right: ArrayView2<f32>, mut y: ArrayViewMut2<f32>, wanted: Wanted) {
+    let strips: Vec<_> = y.axis_chunks_iter_mut(Axis(1), COLS).collect();
+    strips.into_par_iter().enumerate().for_each(|(strip, mut y)| {
+        let first_block = if wanted == Wanted::Lower { strip * COLS / ROWS } else { 0 };
+        with_scratch(|_, panel| {
+            for start in (0..left.depth).step_by(DEPTH) {
+                let range = start..left.depth.min(start + DEPTH);
+                panel.resize(range.len(), [0.0; COLS]);
+                copy_columns(right.slice(s![range.clone(), ..]), strip * COLS, panel);
+                let mut y = y.slice_mut(s![first_block * ROWS.., ..]);
+                multiply_panel(left, first_block, range, panel, &mut y, Previous::Kept);
+            }
+        });
+    });
+}
+
+/// out\[k\] = x\[k, first .. first + W\], columns past the end as zeros. Rows must be contiguous.
+fn copy_columns<const W: usize>(x: ArrayView2<f32>, first: usize, out: &mut [[f32; W]]) {
+    let width = W.min(x.ncols() - first);
+    for (out, row) in out.iter_mut().zip(x.rows()) {
+        let row = &row.to_slice().expect("rows are contiguous")[first..first + width];
+        out[..width].copy_from_slice(row);
+        out[width..].fill(0.0);
+    }
 }
 
 /// Gives each thread its own buffers for the decoded rows and the panel, so that strips do not allocate.
@@ -150,19 +167,20 @@ fn with_scratch(work: impl FnOnce(&mut Vec<f32>, &mut Vec<[f32; COLS]>)) {
     SCRATCH.with_borrow_mut(|(rows, panel)| work(rows, panel));
 }
 
-/// y (+)= left\[:, depth\] · panel for every row of `left`.
+/// y (+)= left\[:, depth\] · panel for every row of `left` from block `first_block` on, which `y` starts with.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 fn multiply_panel(
     left: &Left,
+    first_block: usize,
     depth: Range<usize>,
     panel: &[[f32; COLS]],
     y: &mut ArrayViewMut2<f32>,
     previous: Previous,
 ) {
-    for block in 0..left.rows.div_ceil(ROWS) {
+    for block in first_block..left.rows.div_ceil(ROWS) {
         let sums = tile(left.block(block, depth.clone()), panel);
         for (row, sums) in (block * ROWS..left.rows).zip(&sums) {
-            let y = y.row_mut(row).into_slice().expect("rows are contiguous");
+            let y = y.row_mut(row - first_block * ROWS).into_slice().expect("rows are contiguous");
             match previous {
                 Previous::Replaced => y.copy_from_slice(&sums[..y.len()]),
                 Previous::Kept => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += *sum),
@@ -260,6 +278,22 @@ mod tests {
             assert_eq!(y, expected, "{n} × {out} × {depth}");
             multiply_transposed(&left, &Rows(w), y.view_mut(), Previous::Kept);
             assert_eq!(y, &expected * 2.0, "{n} × {out} × {depth}");
+        }
+    }
+
+    #[test]
+    fn products_with_plain_right_operands_are_exact_at_and_below_the_diagonal() {
+        for (depth, n) in [(1, 1), (DEPTH + 3, 33), (40, 100)] {
+            let (a, b) = (integers(depth, n, 4), integers(depth, n, 5));
+            let expected = a.t().dot(&b);
+            let left = Left::pack_columns(a.view());
+            for wanted in [Wanted::All, Wanted::Lower] {
+                let mut y = Array2::zeros((n, n));
+                add_product(&left, b.view(), y.view_mut(), wanted);
+                for ((row, col), value) in y.indexed_iter() {
+                    assert!(*value == expected[(row, col)] || (wanted == Wanted::Lower && col > row));
+                }
+            }
         }
     }
 
