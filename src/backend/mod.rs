@@ -133,13 +133,6 @@ pub trait Backend: Sync {
     /// x += y
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
-    /// x -= y
-    fn subtract(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
-
-    /// sum += aᵀ · b for `a` `[n, a_cols]`, `b` `[n, b_cols]`, `sum` `[a_cols, b_cols]`: second moments of calibration.
-    /// Where `a` and `b` are the same tensor, only the entries at and below the diagonal need be right.
-    fn add_moment(&self, sum: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor) -> Result<()>;
-
     /// Scores `targets[i]` against softmax(head · hidden\[i\]), exact F32 logits, without keeping all logits.
     fn score(&self, hidden: &Self::Tensor, head: &Self::Weight, targets: &[u32]) -> Result<Vec<Score>>;
 
@@ -150,4 +143,14 @@ pub trait Backend: Sync {
         model: (&Self::Tensor, &Self::Weight),
         targets: &[u32],
     ) -> Result<Vec<Divergence>>;
+}
+
+/// What calibration asks of a backend beyond a forward pass.
+pub trait SecondMoments: Backend {
+    /// x -= y
+    fn subtract(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// sum += aᵀ · b for `a` `[n, a_cols]`, `b` `[n, b_cols]`, `sum` `[a_cols, b_cols]`: second moments of calibration.
+    /// Where `a` and `b` are the same tensor, only the entries at and below the diagonal need be right.
+    fn add_moment(&self, sum: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor) -> Result<()>;
 }

@@ -11,7 +11,7 @@
 use anyhow::{Context, Result};
 
 use super::settings::Settings;
-use crate::backend::{Backend, Batch};
+use crate::backend::{Batch, SecondMoments};
 use crate::method::solve::{Solved, Solver};
 use crate::method::statistics::Moments;
 use crate::model::TensorSource;
@@ -57,14 +57,14 @@ pub type Emit<'a> = &'a mut dyn FnMut(Calibrated) -> Result<()>;
 ///
 /// # Errors
 /// If a tensor cannot be read, inputs are not finite (the message names the tensor), or `emit` fails.
-pub fn calibrate<B: Backend>(
+pub fn calibrate<B: SecondMoments>(
     backend: &B,
     config: &Config,
     source: &impl TensorSource,
     request: &Request,
     emit: Emit,
 ) -> Result<Option<f64>> {
-    let constants = LayerConstants::new(config, source)?;
+    let constants = LayerConstants::new(config);
     let mut run = Run { backend, config, constants, request, chunks: Vec::new(), emit };
     let table = quantized_embeddings(&mut run, source)?;
     run.embed(source, table)?;
@@ -89,7 +89,7 @@ struct Chunk<T> {
     pending: Option<T>,
 }
 
-struct Run<'a, B: Backend> {
+struct Run<'a, B: SecondMoments> {
     backend: &'a B,
     config: &'a Config,
     constants: LayerConstants,
@@ -99,7 +99,10 @@ struct Run<'a, B: Backend> {
 }
 
 /// Rounds and emits the embedding table, if the request says so: it comes first, since every layer sees its errors.
-fn quantized_embeddings<B: Backend>(run: &mut Run<B>, source: &impl TensorSource) -> Result<Option<QTensor>> {
+fn quantized_embeddings<B: SecondMoments>(
+    run: &mut Run<B>,
+    source: &impl TensorSource,
+) -> Result<Option<QTensor>> {
     let id = TensorId::global(Role::Embed);
     let Some(scheme) = (run.request.scheme)(id) else { return Ok(None) };
     let weight = source.read(id)?;
@@ -110,7 +113,7 @@ fn quantized_embeddings<B: Backend>(run: &mut Run<B>, source: &impl TensorSource
     Ok(Some(q))
 }
 
-impl<B: Backend> Run<'_, B> {
+impl<B: SecondMoments> Run<'_, B> {
     /// Starts both streams with the embeddings of all windows.
     fn embed(&mut self, source: &impl TensorSource, quantized: Option<QTensor>) -> Result<()> {
         let full = self.backend.upload(source.read(TensorId::global(Role::Embed))?)?;
@@ -283,7 +286,7 @@ impl<B: Backend> Run<'_, B> {
 }
 
 /// Moments while they are summed, with the backend.
-struct Sums<'a, B: Backend> {
+struct Sums<'a, B: SecondMoments> {
     backend: &'a B,
     cols: usize,
     tokens: usize,
@@ -293,7 +296,7 @@ struct Sums<'a, B: Backend> {
     drift: Option<B::Tensor>,
 }
 
-impl<'a, B: Backend> Sums<'a, B> {
+impl<'a, B: SecondMoments> Sums<'a, B> {
     /// Returns sums over no tokens, for inputs of `cols` columns; of drift with residual streams of `hidden` columns.
     fn new(backend: &'a B, cols: usize, hidden: Option<usize>) -> Result<Self> {
         let zeros = |rows: usize| backend.tensor(rows, cols, &vec![0.0; rows * cols]);

@@ -12,7 +12,7 @@ use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
 use self::product::{Left, Previous, Wanted, multiply_transposed};
-use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score};
+use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score, SecondMoments};
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
@@ -134,6 +134,26 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn score(&self, hidden: &Array2<f32>, head: &Matrix, targets: &[u32]) -> Result<Vec<Score>> {
+        check_head(hidden, head, targets)?;
+        Ok(head::score(hidden, head, targets))
+    }
+
+    fn compare(
+        &self,
+        baseline: (&Array2<f32>, &Matrix),
+        model: (&Array2<f32>, &Matrix),
+        targets: &[u32],
+    ) -> Result<Vec<Divergence>> {
+        check_head(baseline.0, baseline.1, targets)?;
+        check_head(model.0, model.1, targets)?;
+        let (vocab, other) = (baseline.1.dims()[0], model.1.dims()[0]);
+        ensure!(vocab == other, "vocabularies differ: the baseline has {vocab} tokens, the model {other}");
+        Ok(head::compare(baseline, model, targets))
+    }
+}
+
+impl SecondMoments for Cpu {
     fn add_moment(&self, sum: &mut Array2<f32>, a: &Array2<f32>, b: &Array2<f32>) -> Result<()> {
         ensure!(
             a.nrows() == b.nrows() && sum.dim() == (a.ncols(), b.ncols()),
@@ -151,24 +171,6 @@ impl Backend for Cpu {
     fn subtract(&self, x: &mut Array2<f32>, y: &Array2<f32>) -> Result<()> {
         *x -= y;
         Ok(())
-    }
-
-    fn score(&self, hidden: &Array2<f32>, head: &Matrix, targets: &[u32]) -> Result<Vec<Score>> {
-        check_head(hidden, head, targets)?;
-        Ok(head::score(hidden, head, targets))
-    }
-
-    fn compare(
-        &self,
-        baseline: (&Array2<f32>, &Matrix),
-        model: (&Array2<f32>, &Matrix),
-        targets: &[u32],
-    ) -> Result<Vec<Divergence>> {
-        check_head(baseline.0, baseline.1, targets)?;
-        check_head(model.0, model.1, targets)?;
-        let (vocab, other) = (baseline.1.dims()[0], model.1.dims()[0]);
-        ensure!(vocab == other, "vocabularies differ: the baseline has {vocab} tokens, the model {other}");
-        Ok(head::compare(baseline, model, targets))
     }
 }
 
