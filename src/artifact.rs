@@ -12,7 +12,6 @@ use crate::container::safetensors::SafetensorsSink;
 use crate::container::{Sink, TensorSpec};
 use crate::dialect::compressed_tensors::config::Quantization;
 use crate::dialect::gguf;
-use crate::model::tokenizer::TokenizerFiles;
 use crate::names::TensorId;
 use crate::plan::{Action, Plan};
 use crate::scheme::{Activations, Scheme};
@@ -122,7 +121,7 @@ fn metadata(
     name: &str,
     provenance: &[(String, String)],
 ) -> Result<Metadata> {
-    let files = tokenizer_files(source)?;
+    let files = source.tokenizer_files()?;
     let format = if plan.recipe.pure { "mixed" } else { plan.recipe.format.name };
     let mut metadata = gguf::metadata::write(&source.config, &files, name, format)
         .with_context(|| format!("{}: cannot be written as GGUF", source.path.display()))?;
@@ -130,21 +129,6 @@ fn metadata(
         metadata.set(key, value.as_str());
     }
     Ok(metadata)
-}
-
-/// Returns the tokenizer of a source, whatever its container.
-fn tokenizer_files(source: &Checkpoint) -> Result<TokenizerFiles> {
-    if let Some(metadata) = source.gguf_metadata() {
-        return gguf::tokenizer::read(metadata).with_context(|| format!("{}", source.path.display()));
-    }
-    let folder = source.folder().unwrap_or(&source.path);
-    TokenizerFiles::read(folder)?.with_context(|| {
-        format!(
-            "{}: found no tokenizer.json, which a GGUF file needs; save the tokenizer beside the model \
-             (`AutoTokenizer.from_pretrained(…).save_pretrained(…)`)",
-            folder.display()
-        )
-    })
 }
 
 /// Returns the last component of a path as text.

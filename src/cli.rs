@@ -79,9 +79,15 @@ pub struct ConvertArgs {
     /// One scheme for every matrix instead of the format's mix (GGUF)
     #[arg(long)]
     pub pure: bool,
-    /// Calibration text [default: the embedded one]
+    /// Calibration text, or conversations in .jsonl [default: the embedded text]
     #[arg(long, value_name = "FILE")]
     pub calib: Option<PathBuf>,
+    /// Calibration tokens
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..))]
+    pub calib_tokens: u32,
+    /// Tokens in a calibration window
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
+    pub calib_ctx: u32,
     /// Where to write: a path ending in .gguf is the file itself, anything else a folder [default: ./MODEL-FORMAT]
     #[arg(long, short, value_name = "PATH")]
     pub out: Option<PathBuf>,
@@ -203,10 +209,12 @@ pub enum ProtocolArg {
 /// `--method`
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MethodArg {
-    /// The best method this version has for the format
+    /// gptq where it takes minutes, else rtn; says which
     Auto,
     /// Round to nearest after an error-minimising scale search; needs no calibration
     Rtn,
+    /// Choose codes layer by layer against the errors they cause on calibration text; slow for large models on a CPU
+    Gptq,
 }
 
 /// `--scale-rule`

@@ -1,16 +1,21 @@
 //! Carries a plan out: read, fit, choose codes, pack, write, in chunks of rows, so that memory does not grow with the
 //! model.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
+use crate::backend::SecondMoments;
+use crate::calib::driver;
+use crate::calib::settings::Settings;
 use crate::checkpoint::Checkpoint;
 use crate::container::Sink;
+use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::fit::fit;
-use crate::scheme::{Distortion, Scheme};
+use crate::scheme::{Distortion, QTensor, Scheme};
 use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite};
 
 /// Weights decoded at a time by one thread: with source bytes, codes and packed bytes about 12 bytes each.
@@ -22,16 +27,91 @@ pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
     (threads * CHUNK_WEIGHTS.max(widest) * 12) as u64
 }
 
-/// Converts every tensor of the plan, in parallel over chunks of rows. Returns the distortion of each step (zero for
-/// kept tensors), in plan order. `progress` is told how many weights were finished.
+/// What rounding cost one tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Relative squared error of what was written, weighed as the method weighs it; 0 for kept tensors.
+    pub error: f64,
+    /// The same for codes rounded to nearest on the same scales, where the method chose others.
+    pub error_nearest: Option<f64>,
+}
+
+/// Converts every tensor of the plan with nearest codes, in parallel over chunks of rows. Returns the cost of each step,
+/// in plan order. `progress` is told how many weights were finished.
 pub fn convert(
     source: &Checkpoint,
     plan: &Plan,
     sink: &dyn Sink,
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<Vec<Distortion>> {
+) -> Result<Vec<Cost>> {
     write_decided(plan, sink)?;
-    let jobs: Vec<Job> = plan.steps.iter().enumerate().flat_map(|(i, step)| jobs(i, step)).collect();
+    stream(source, plan, sink, progress, |_| true)
+}
+
+/// Converts a plan with calibrated codes: kept tensors stream as in [`convert`], the others come from
+/// [`driver::calibrate`] layer by layer. Also returns the KL divergence on held-out calibration windows.
+pub fn convert_calibrated<B: SecondMoments>(
+    backend: &B,
+    source: &Checkpoint,
+    plan: &Plan,
+    sink: &dyn Sink,
+    calibration: Calibration,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<(Vec<Cost>, Option<f64>)> {
+    write_decided(plan, sink)?;
+    let mut costs = stream(source, plan, sink, progress, |step| matches!(step.action, Action::Keep(_)))?;
+    let place: BTreeMap<TensorId, usize> = plan.steps.iter().enumerate().map(|(i, s)| (s.id, i)).collect();
+    let scheme = |id| match plan.steps[*place.get(&id)?].action {
+        Action::Quantize(scheme) => Some(scheme),
+        Action::Keep(_) => None,
+    };
+    let request = driver::Request {
+        windows: calibration.windows,
+        held_out: calibration.held_out,
+        scheme: &scheme,
+        activations: plan.recipe.format.activations,
+        settings: calibration.settings,
+    };
+    let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |tensor| {
+        let at = place[&tensor.id];
+        let step = &plan.steps[at];
+        costs[at] = match tensor.solved.error.is_finite() {
+            true => Cost { error: tensor.solved.error, error_nearest: Some(tensor.solved.error_nearest) },
+            // Embeddings have no input to weigh errors with.
+            false => Cost {
+                error: tensor.solved.q.distortion(&source.read(step.id)?.to_f32(), None).relative(),
+                error_nearest: None,
+            },
+        };
+        let parts = pack(tensor.solved.q, plan, step)?;
+        write_rows(plan, sink, step, 0..step.rows(), &parts)?;
+        progress((step.rows() * step.cols()) as u64);
+        Ok(())
+    })?;
+    Ok((costs, held_out))
+}
+
+/// What calibrated codes are based on.
+#[derive(Clone, Copy, Debug)]
+pub struct Calibration<'a> {
+    /// Token windows of one length.
+    pub windows: &'a [Vec<u32>],
+    /// How many of them, the last ones, are kept out of the statistics.
+    pub held_out: usize,
+    /// How codes are chosen.
+    pub settings: Settings,
+}
+
+/// Converts the chosen steps in parallel over chunks of rows, without calibration.
+fn stream(
+    source: &Checkpoint,
+    plan: &Plan,
+    sink: &dyn Sink,
+    progress: &(dyn Fn(u64) + Sync),
+    chosen: impl Fn(&Step) -> bool,
+) -> Result<Vec<Cost>> {
+    let steps = plan.steps.iter().enumerate().filter(|(_, step)| chosen(step));
+    let jobs: Vec<Job> = steps.flat_map(|(i, step)| jobs(i, step)).collect();
     let done: Vec<Distortion> = jobs
         .par_iter()
         .map(|job| {
@@ -47,7 +127,7 @@ pub fn convert(
     for (job, distortion) in jobs.iter().zip(done) {
         distortions[job.step] += distortion;
     }
-    Ok(distortions)
+    Ok(distortions.iter().map(|d| Cost { error: d.relative(), error_nearest: None }).collect())
 }
 
 /// Some rows of one step.
@@ -130,7 +210,7 @@ fn keep(matrix: &Matrix, weights: &[f32], dtype: Dtype, step: &Step) -> Vec<u8> 
     }
 }
 
-/// Returns the packed parts of quantized rows in the output's row order, and what rounding cost.
+/// Returns what rounding to nearest costs, and the packed parts in the output's row order.
 fn quantize(
     weights: &[f32],
     cols: usize,
@@ -139,14 +219,21 @@ fn quantize(
     step: &Step,
 ) -> Result<(Distortion, Vec<Vec<u8>>)> {
     let rows = weights.len() / cols;
-    let mut q = fit(scheme, weights, rows, cols, None, plan.recipe.scale_rule);
-    let distortion = q.distortion(weights, None);
-    if let Some(order) = &step.row_order {
-        let order: Vec<usize> =
-            (0..rows).map(|row| row / order.len() * order.len() + order[row % order.len()]).collect();
-        q = q.permute_rows(&order);
+    let q = fit(scheme, weights, rows, cols, None, plan.recipe.scale_rule);
+    Ok((q.distortion(weights, None), pack(q, plan, step)?))
+}
+
+/// Returns the packed parts of some rows (whole runs of reordered ones) in the output's row order.
+fn pack(q: QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
+    let activations = plan.recipe.activations(step.id);
+    match &step.row_order {
+        None => plan.recipe.dialect.pack(&q, activations),
+        Some(order) => {
+            let run = order.len();
+            let order: Vec<usize> = (0..q.rows).map(|row| row / run * run + order[row % run]).collect();
+            plan.recipe.dialect.pack(&q.permute_rows(&order), activations)
+        }
     }
-    Ok((distortion, plan.recipe.dialect.pack(&q, plan.recipe.activations(step.id))?))
 }
 
 /// Writes those rows of each part.

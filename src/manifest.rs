@@ -94,6 +94,9 @@ pub enum TensorRecord {
         /// Relative weighted squared error `Σ wⱼ (x − x̂)² / Σ wⱼ x²` of what was written, weighed as the method
         /// weighed it; 0 for a tensor of zeros.
         error: f64,
+        /// The same for nearest codes on the same scales, where the method chose others.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error_nearest: Option<f64>,
         /// The scheme that was asked for and does not fit this tensor.
         #[serde(skip_serializing_if = "Option::is_none")]
         fallback_from: Option<String>,
@@ -352,6 +355,7 @@ mod tests {
             scheme: SchemeRecord::new(&scheme, activations),
             scale_rule: "search".into(),
             error: 0.0125,
+            error_nearest: None,
             fallback_from: None,
         };
         let hashes = |names: &[&str]| names.iter().map(|name| (name.to_string(), "ab".repeat(32))).collect();

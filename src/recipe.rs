@@ -17,12 +17,15 @@ use crate::scheme::{Activations, Span, schemes};
 pub enum Method {
     /// Round to nearest after a scale search.
     Rtn,
+    /// Error feedback over calibration inputs, with mismatch correction and coordinate descent.
+    Gptq,
 }
 
 impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Method::Rtn => "rtn",
+            Method::Gptq => "gptq",
         })
     }
 }

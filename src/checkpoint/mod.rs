@@ -17,6 +17,7 @@ use crate::container::gguf::{Gguf, Metadata};
 use crate::container::{InputFile, Located};
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
+use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
 use crate::names::TensorId;
 use crate::scheme::{Activations, Scheme};
 use crate::tensor::{Dense, Dtype, Matrix};
@@ -194,6 +195,30 @@ impl Checkpoint {
     /// Returns the folder with tokenizer and configuration; `None` for GGUF files, which hold their own.
     pub fn folder(&self) -> Option<&Path> {
         Some(&self.folder.as_ref()?.path)
+    }
+
+    /// Returns the tokenizer's files, whatever the container.
+    ///
+    /// # Errors
+    /// If there is none, or a GGUF file's keys do not make one.
+    pub fn tokenizer_files(&self) -> Result<TokenizerFiles> {
+        if let Some(metadata) = &self.metadata {
+            return dialect::gguf::tokenizer::read(metadata)
+                .with_context(|| format!("{}", self.path.display()));
+        }
+        let folder = self.folder().unwrap_or(&self.path);
+        TokenizerFiles::read(folder)?.with_context(|| {
+            format!(
+                "{}: found no tokenizer.json, wanted one beside the model; save it there \
+                 (`AutoTokenizer.from_pretrained(…).save_pretrained(…)`)",
+                folder.display()
+            )
+        })
+    }
+
+    /// Returns the tokenizer. Errors as [`Checkpoint::tokenizer_files`], and if the files are not valid.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::from_files(&self.tokenizer_files()?).with_context(|| format!("{}", self.path.display()))
     }
 
     /// Returns the files a converted model takes along: tokenizer, chat template, generation configuration, licence.

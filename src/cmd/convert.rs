@@ -6,19 +6,21 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
+use super::calibrate::{self, Windows};
 use super::measure::{self, Request};
 use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
+use crate::backend::cpu::Cpu;
 use crate::checkpoint::Checkpoint;
-use crate::cli::{ConvertArgs, MethodArg};
-use crate::convert;
+use crate::cli::ConvertArgs;
+use crate::convert::{self, Cost};
 use crate::eval::{Report, Row};
 use crate::manifest::{self, Evaluation, Manifest, SchemeRecord, Source, TensorRecord};
 use crate::num::Codec;
 use crate::output::{self, Printer, Unit};
 use crate::plan::{Action, Plan, Step};
 use crate::recipe::{Method, Recipe};
-use crate::scheme::{Distortion, Span};
+use crate::scheme::Span;
 
 /// One artifact: what was asked, what was decided, where it goes.
 struct Task {
@@ -32,7 +34,12 @@ struct Task {
 pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
     let source = Checkpoint::open(&model.path)?;
-    let mut tasks = tasks(args, &model, &source)?;
+    let method = calibrate::method(args, &source, printer);
+    let windows = match method {
+        Method::Rtn => None,
+        Method::Gptq => Some(Windows::new(args, &source)?),
+    };
+    let mut tasks = tasks(args, &model, &source, method, windows.as_ref())?;
     report_fallbacks(&tasks, printer);
     if args.dry_run {
         return dry_run(args, &tasks, printer);
@@ -42,7 +49,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
         .transpose()?
         .map(|request| request.within_budget(source.total_weights()));
     for task in &mut tasks {
-        write(args, &source, task, printer)?;
+        write(args, &source, task, windows.as_ref(), printer)?;
     }
     let artifacts = tasks.iter().map(|task| Checkpoint::open(&task.out)).collect::<Result<Vec<_>>>()?;
     let measured = request
@@ -57,7 +64,13 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
 }
 
 /// Decides everything that headers can decide, for every format, before anything is written.
-fn tasks(args: &ConvertArgs, model: &ModelRef, source: &Checkpoint) -> Result<Vec<Task>> {
+fn tasks(
+    args: &ConvertArgs,
+    model: &ModelRef,
+    source: &Checkpoint,
+    method: Method,
+    windows: Option<&Windows>,
+) -> Result<Vec<Task>> {
     let file_named = args.out.as_deref().is_some_and(is_gguf);
     ensure!(
         !(file_named && args.format.len() > 1),
@@ -69,20 +82,18 @@ fn tasks(args: &ConvertArgs, model: &ModelRef, source: &Checkpoint) -> Result<Ve
     let files = source_record(source, model)?;
     let mut tasks = Vec::new();
     for format in &args.format {
-        let recipe = recipe(args, format)?;
+        let recipe = recipe(args, format, method)?;
         let out = out_path(args, model, &recipe)?;
         let plan = Plan::new(source, &recipe)?;
-        let manifest = Manifest::new(recipe_json(&recipe), files.clone());
+        let mut manifest = Manifest::new(recipe_json(&recipe), files.clone());
+        manifest.calibration = windows.map(Windows::record);
         let artifact = Artifact::new(&plan, source, &model.short_name(), &manifest.gguf_keys(), shard_bytes)?;
         tasks.push(Task { plan, artifact, manifest, out });
     }
     Ok(tasks)
 }
 
-fn recipe(args: &ConvertArgs, format: &str) -> Result<Recipe> {
-    let method = match args.method {
-        MethodArg::Auto | MethodArg::Rtn => Method::Rtn,
-    };
+fn recipe(args: &ConvertArgs, format: &str, method: Method) -> Result<Recipe> {
     Ok(Recipe {
         method,
         scale_rule: args.scale_rule.into(),
@@ -148,19 +159,50 @@ fn dry_run(args: &ConvertArgs, tasks: &[Task], printer: Printer) -> Result<Outco
 }
 
 /// Writes one artifact and records what became of every tensor.
-fn write(args: &ConvertArgs, source: &Checkpoint, task: &mut Task, printer: Printer) -> Result<()> {
+fn write(
+    args: &ConvertArgs,
+    source: &Checkpoint,
+    task: &mut Task,
+    windows: Option<&Windows>,
+    printer: Printer,
+) -> Result<()> {
     let sink = task.artifact.create(&task.out, args.force)?;
     let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
-    let distortions = convert::convert(source, &task.plan, sink.as_ref(), &|weights| bar.inc(weights))?;
+    let progress = |weights| bar.inc(weights);
+    let costs = match windows {
+        None => convert::convert(source, &task.plan, sink.as_ref(), &progress)?,
+        Some(windows) => {
+            let calibration = windows.calibration();
+            convert::convert_calibrated(&Cpu, source, &task.plan, sink.as_ref(), calibration, &progress)?.0
+        }
+    };
     sink.finish()?;
     bar.finish_and_clear();
-    for (step, distortion) in task.plan.steps.iter().zip(distortions) {
-        task.manifest.tensors.insert(step.id.to_string(), record(&task.plan, step, distortion));
+    for (step, cost) in task.plan.steps.iter().zip(costs) {
+        let record = record(&task.plan, step, cost);
+        printer.detail(detail(task.plan.recipe.format.name, step, cost));
+        task.manifest.tensors.insert(step.id.to_string(), record);
     }
     Ok(())
 }
 
-fn record(plan: &Plan, step: &Step, distortion: Distortion) -> TensorRecord {
+/// One line about a quantized tensor for `--verbose`.
+fn detail(format: &str, step: &Step, cost: Cost) -> String {
+    let nearest = cost.error_nearest.map_or(String::new(), |e| format!(", nearest codes {:.3} %", 100.0 * e));
+    match step.action {
+        Action::Keep(_) => format!("{format}: {}: {}", step.id, step.action.name()),
+        Action::Quantize(_) => {
+            format!(
+                "{format}: {}: {}, error {:.3} %{nearest}",
+                step.id,
+                step.action.name(),
+                100.0 * cost.error
+            )
+        }
+    }
+}
+
+fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
     match step.action {
         Action::Keep(dtype) => TensorRecord::kept(dtype),
         Action::Quantize(scheme) => TensorRecord::Quantized {
@@ -169,7 +211,8 @@ fn record(plan: &Plan, step: &Step, distortion: Distortion) -> TensorRecord {
                 Codec::E8M0 => plan.recipe.scale_rule.to_string(),
                 _ => "search".to_string(),
             },
-            error: distortion.relative(),
+            error: cost.error,
+            error_nearest: cost.error_nearest,
             fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.name.to_string()),
         },
     }

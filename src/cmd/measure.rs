@@ -1,7 +1,6 @@
 //! Runs an evaluation on the device that was asked for.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
@@ -10,11 +9,9 @@ use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
-use crate::dialect::gguf;
 use crate::embedded;
 use crate::eval::{self, Protocol, Report, Scored, Subject};
 use crate::model::Model;
-use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
 use crate::output::{Printer, Unit};
 
 /// Windows of the embedded text that are evaluated unless told otherwise.
@@ -39,7 +36,7 @@ impl Request {
             Some(path) => fs::read_to_string(path)
                 .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))?,
         };
-        let tokenizer = tokenizer(reference)?;
+        let tokenizer = reference.tokenizer()?;
         let bos = tokenizer.bos();
         let tokens = tokenizer.encode(&text, bos.is_some())?;
         let (scored, n_ctx) = match args.protocol {
@@ -110,16 +107,5 @@ fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subj
         bytes: checkpoint.total_bytes(),
         bits_per_weight: checkpoint.bits_per_weight(),
         model,
-    }
-}
-
-fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
-    match checkpoint.gguf_metadata() {
-        Some(metadata) => {
-            let files: TokenizerFiles =
-                gguf::tokenizer::read(metadata).with_context(|| format!("{}", checkpoint.path.display()))?;
-            Tokenizer::from_files(&files)
-        }
-        None => Tokenizer::open(checkpoint.folder().unwrap_or(Path::new("."))),
     }
 }

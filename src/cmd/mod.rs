@@ -1,5 +1,6 @@
 //! One file per subcommand; each `run` reads as a table of contents.
 
+mod calibrate;
 mod completions;
 mod convert;
 mod eval;
