@@ -24,11 +24,14 @@ impl Bench {
         self.folder.path().join(name)
     }
 
+    /// Runs a command line. Conversions round to nearest unless the line names a method: calibration takes a minute.
     fn quant(&self, line: &str) -> Output {
+        let nearest = line.starts_with("convert ") && !line.contains("--method");
         let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
         Command::cargo_bin("quant")
             .unwrap()
             .args(line.split_whitespace())
+            .args(nearest.then_some("--method=rtn"))
             .env("XDG_CACHE_HOME", cache)
             .current_dir(&self.folder)
             .output()
@@ -127,6 +130,27 @@ fn every_format_loads_back_and_stays_close_to_the_source() {
         assert!(kld > 0.0 && kld < *limit, "{format}: {kld}");
         assert_eq!(row["format"], *format);
     }
+}
+
+#[test]
+fn calibrated_codes_diverge_less_than_nearest_ones_at_the_same_bytes() {
+    let bench = Bench::new();
+    let kld = |method: &str, format: &str| {
+        let line = format!(
+            "convert --format {format} --method {method} --calib-tokens 4096 --windows 4 --json - -o {method}"
+        );
+        let report: Value = serde_json::from_str(&bench.ok(&line)).unwrap();
+        let row = &report["evaluation"]["rows"][1];
+        (row["kld"].as_f64().unwrap(), row["bytes"].as_u64().unwrap())
+    };
+    let ((nearest, bytes), (calibrated, same_bytes)) = (kld("rtn", "mxfp4"), kld("gptq", "mxfp4"));
+    assert_eq!(bytes, same_bytes);
+    assert!(calibrated < 0.9 * nearest, "{calibrated} against {nearest}");
+    let manifest = fs::read_to_string(bench.path("gptq/quant.json")).unwrap();
+    let manifest: Value = serde_json::from_str(&manifest).unwrap();
+    assert_eq!(manifest["calibration"]["windows"], 8);
+    let tensor = &manifest["tensors"]["model.layers.0.mlp.up_proj.weight"];
+    assert!(tensor["error"].as_f64() < tensor["error_nearest"].as_f64());
 }
 
 #[test]
