@@ -65,9 +65,12 @@ impl ModelRef {
                 revision: None,
             });
         };
-        let path = hub::resolve(model, revision, printer)?;
-        let name = artifact::file_name(&path.canonicalize().unwrap_or_else(|_| path.clone()));
-        Ok(ModelRef { path, name, revision: None })
+        let hub::Found { path, commit } = hub::resolve(model, revision, printer)?;
+        let name = match commit {
+            Some(_) => model.to_string(),
+            None => artifact::file_name(&path.canonicalize().unwrap_or_else(|_| path.clone())),
+        };
+        Ok(ModelRef { path, name, revision: commit })
     }
 
     /// Returns the name without its owner and file ending: what outputs are called after.
