@@ -1,11 +1,11 @@
 // rms_norm: y = x / sqrt(mean(x²) + eps) · gain over runs of `width` values: a whole row, or each head of a row
 //   x     X [runs, width]     X is float (the residual stream) or bf16
 //   gain  f32 [width]
-//   y     Y [runs, width]     F32 arithmetic, rounded once to Y
+//   y     Y [runs, width]     F32 arithmetic, rounded once to Y; may be x
 // needs width % 8 == 0.  block (32, 8), one warp a run, grid ceil(runs / 8); for width > 1024 block (256, 1), grid runs.
 // Twin: backend/cpu.rs rms_norm.
 extern "C" __global__ void __launch_bounds__(256)
-rms_norm(const X *__restrict__ x, const float *__restrict__ gain, Y *__restrict__ y, u32 runs, u32 width, float eps) {
+rms_norm(const X *x, const float *__restrict__ gain, Y *y, u32 runs, u32 width, float eps) {
     __shared__ float scratch[32];
     u32 run = blockIdx.x * blockDim.y + threadIdx.y;
     if (run >= runs) return; // a whole warp at a time; blocks of one run never leave here

@@ -194,6 +194,9 @@ pub struct ProtocolArgs {
     /// Which positions of a window are scored
     #[arg(long, value_enum, default_value_t = ProtocolArg::LlamaCpp)]
     pub protocol: ProtocolArg,
+    /// Compute in F32 throughout, on a GPU too: slow, for reference
+    #[arg(long)]
+    pub precise: bool,
 }
 
 /// `--protocol`

@@ -23,6 +23,18 @@ fn decoding() -> Vec<Kernel> {
             let with_output = defines.iter().cloned().chain([format!("Y={float}")]).collect();
             kernels.push(Kernel { name: "dequantize", defines: with_output });
         }
+        for (output, row_tiles, token_tiles) in
+            [("BF16", 1, 1), ("ADD", 1, 4), ("F32", 2, 1), ("SWIGLU", 2, 2)]
+        {
+            let shape = [
+                format!("OUTPUT={output}"),
+                format!("ROW_TILES={row_tiles}"),
+                format!("TOKEN_TILES={token_tiles}"),
+                "UNROLL=2".to_string(),
+            ];
+            let with_shape = defines.iter().cloned().chain(shape).collect();
+            kernels.push(Kernel { name: "matvec", defines: with_shape });
+        }
     }
     kernels
 }
@@ -45,13 +57,16 @@ fn variants() -> Vec<Kernel> {
             kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));
         }
     }
-    for name in ["compare", "gather", "score"] {
+    for name in ["advance", "append", "compare", "gather", "score"] {
         kernels.push(kernel(name, ""));
     }
     for head_dim in [64, 80, 96, 128, 256] {
         let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
         kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps}")));
         kernels.push(kernel("attention_precise", &format!("D={head_dim}")));
+        if head_dim % 64 == 0 {
+            kernels.push(kernel("attend_cached", &format!("D={head_dim} HEADS={}", 512 / head_dim)));
+        }
     }
     kernels
 }

@@ -34,10 +34,6 @@ struct Rounded<'a> {
 }
 
 impl TensorSource for Rounded<'_> {
-    fn contains(&self, id: TensorId) -> bool {
-        self.checkpoint.contains(id)
-    }
-
     fn read(&self, id: TensorId) -> anyhow::Result<Matrix> {
         let matrix = Checkpoint::read(self.checkpoint, id)?;
         match self.scheme {

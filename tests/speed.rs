@@ -4,8 +4,8 @@
 
 use quant::backend::Batch;
 use quant::backend::cuda::{Cuda, Precision};
-use quant::eval::speed::{self, LLAMA_8B, Rate};
-use quant::scheme::schemes::{MXFP4, Q4_K};
+use quant::eval::speed::{self, Rate};
+use quant::scheme::schemes::{MXFP4, Q4_K, Q6_K, Q8_0};
 
 #[test]
 #[ignore = "measures speed on a GPU"]
@@ -23,9 +23,21 @@ fn rates() {
     for (head_dim, tokens) in [(64, 2048), (128, 512), (128, 2048), (128, 8192), (256, 2048)] {
         show(&speed::attention(&cuda, head_dim, tokens, products).unwrap());
     }
-    for scheme in [None, Some(MXFP4), Some(Q4_K)] {
-        for sequences in [1, 4, 8] {
-            show(&speed::prefill(&cuda, LLAMA_8B, scheme, Batch { sequences, tokens: 2048 }).unwrap());
+    for (name, scheme, table) in [
+        ("bf16", None, None),
+        ("mxfp4, q8_0 head", Some(MXFP4), Some(Q8_0)),
+        ("q4_k, q6_k head", Some(Q4_K), Some(Q6_K)),
+    ] {
+        let model = speed::random_model(&cuda, speed::llama_8b().unwrap(), scheme, table).unwrap();
+        for sequences in [1, 8] {
+            let value = speed::prefill(&cuda, &model, Batch { sequences, tokens: 2048 }).unwrap();
+            let what = format!("8B shape, {name}, {sequences} x 2048 tokens, loss included");
+            show(&Rate { what, value, unit: "tok/s", share: None });
+        }
+        for batch in [1, 2, 8, 32] {
+            let found = speed::generation(&cuda, &model, batch, 128).unwrap();
+            let what = format!("8B shape, {name}, generation, batch {batch}");
+            show(&Rate { what, value: found.tokens_per_second, unit: "tok/s", share: None });
         }
     }
 }

@@ -72,6 +72,11 @@ pub trait Backend: Sync {
     /// Returns what reports print: device, precision, library.
     fn describe(&self) -> String;
 
+    /// Returns how many tokens of independent sequences one pass should hold to keep the device busy.
+    fn tokens_at_once(&self) -> usize {
+        1
+    }
+
     /// Takes a weight over.
     fn upload(&self, weight: Matrix) -> Result<Self::Weight>;
 

@@ -2,11 +2,12 @@
 
 use std::fs;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::artifact::file_name;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{Cuda, Precision};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
@@ -26,6 +27,7 @@ pub struct Request {
     protocol: Protocol,
     tokens: Vec<u32>,
     device: String,
+    precise: bool,
 }
 
 impl Request {
@@ -47,7 +49,7 @@ impl Request {
         let all = args.text.is_some().then_some(usize::MAX);
         let windows = args.windows.map(|n| n as usize).or(all).unwrap_or(DEFAULT_WINDOWS);
         let protocol = Protocol::new(scored, n_ctx, Some(windows), &text, &tokens, bos)?;
-        Ok(Request { protocol, tokens, device: device.to_string() })
+        Ok(Request { protocol, tokens, device: device.to_string(), precise: args.precise })
     }
 
     /// Lowers the number of windows to what a validation may cost with a model of that many weights.
@@ -66,9 +68,23 @@ pub fn run(
     models: &[&Checkpoint],
     printer: Printer,
 ) -> Result<Report> {
-    match request.device.as_str() {
-        "auto" | "cpu" => run_on(&Cpu, request, baseline, models, printer),
-        other => bail!("`--device {other}`: this version runs on `cpu`"),
+    let precision = if request.precise { Precision::F32 } else { Precision::Bf16 };
+    let ordinal = match request.device.as_str() {
+        "cpu" => return run_on(&Cpu, request, baseline, models, printer),
+        "auto" => None,
+        other => {
+            Some(other.strip_prefix("cuda:").and_then(|number| number.parse::<usize>().ok()).with_context(
+                || format!("`--device {other}`: devices are `auto`, `cpu` and `cuda:N`, such as `cuda:0`"),
+            )?)
+        }
+    };
+    match (Cuda::new(ordinal.unwrap_or(0), precision), ordinal) {
+        (Ok(cuda), _) => run_on(&cuda, request, baseline, models, printer),
+        (Err(reason), Some(_)) => Err(reason),
+        (Err(reason), None) => {
+            printer.note(format!("the CPU measures: {reason:#}"));
+            run_on(&Cpu, request, baseline, models, printer)
+        }
     }
 }
 
@@ -79,7 +95,7 @@ fn run_on<B: Backend>(
     models: &[&Checkpoint],
     printer: Printer,
 ) -> Result<Report> {
-    printer.detail(format!("measuring on {}", backend.describe()));
+    printer.note(format!("measuring on {}", backend.describe()));
     let load = |checkpoint: &Checkpoint| {
         Model::load(backend, &checkpoint.config, checkpoint)
             .with_context(|| format!("{}", checkpoint.path.display()))

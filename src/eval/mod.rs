@@ -1,7 +1,7 @@
 //! Measuring what was written: perplexity, and divergence from a baseline.
 //!
-//! All models walk through the windows in lock step, so that one window's activations are all that is kept beside the
-//! weights and the baseline runs once per window. Logits are exact and never stored ([`Backend::compare`]).
+//! All models walk through the windows in lock step, as many at once as the backend likes, so that their activations are
+//! all that is kept beside the weights and the baseline runs once per window. Logits are exact and never stored ([`Backend::compare`]).
 
 pub mod protocol;
 pub mod report;
@@ -53,11 +53,14 @@ pub fn run<B: Backend>(
     }
     let total = protocol.windows * subjects().count();
     let mut tallies: Vec<Tally> = subjects().map(|_| Tally::default()).collect();
-    for window in 0..protocol.windows {
-        let ids = protocol.window(tokens, window);
+    let at_once = (backend.tokens_at_once() / protocol.n_ctx).max(1);
+    let mut done = 0;
+    for first in (0..protocol.windows).step_by(at_once) {
+        let windows = first..protocol.windows.min(first + at_once);
+        let ids: Vec<u32> = windows.clone().flat_map(|window| protocol.window(tokens, window)).collect();
         let mut reference = None;
         for (at, subject) in subjects().enumerate() {
-            let context = || format!("{}, window {}", subject.name, window + 1);
+            let context = || format!("{}, windows {} to {}", subject.name, first + 1, windows.end);
             let is_baseline = at == 0 && baseline.is_some();
             let hidden = tallies[at]
                 .measure(backend, subject, &ids, protocol, reference.as_ref())
@@ -65,7 +68,8 @@ pub fn run<B: Backend>(
             if is_baseline {
                 reference = Some((hidden, subject.model.head()));
             }
-            progress(window * subjects().count() + at + 1, total);
+            done += windows.len();
+            progress(done, total);
         }
     }
     let reference = baseline.map(|_| tallies[0].window_nll.clone());
@@ -128,8 +132,8 @@ struct Tally {
 }
 
 impl Tally {
-    /// Runs one window and returns its final hidden states at the scored positions. `reference` holds those of the
-    /// baseline, and its head.
+    /// Runs some windows, whose ids follow one another, and returns their final hidden states at the scored positions.
+    /// `reference` holds those of the baseline, and its head.
     fn measure<B: Backend>(
         &mut self,
         backend: &B,
@@ -139,20 +143,23 @@ impl Tally {
         reference: Option<&(B::Tensor, &B::Weight)>,
     ) -> Result<B::Tensor> {
         let started = Instant::now();
-        let scored = protocol.scored();
-        let targets = &ids[scored.start + 1..scored.end + 1];
-        let batch = Batch { sequences: 1, tokens: ids.len() };
+        let batch = Batch { sequences: ids.len() / protocol.n_ctx, tokens: protocol.n_ctx };
+        let positions: Vec<usize> = (0..batch.sequences)
+            .flat_map(|sequence| protocol.scored().map(move |position| sequence * batch.tokens + position))
+            .collect();
+        let targets: Vec<u32> = positions.iter().map(|&position| ids[position + 1]).collect();
         let hidden = subject.model.hidden(backend, ids, batch)?;
-        let hidden = backend.select_rows(&hidden, &scored.collect::<Vec<_>>())?;
+        let hidden = backend.select_rows(&hidden, &positions)?;
         let head = subject.model.head();
+        let per_window = protocol.scored().len();
         match reference {
-            None => self.add_scores(&backend.score(&hidden, head, targets)?)?,
+            None => {
+                let scores = backend.score(&hidden, head, &targets)?;
+                scores.chunks(per_window).try_for_each(|window| self.add_scores(window))?;
+            }
             Some((baseline, baseline_head)) => {
-                self.add_divergences(&backend.compare(
-                    (baseline, baseline_head),
-                    (&hidden, head),
-                    targets,
-                )?)?;
+                let found = backend.compare((baseline, baseline_head), (&hidden, head), &targets)?;
+                found.chunks(per_window).try_for_each(|window| self.add_divergences(window))?;
             }
         }
         self.elapsed += started.elapsed();

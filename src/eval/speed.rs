@@ -7,8 +7,12 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use crate::backend::cuda::decode::Decoder;
 use crate::backend::cuda::{Cuda, Float, Tensor, Weight};
-use crate::backend::{AttentionShape, Backend, Batch, Rope};
+use crate::backend::{AttentionShape, Backend, Batch};
+use crate::model::Model;
+use crate::model::block::{Layer, LayerConstants, Linear};
+use crate::model::config::Config;
 use crate::scheme::{Activations, QTensor, Scheme, schemes};
 use crate::tensor::{Dense, Dtype, Matrix};
 
@@ -131,70 +135,82 @@ pub fn attention(cuda: &Cuda, head_dim: usize, tokens: usize, matrix_rate: f64) 
     Ok(Rate { what, value: value / 1e12, unit: "TFLOP/s", share: Some(value / matrix_rate) })
 }
 
-/// Shape of a decoder for [`prefill`].
-#[derive(Clone, Copy, Debug)]
-#[allow(missing_docs)]
-pub struct Shape {
-    pub layers: usize,
-    pub hidden: usize,
-    pub intermediate: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub vocab: usize,
+/// Returns the configuration of Llama-3-8B.
+pub fn llama_8b() -> Result<Config> {
+    Config::from_json(&serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 128_256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+        "tie_word_embeddings": false,
+    }))
 }
 
-/// Llama-3-8B.
-pub const LLAMA_8B: Shape = Shape {
-    layers: 32,
-    hidden: 4096,
-    intermediate: 14336,
-    heads: 32,
-    kv_heads: 8,
-    head_dim: 128,
-    vocab: 128_256,
-};
-
-/// Returns tokens per second of a full forward pass with every position scored, on random weights: one layer's weights,
-/// which no cache holds, stand for all layers'. The head is bf16 as formats leave it.
-pub fn prefill(cuda: &Cuda, shape: Shape, scheme: Option<Scheme>, batch: Batch) -> Result<Rate> {
-    let n = batch.sequences * batch.tokens;
-    let (q_width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+/// Returns a model of noise: linears of `scheme`, embeddings and head of `table`, bf16 where `None`. All layers share one
+/// layer's weights, which no cache holds, so that it is made fast and still read as a real one is.
+pub fn random_model(
+    cuda: &Cuda,
+    config: Config,
+    scheme: Option<Scheme>,
+    table: Option<Scheme>,
+) -> Result<Model<Cuda>> {
+    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+    let (q_width, kv_width) =
+        (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
     let matrix = |rows, cols| random_weight(cuda, scheme, rows, cols);
-    let (wq, wk, wv) =
-        (matrix(q_width, shape.hidden)?, matrix(kv_width, shape.hidden)?, matrix(kv_width, shape.hidden)?);
-    let (wo, gate) = (matrix(shape.hidden, q_width)?, matrix(shape.intermediate, shape.hidden)?);
-    let (up, down) = (matrix(shape.intermediate, shape.hidden)?, matrix(shape.hidden, shape.intermediate)?);
-    let head = random_weight(cuda, None, shape.vocab, shape.hidden)?;
-    let gain = cuda.tensor(1, shape.hidden, &vec![1.0; shape.hidden])?;
-    let rope =
-        Rope { inverse_frequencies: (0..shape.head_dim / 2).map(|i| 0.85f32.powi(i as i32)).collect() };
-    let attention = AttentionShape {
-        heads: shape.heads,
-        kv_heads: shape.kv_heads,
-        head_dim: shape.head_dim,
-        window: None,
-        scale: (shape.head_dim as f32).powf(-0.5),
+    let weights = [
+        matrix(q_width, hidden)?,
+        matrix(kv_width, hidden)?,
+        matrix(kv_width, hidden)?,
+        matrix(hidden, q_width)?,
+        matrix(ffn, hidden)?,
+        matrix(ffn, hidden)?,
+        matrix(hidden, ffn)?,
+    ];
+    let gain = cuda.tensor(1, hidden, &vec![1.0; hidden])?;
+    let embed = random_weight(cuda, table, config.vocab_size, hidden)?;
+    let layer = || {
+        let [q, k, v, o, gate, up, down] =
+            weights.clone().map(|weight| Linear { weight, bias: None, activations: Activations::Full });
+        Layer { attn_norm: gain.clone(), q, k, v, o, qk_norm: None, ffn_norm: gain.clone(), gate, up, down }
     };
-    let ids: Vec<u32> = (0..n).map(|i| (i * 7919 % shape.vocab) as u32).collect();
-    let full = Activations::Full;
+    Ok(Model {
+        constants: LayerConstants::new(&config),
+        layers: (0..config.num_hidden_layers).map(|_| layer()).collect(),
+        output_norm: gain.clone(),
+        untied_head: Some(embed.clone()),
+        embed,
+        config,
+    })
+}
+
+/// Returns tokens per second of a full forward pass with every position scored.
+pub fn prefill(cuda: &Cuda, model: &Model<Cuda>, batch: Batch) -> Result<f64> {
+    let n = batch.sequences * batch.tokens;
+    let ids: Vec<u32> = (0..n).map(|i| (i * 7919 % model.config.vocab_size) as u32).collect();
     let time = seconds(cuda, 5, 1, || {
-        let mut x = cuda.embed(&head, &ids)?;
-        for _ in 0..shape.layers {
-            let y = cuda.rms_norm(&x, &gain, 1e-5)?;
-            let (mut q, mut k) = (cuda.linear(&y, &wq, None, full)?, cuda.linear(&y, &wk, None, full)?);
-            let v = cuda.linear(&y, &wv, None, full)?;
-            cuda.rope(&mut q, &rope, batch)?;
-            cuda.rope(&mut k, &rope, batch)?;
-            let y = cuda.attention(&q, &k, &v, &attention, batch)?;
-            cuda.linear_add(&mut x, &y, &wo, None, full)?;
-            let y = cuda.rms_norm(&x, &gain, 1e-5)?;
-            let y = cuda.swiglu(&cuda.linear(&y, &gate, None, full)?, &cuda.linear(&y, &up, None, full)?)?;
-            cuda.linear_add(&mut x, &y, &down, None, full)?;
-        }
-        cuda.score(&cuda.rms_norm(&x, &gain, 1e-5)?, &head, &ids).map(|_| ())
+        cuda.score(&model.hidden(cuda, &ids, batch)?, model.head(), &ids).map(|_| ())
     })?;
-    let format = scheme.map_or("bf16", |scheme| scheme.name);
-    let what = format!("8B shape, {format}, {} x {} tokens, loss included", batch.sequences, batch.tokens);
-    Ok(Rate { what, value: n as f64 / time, unit: "tok/s", share: None })
+    Ok(n as f64 / time)
+}
+
+/// What generating runs at.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Generation {
+    /// Seconds from the prompt to the first token.
+    pub first_token: f64,
+    /// Tokens per second of all sequences together after that.
+    pub tokens_per_second: f64,
+}
+
+/// Returns how fast `batch` sequences are continued by 128 tokens after prompts of `prompt` tokens.
+pub fn generation(cuda: &Cuda, model: &Model<Cuda>, batch: usize, prompt: usize) -> Result<Generation> {
+    let count = 128;
+    let ids: Vec<u32> = (0..batch * prompt).map(|i| (i * 7919 % model.config.vocab_size) as u32).collect();
+    let mut decoder = Decoder::new(cuda, model, batch, prompt + 3 * count + 8)?;
+    decoder.prefill(&ids)?;
+    let first_token = seconds(cuda, 3, 1, || decoder.prefill(&ids))?;
+    // The first step records the graph.
+    decoder.generate(2)?;
+    let time = seconds(cuda, 1, 1, || decoder.generate(count))?;
+    Ok(Generation { first_token, tokens_per_second: (batch * count) as f64 / time })
 }

@@ -164,7 +164,19 @@ impl<B: Backend> Layer<B> {
         normed: &B::Tensor,
         batch: Batch,
     ) -> Result<B::Tensor> {
-        let LayerConstants { attention, rope, eps } = constants;
+        let [q, k, v] = self.queries_keys_values(backend, constants, normed, batch)?;
+        backend.attention(&q, &k, &v, &constants.attention, batch)
+    }
+
+    /// Returns what attention takes, rotated: queries `[n, heads · head_dim]`, keys and values `[n, kv_heads · head_dim]`.
+    pub fn queries_keys_values(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        normed: &B::Tensor,
+        batch: Batch,
+    ) -> Result<[B::Tensor; 3]> {
+        let LayerConstants { rope, eps, .. } = constants;
         let mut q = self.q.forward(backend, normed)?;
         let mut k = self.k.forward(backend, normed)?;
         let v = self.v.forward(backend, normed)?;
@@ -174,7 +186,7 @@ impl<B: Backend> Layer<B> {
         }
         backend.rope(&mut q, rope, batch)?;
         backend.rope(&mut k, rope, batch)?;
-        backend.attention(&q, &k, &v, attention, batch)
+        Ok([q, k, v])
     }
 
     /// Returns `silu(gate) · up` `[n, intermediate]`, what `down` takes, for normed inputs `[n, hidden]`.

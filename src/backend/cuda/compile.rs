@@ -53,6 +53,9 @@ macro_rules! kernel {
 type Source = (&'static str, &'static [&'static str], &'static str);
 const SOURCES: &[Source] = &[
     kernel!("add"),
+    kernel!("advance"),
+    kernel!("append"),
+    kernel!("attend_cached"),
     kernel!("attention"),
     kernel!("attention_precise"),
     kernel!("cast"),
@@ -60,6 +63,7 @@ const SOURCES: &[Source] = &[
     kernel!("dequantize", "decode.cuh"),
     kernel!("embed", "decode.cuh"),
     kernel!("gather"),
+    kernel!("matvec", "decode.cuh"),
     kernel!("quantize_rows"),
     kernel!("rescale"),
     kernel!("rms_norm"),

@@ -136,6 +136,20 @@ impl Device {
         self.synchronize()
     }
 
+    /// Queues a copy of `bytes` bytes from one buffer, from byte `source` on, to byte `target` on of another.
+    #[allow(unsafe_code)]
+    pub fn copy(&self, from: &Buffer, source: usize, to: &Buffer, target: usize, bytes: usize) -> Result<()> {
+        ensure!(
+            source + bytes <= from.bytes() && target + bytes <= to.bytes(),
+            "a copy past the end of a buffer"
+        );
+        self.context.bind_to_thread()?;
+        let (from, to) = (from.at() + source as u64, to.at() + target as u64);
+        // SAFETY: both ranges were just checked, and both buffers are freed in stream order.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+            .context("copying on the GPU failed")
+    }
+
     /// Returns a copy on the device.
     pub fn duplicate(&self, buffer: &Buffer) -> Result<Buffer> {
         Ok(Buffer(self.stream.clone_dtod(&buffer.0)?))

@@ -21,7 +21,7 @@ pub fn load_driver() -> Result<()> {
         .get_or_init(|| open(Path::new("libcuda.so.1")))
         .as_ref()
         .map(|_| ())
-        .context("no NVIDIA driver on this machine (`libcuda.so.1` is not found); use `--device cpu`")
+        .context("no NVIDIA driver on this machine (`libcuda.so.1` is not found)")
 }
 
 /// Opens NVRTC, the run-time compiler; version 12 or 13.

@@ -10,6 +10,7 @@
 //! | `gemm` | cuBLASLt |
 //! | `linear` | y = x · wᵀ in its variants |
 //! | `loss` | logits, likelihoods and divergences |
+//! | `decode` | generation over a cache |
 //!
 //! # Rounding
 //!
@@ -21,6 +22,7 @@
 //! activation and weight is F32 and products use F32 arithmetic without TF32.
 
 pub mod compile;
+pub mod decode;
 pub mod device;
 mod gemm;
 pub mod library;
@@ -88,6 +90,28 @@ impl Cuda {
         self.cast(x, None, self.float)
     }
 
+    /// Queues y = norm(x) for `runs` runs of the gain's width. `x` and `y` are addresses, of `from` and of what operations
+    /// write; they may be the same.
+    fn norm_into(&self, x: u64, from: Float, gain: &Tensor, y: u64, runs: usize, eps: f32) -> Result<()> {
+        let width = gain.count();
+        let geometry = match width {
+            ..=1024 => Geometry { grid: [runs.div_ceil(8), 1, 1], block: [32, 8], shared: 0 },
+            _ => Geometry::flat(runs, 256),
+        };
+        self.device.launch(
+            Kernel::new("rms_norm", &[&macro_of("X", from), &macro_of("Y", self.float)]),
+            geometry,
+            &[
+                Arg::Pointer(x),
+                Arg::Pointer(gain.at()),
+                Arg::Pointer(y),
+                Arg::U32(runs as u32),
+                Arg::U32(width as u32),
+                Arg::F32(eps),
+            ],
+        )
+    }
+
     /// Returns x + bias as `float`.
     fn cast(&self, x: &Tensor, bias: Option<&Tensor>, float: Float) -> Result<Tensor> {
         if let Some(bias) = bias {
@@ -112,6 +136,21 @@ impl Cuda {
         )?;
         Ok(y)
     }
+}
+
+/// Returns `struct Frequencies` of the kernels: 128 floats, of which the first `head_dim / 2` matter.
+fn frequencies(rope: &Rope) -> [u64; 64] {
+    let mut words = [0u64; 64];
+    for (word, pair) in words.iter_mut().zip(rope.inverse_frequencies.chunks(2)) {
+        let bits = |value: Option<&f32>| u64::from(value.map_or(0, |value| value.to_bits()));
+        *word = bits(pair.first()) | bits(pair.get(1)) << 32;
+    }
+    words
+}
+
+/// Returns how many latest positions a query sees; none at all is a number that no position plus it overflows.
+fn window_argument(window: Option<usize>) -> u32 {
+    window.map_or(1 << 30, |window| window.min(1 << 30) as u32)
 }
 
 /// Returns the definition that gives a kernel's type parameter its type.
@@ -143,6 +182,11 @@ impl Backend for Cuda {
             Float::F32 => "F32",
         };
         format!("{}, {precision}", self.device.name())
+    }
+
+    /// Weights are decoded once a pass, which 16,384 tokens hide; their activations take 2 to 3 GB with an 8B model.
+    fn tokens_at_once(&self) -> usize {
+        16_384
     }
 
     fn upload(&self, weight: Matrix) -> Result<Weight> {
@@ -202,24 +246,8 @@ impl Backend for Cuda {
             "a gain of {width} for {} columns",
             x.cols
         );
-        let runs = x.count() / width;
         let y = Tensor::empty(&self.device, x.rows, x.cols, self.float)?;
-        let geometry = match width {
-            ..=1024 => Geometry { grid: [runs.div_ceil(8), 1, 1], block: [32, 8], shared: 0 },
-            _ => Geometry::flat(runs, 256),
-        };
-        self.device.launch(
-            Kernel::new("rms_norm", &[&macro_of("X", x.float), &macro_of("Y", self.float)]),
-            geometry,
-            &[
-                Arg::Pointer(x.at()),
-                Arg::Pointer(gain.at()),
-                Arg::Pointer(y.at()),
-                Arg::U32(runs as u32),
-                Arg::U32(width as u32),
-                Arg::F32(eps),
-            ],
-        )?;
+        self.norm_into(x.at(), x.float, gain, y.at(), x.count() / width, eps)?;
         Ok(y)
     }
 
@@ -254,17 +282,12 @@ impl Backend for Cuda {
         ensure!(x.cols.is_multiple_of(2 * half), "{} columns in heads of {}", x.cols, 2 * half);
         ensure!(x.rows == batch.sequences * batch.tokens, "{} rows for {batch:?}", x.rows);
         x.make_unique(&self.device)?;
-        let mut frequencies = [0u64; 64];
-        for (i, pair) in rope.inverse_frequencies.chunks(2).enumerate() {
-            let bits = |value: Option<&f32>| u64::from(value.map_or(0, |value| value.to_bits()));
-            frequencies[i] = bits(pair.first()) | bits(pair.get(1)) << 32;
-        }
         self.device.launch(
             Kernel::new("rope", &[&macro_of("X", x.float)]),
             Geometry::flat(x.rows, 256),
             &[
                 Arg::Pointer(x.at()),
-                Arg::Struct(&frequencies),
+                Arg::Struct(&frequencies(rope)),
                 Arg::U32((x.cols / (2 * half)) as u32),
                 Arg::U32(half as u32),
                 Arg::U32(batch.tokens as u32),
@@ -316,7 +339,7 @@ impl Backend for Cuda {
                 Arg::U32(batch.tokens as u32),
                 Arg::U32(heads as u32),
                 Arg::U32(kv_heads as u32),
-                Arg::U32(window.map_or(u32::MAX / 2, |window| window.min(1 << 30) as u32)),
+                Arg::U32(window_argument(window)),
                 Arg::F32(scale),
             ],
         )?;

@@ -1,6 +1,8 @@
 //! Weights in GPU memory, as compact as the files: packed code planes and the stored scales, laid out as
 //! `kernels/decode.cuh` says. Nothing is decoded before it is used.
 
+use std::sync::Arc;
+
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
@@ -11,7 +13,8 @@ use crate::num::{Codec, Element};
 use crate::scheme::{Offset, QTensor, Scheme, Span};
 use crate::tensor::{Dtype, Matrix};
 
-/// A matrix `[rows, cols]` on the device.
+/// A matrix `[rows, cols]` on the device. Clones share memory.
+#[derive(Clone)]
 pub struct Weight {
     /// Output features, or vocabulary.
     pub rows: usize,
@@ -19,14 +22,14 @@ pub struct Weight {
     pub cols: usize,
     /// How it is stored.
     pub stored: Stored,
-    low: Buffer,
-    high: Option<Buffer>,
-    scales: Option<Buffer>,
-    outer: Option<Buffer>,
-    offsets: Option<Buffer>,
-    outer_offsets: Option<Buffer>,
+    low: Arc<Buffer>,
+    high: Option<Arc<Buffer>>,
+    scales: Option<Arc<Buffer>>,
+    outer: Option<Arc<Buffer>>,
+    offsets: Option<Arc<Buffer>>,
+    outer_offsets: Option<Arc<Buffer>>,
     /// F32 `[rows]`, for INT8 codes with one scale a row: what an INT8 product multiplies its sums with.
-    row_scales: Option<Buffer>,
+    row_scales: Option<Arc<Buffer>>,
 }
 
 /// How a weight's values are stored.
@@ -52,7 +55,7 @@ impl Weight {
                 rows,
                 cols,
                 stored: Stored::Dense(dense.dtype),
-                low: device.upload(&dense.bytes)?,
+                low: Arc::new(device.upload(&dense.bytes)?),
                 high: None,
                 scales: None,
                 outer: None,
@@ -76,7 +79,9 @@ impl Weight {
         }
         let (low, high) = pack_codes(scheme.element, &q.codes);
         let stored = |codec: Option<Codec>, values: &[f32]| match codec {
-            Some(codec) if !values.is_empty() => device.upload(&encode(codec, values)).map(Some),
+            Some(codec) if !values.is_empty() => {
+                Ok::<_, anyhow::Error>(Some(Arc::new(device.upload(&encode(codec, values))?)))
+            }
             _ => Ok(None),
         };
         let outer_codec = scheme.outer.map(|(_, codec)| codec);
@@ -84,14 +89,14 @@ impl Weight {
             rows: q.rows,
             cols: q.cols,
             stored: Stored::Packed(scheme),
-            low: device.upload(&low)?,
-            high: if high.is_empty() { None } else { Some(device.upload(&high)?) },
+            low: Arc::new(device.upload(&low)?),
+            high: if high.is_empty() { None } else { Some(Arc::new(device.upload(&high)?)) },
             scales: stored(Some(scheme.scale), &q.scales)?,
             outer: stored(outer_codec, &q.outer_scales)?,
             offsets: stored(offset_codec(scheme.offset), &q.offsets)?,
             outer_offsets: stored(outer_codec, &q.outer_offsets)?,
             row_scales: if is_int8_by_row(&scheme) {
-                Some(device.upload(&encode(Codec::F32, &q.scales))?)
+                Some(Arc::new(device.upload(&encode(Codec::F32, &q.scales))?))
             } else {
                 None
             },
@@ -101,7 +106,7 @@ impl Weight {
     /// Returns the bytes on the device.
     pub fn bytes(&self) -> usize {
         let rest = [&self.high, &self.scales, &self.outer, &self.offsets, &self.outer_offsets];
-        self.low.bytes() + rest.into_iter().flatten().map(Buffer::bytes).sum::<usize>()
+        self.low.bytes() + rest.into_iter().flatten().map(|buffer| buffer.bytes()).sum::<usize>()
     }
 
     /// Returns the values as they lie, when a product can read them so: bf16, or INT8 codes.
@@ -111,7 +116,7 @@ impl Weight {
 
     /// Returns the scales of INT8 codes with one scale a row, F32 `[rows]`; `None` for every other scheme.
     pub fn row_scales(&self) -> Option<&Buffer> {
-        self.row_scales.as_ref()
+        self.row_scales.as_deref()
     }
 
     /// Queues y = all values as `float`, `[rows, cols]`. F32 is exact; bf16 is rounded once.
@@ -131,22 +136,28 @@ impl Weight {
     /// Queues y\[i, :\] = row `ids[i]` as F32, `[n, cols]`; `ids` holds `n` u32 below `rows`.
     pub fn embed(&self, device: &Device, ids: &Buffer, n: usize) -> Result<Buffer> {
         let y = device.allocate(n * self.cols * 4)?;
+        self.embed_into(device, ids, n, &y)?;
+        Ok(y)
+    }
+
+    /// The same, into memory that is there.
+    pub fn embed_into(&self, device: &Device, ids: &Buffer, n: usize, y: &Buffer) -> Result<()> {
         device.launch(
             Kernel { name: "embed", defines: self.defines() },
             Geometry::flat(n, 128),
             &[Arg::Struct(&self.argument()), Arg::Pointer(ids.at()), Arg::Pointer(y.at())],
-        )?;
-        Ok(y)
+        )
     }
 
     /// Returns `struct Weight` of decode.cuh.
-    fn argument(&self) -> [u64; 7] {
-        let at = |buffer: &Option<Buffer>| buffer.as_ref().map_or(0, Buffer::at);
+    pub(super) fn argument(&self) -> [u64; 7] {
+        let at = |buffer: &Option<Arc<Buffer>>| buffer.as_ref().map_or(0, |buffer| buffer.at());
         let rest = [&self.high, &self.scales, &self.outer, &self.offsets, &self.outer_offsets].map(at);
         [self.low.at(), rest[0], rest[1], rest[2], rest[3], rest[4], self.cols as u64]
     }
 
-    fn defines(&self) -> Vec<String> {
+    /// Returns the macros that specialise decode.cuh for this weight.
+    pub(super) fn defines(&self) -> Vec<String> {
         match self.stored {
             Stored::Dense(dtype) => vec![format!("ELEMENT=DENSE_{dtype}")],
             Stored::Packed(scheme) => scheme_defines(&scheme),

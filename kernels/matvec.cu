@@ -1,0 +1,228 @@
+// matvec: y = x · wᵀ (+ bias) for a few tokens, reading packed weights once: the products of a decoding step
+//   parts  up to three weights that read the same x, side by side: Weight, y, bias (f32 [rows] or null), rows, blocks
+//   x      bf16 [batch, cols]
+//   y      OUTPUT: BF16 = rounded once, F32 = logits, ADD = y f32 +=, SWIGLU = bf16 silu(part 0) · part 1
+// A warp multiplies tiles of 16 rows with 8 tokens (m16n8k16, F32 sums). Lane (g, t) holds rows g and g + 8 and, of every
+// 32 columns, the unit of 8 from 8t on: the order of columns inside a product does not matter as long as x has the same,
+// so a lane reads whole words of codes and 16 bytes of x. Where 32 columns share a scale, codes are multiplied as exact
+// bf16 numbers and scaled after, in F32: scale · Σ code · x + offset · Σ x. Other weights are decoded and rounded first.
+// WARPS warps of a block share its ROW_TILES · 16 rows and take turns at pieces of 64 columns; their sums are added at the
+// end in a fixed order.
+// needs cols % 64 == 0, batch <= 8 · TOKEN_TILES, ROW_TILES · TOKEN_TILES <= 8; SWIGLU: ROW_TILES even, tiles of part 0 and 1
+// alternate.  grid: all parts' blocks, block 32 · WARPS.
+// Twin: backend/cpu linear.
+
+#define WARPS 8
+#define BF16 0
+#define F32 1
+#define ADD 2
+#define SWIGLU 3
+#define DENSE (ELEMENT == DENSE_BF16)
+// Codes are exact in bf16 and 32 columns have one scale.
+#define FACTORED (!DENSE && ELEMENT != DENSE_F16 && ELEMENT != DENSE_F32 && ELEMENT != E4M3 && \
+                  (GROUP == ROW || GROUP == 32 || GROUP == 64 || GROUP == 128 || GROUP == 256))
+
+struct Parts {
+    Weight w[3];
+    u64 y[3];
+    const float *bias[3];
+    u32 rows[3];
+    u32 last_block[3]; // one past
+};
+
+__device__ __forceinline__ void multiply(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+// Writes the eight codes of a unit as bf16 pairs (0, 1), (2, 3), (4, 5), (6, 7); exact.
+#if FACTORED
+__device__ __forceinline__ void unit_pairs(const Weight &w, u32 unit, u32 p[4]) {
+#if BITS > 6
+    uint2 codes = __ldcs((const uint2 *)w.low + unit);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        u32 word = (j < 2 ? codes.x : codes.y) ^ (ELEMENT == INT ? 0x80808080u : 0);
+        // Bytes become 2^23 + u, the difference is exact, and its upper half is the bf16.
+        float base = 8388608.0f + (ELEMENT == INT ? 128.0f : 0.0f);
+        float a = __uint_as_float(__byte_perm(word, 0x4b000000, j % 2 ? 0x7442 : 0x7440)) - base;
+        float b = __uint_as_float(__byte_perm(word, 0x4b000000, j % 2 ? 0x7443 : 0x7441)) - base;
+        p[j] = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
+    }
+#else
+    u32 codes = __ldcs((const u32 *)w.low + unit);
+#if BITS == 5
+    u32 high = w.high[unit];
+#elif BITS == 6
+    u32 high = ((const u16 *)w.high)[unit];
+#endif
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#if ELEMENT == E2M1
+        // Sign and fields in place give the value · 2^-126; ½ is a subnormal there, which bf16 products keep.
+        u32 top = codes << (12 - 4 * j);
+        p[j] = fma_pair((top & 0x80008000u) | (top >> 6 & 0x01c001c0u), 0x7e807e80u, 0x80008000u);
+#else
+        // 128 + v is a bf16 for v < 128.
+        u32 v = (codes >> (4 * j) & 0x000f000fu) | 0x43004300u;
+#if BITS == 5
+        v |= (high >> (2 * j) & 1) << 4 | (high >> (2 * j + 1) & 1) << 20;
+#elif BITS == 6
+        v |= (high >> (4 * j) & 3) << 4 | (high >> (4 * j + 2) & 3) << 20;
+#endif
+        const u32 base = 128 + (ELEMENT == INT ? 1 << (BITS - 1) : 0); // up to 160: even, so a bf16
+        p[j] = fma_pair(v, 0x3f803f80u, (0xc300u + (base - 128)) * 0x10001u);
+#endif
+    }
+#endif
+}
+#elif DENSE
+__device__ __forceinline__ void unit_pairs(const Weight &w, u32 unit, u32 p[4]) {
+    uint4 a = __ldcs((const uint4 *)w.low + unit);
+    p[0] = a.x, p[1] = a.y, p[2] = a.z, p[3] = a.w;
+}
+#else
+__device__ __forceinline__ void unit_pairs(const Weight &w, u32 unit, u32 p[4]) {
+    float x[8];
+    decode_unit(w, unit, x);
+    for (int j = 0; j < 4; j++) p[j] = pack_bf16(x[2 * j], x[2 * j + 1]);
+}
+#endif
+
+#if FACTORED
+// Returns the effective scale and offset of the group that flat element i is in.
+__device__ __forceinline__ float2 grid_at(const Weight &w, u32 i) {
+    u32 group = group_of<GROUP>(i, w.cols);
+    float scale = stored<SCALE>(w.scales, group), offset = 0.0f;
+#if OUTER != NONE
+    u32 outer = group_of<OUTER_GROUP>(i, w.cols);
+    scale = __fmul_rn(stored<OUTER>(w.outer, outer), scale);
+#endif
+#if OFFSET == ADDED
+    offset = stored<OFFSET_CODEC>(w.offsets, group);
+#elif OFFSET == SUBTRACTED
+    offset = -__fmul_rn(stored<OUTER>(w.outer_offsets, outer), stored<OFFSET_CODEC>(w.offsets, group));
+#endif
+    return make_float2(scale, offset);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+matvec(const __grid_constant__ Parts parts, const bf16 *__restrict__ x, u32 batch) {
+    __shared__ float sums[WARPS][ROW_TILES * TOKEN_TILES * 128];
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    u32 part = 0, block = blockIdx.x;
+#if OUTPUT != SWIGLU
+    while (block >= parts.last_block[part]) part++;
+    if (part > 0) block -= parts.last_block[part - 1];
+#endif
+    u32 cols = parts.w[0].cols;
+    u32 rows = parts.rows[part];
+    // Flat index of this lane's first column, for its two rows of each tile; rows past the end read the last one.
+    u32 starts[ROW_TILES][2];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 tile = OUTPUT == SWIGLU ? block * (ROW_TILES / 2) + r / 2 : block * ROW_TILES + r;
+            starts[r][half] = min(tile * 16 + g + 8 * half, rows - 1) * cols + 8 * t;
+        }
+    const bf16 *tokens[TOKEN_TILES];
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; n++) tokens[n] = x + (u64)min(n * 8 + g, batch - 1) * cols + 8 * t;
+
+    float total[ROW_TILES][TOKEN_TILES][4] = {};
+#pragma unroll UNROLL
+    for (u32 column = 64 * warp; column < cols; column += 64 * WARPS) {
+#pragma unroll
+        for (int piece = 0; piece < 2; piece++) {
+            u32 at = column + 32 * piece;
+            uint4 b[TOKEN_TILES];
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++) b[n] = *(const uint4 *)(tokens[n] + at);
+#if FACTORED && OFFSET != NONE
+            // Σ x of the 32 columns, in the place of the sums: a product with ones.
+            float x_sums[TOKEN_TILES][4] = {};
+            const u32 ones = 0x3f803f80u;
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++) {
+                multiply(x_sums[n], ones, ones, ones, ones, b[n].x, b[n].y);
+                multiply(x_sums[n], ones, ones, ones, ones, b[n].z, b[n].w);
+            }
+#endif
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) {
+                const Weight &w = parts.w[OUTPUT == SWIGLU ? r % 2 : part];
+                u32 a[4], c[4];
+                unit_pairs(w, (starts[r][0] + at) / 8, a);
+                unit_pairs(w, (starts[r][1] + at) / 8, c);
+#if FACTORED && GROUP != ROW
+                float2 upper = grid_at(w, starts[r][0] + at), lower = grid_at(w, starts[r][1] + at);
+#endif
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; n++) {
+#if FACTORED && GROUP != ROW
+                    float s[4] = {};
+                    multiply(s, a[0], c[0], a[1], c[1], b[n].x, b[n].y);
+                    multiply(s, a[2], c[2], a[3], c[3], b[n].z, b[n].w);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        total[r][n][i] += (i < 2 ? upper.x : lower.x) * s[i];
+#if OFFSET != NONE
+                        total[r][n][i] += (i < 2 ? upper.y : lower.y) * x_sums[n][i];
+#endif
+                    }
+#else
+                    multiply(total[r][n], a[0], c[0], a[1], c[1], b[n].x, b[n].y);
+                    multiply(total[r][n], a[2], c[2], a[3], c[3], b[n].z, b[n].w);
+#endif
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                sums[warp][(r * TOKEN_TILES + n) * 128 + (g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = total[r][n][i];
+    __syncthreads();
+    // A thread finishes (tile, row, token) entries: 16 rows by 8 tokens a tile.
+    const int STEP = OUTPUT == SWIGLU ? 2 : 1;
+    for (u32 at = threadIdx.x; at < ROW_TILES / STEP * TOKEN_TILES * 128; at += 32 * WARPS) {
+        u32 tile = at / (TOKEN_TILES * 128), rest = at % (TOKEN_TILES * 128);
+        u32 token = rest / 128 * 8 + rest % 8, row_in_tile = rest % 128 / 8;
+        u32 row = (block * (ROW_TILES / STEP) + tile) * 16 + row_in_tile;
+        if (row >= rows || token >= batch) continue;
+        float values[STEP];
+#pragma unroll
+        for (int s = 0; s < STEP; s++) {
+            u32 which = OUTPUT == SWIGLU ? s : part;
+            float value = 0.0f;
+            for (int from = 0; from < WARPS; from++) value += sums[from][(tile * STEP + s) * TOKEN_TILES * 128 + rest];
+#if FACTORED && GROUP == ROW
+            value *= grid_at(parts.w[which], row * cols).x;
+#endif
+            if (parts.bias[which]) value += parts.bias[which][row];
+            values[s] = value;
+        }
+        u64 to = (u64)token * rows + row;
+#if OUTPUT == SWIGLU
+        store((bf16 *)parts.y[0] + to, values[0] / (1.0f + __expf(-values[0])) * values[1]);
+#elif OUTPUT == ADD
+        ((float *)parts.y[part])[to] += values[0];
+#elif OUTPUT == F32
+        ((float *)parts.y[part])[to] = values[0];
+#else
+        store((bf16 *)parts.y[part] + to, values[0]);
+#endif
+    }
+}

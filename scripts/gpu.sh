@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one command: kernels compile, each operation agrees with the CPU, whole models
+# give the same answer, speed. Writes a table to the file named first; with --sanitize also runs compute-sanitizer.
+#
+#   scripts/gpu.sh TABLE.md [--sanitize]
+#
+# QUANT_TEST_MODELS   model folders, `:` between them, for the whole-model part (default: none, part left out)
+# QUANT_TEST_TEXT     text for them
+# QUANT_TEST_BINARIES a folder with the test executables `parity`, `same_answer`, `speed` and `quant`, for machines
+#                     without cargo; built here otherwise
+set -uo pipefail
+cd "$(dirname "$0")/.."
+table=${1:?usage: scripts/gpu.sh TABLE.md [--sanitize]}
+sanitize=${2:-}
+export QUANT_REQUIRE_GPU=1
+failed=0
+
+# Prints the path of a test executable.
+binary() {
+    if [ -n "${QUANT_TEST_BINARIES:-}" ]; then
+        echo "$QUANT_TEST_BINARIES/$1"
+    else
+        cargo test --release --locked --no-run --test "$1" --message-format=json 2>/dev/null |
+            sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1
+    fi
+}
+
+gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)
+{
+    echo "# GPU tests and speed"
+    echo
+    echo "$gpu, $(date -u +%F)"
+    echo
+    echo "## Each operation against the CPU"
+    echo
+    echo '```'
+} >"$table"
+"$(binary parity)" >>"$table" 2>&1 || failed=1
+echo '```' >>"$table"
+
+if [ -n "${QUANT_TEST_MODELS:-}" ]; then
+    {
+        echo
+        echo "## Whole models: KL(CPU ‖ GPU), same most likely token, perplexity on the CPU, difference on the GPU"
+        echo
+    } >>"$table"
+    "$(binary same_answer)" --ignored --nocapture >>"$table" 2>&1 || failed=1
+fi
+
+{
+    echo
+    echo "## Rates"
+    echo
+    echo "| what | rate | share of copy or product |"
+    echo "|---|---|---|"
+} >>"$table"
+"$(binary speed)" --ignored --nocapture 2>&1 | grep '^|' >>"$table" || failed=1
+
+if [ "$sanitize" = --sanitize ]; then
+    for tool in memcheck racecheck; do
+        {
+            echo
+            echo "## compute-sanitizer $tool"
+            echo
+            echo '```'
+        } >>"$table"
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "$(binary parity)" --test-threads=1 2>&1 | tail -8 >>"$table" ||
+            failed=1
+        echo '```' >>"$table"
+    done
+fi
+cat "$table"
+exit $failed

@@ -1,0 +1,139 @@
+//! Generation on the GPU: each step's logits are those of the CPU's forward pass over the same tokens.
+//!
+//! Without a GPU the tests say so and pass, unless `QUANT_REQUIRE_GPU` is set.
+
+#![allow(clippy::unwrap_used)]
+
+use quant::backend::cpu::Cpu;
+use quant::backend::cuda::decode::Decoder;
+use quant::backend::cuda::{Cuda, Precision};
+use quant::backend::{Backend, Batch};
+use quant::model::config::Config;
+use quant::model::{Model, TensorSource};
+use quant::names::{Part, Role, TensorId};
+use quant::scheme::fit::{ScaleRule, fit};
+use quant::scheme::{Activations, Scheme, schemes};
+use quant::tensor::{Dense, Dtype, Matrix};
+
+/// A model of noise; linears and tables are rounded to a scheme.
+struct Noise {
+    config: Config,
+    scheme: Option<Scheme>,
+}
+
+impl Noise {
+    fn new(qwen3: bool, scheme: Option<Scheme>) -> Self {
+        let (architecture, model_type) =
+            if qwen3 { ("Qwen3ForCausalLM", "qwen3") } else { ("Qwen2ForCausalLM", "qwen2") };
+        let config = serde_json::json!({
+            "architectures": [architecture], "model_type": model_type, "hidden_size": 256, "intermediate_size": 512,
+            "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
+        });
+        Noise { config: Config::from_json(&config).unwrap(), scheme }
+    }
+
+    fn shape(&self, role: Role) -> [usize; 2] {
+        let c = &self.config;
+        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        match role {
+            Role::Embed | Role::Head => [c.vocab_size, c.hidden_size],
+            Role::Q => [q, c.hidden_size],
+            Role::K | Role::V => [kv, c.hidden_size],
+            Role::O => [c.hidden_size, q],
+            Role::Gate | Role::Up => [c.intermediate_size, c.hidden_size],
+            Role::Down => [c.hidden_size, c.intermediate_size],
+            Role::QNorm | Role::KNorm => [1, c.head_dim],
+            _ => [1, c.hidden_size],
+        }
+    }
+}
+
+impl TensorSource for Noise {
+    fn read(&self, id: TensorId) -> anyhow::Result<Matrix> {
+        let [mut rows, mut cols] = self.shape(id.role);
+        if id.part == Part::Bias {
+            (rows, cols) = (1, rows);
+        }
+        let mut state = (id.role as u32 * 64 + u32::from(id.layer.unwrap_or(63)) * 2 + id.part as u32 + 1)
+            .wrapping_mul(2_654_435_761);
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1u32 << 24) as f32 - 0.5
+        };
+        let vector = rows == 1;
+        let scale = if id.role == Role::Embed { 3.5 } else { 3.5 / (cols as f32).sqrt() };
+        let values: Vec<f32> =
+            (0..rows * cols).map(|_| if vector { 1.0 + 0.2 * next() } else { scale * next() }).collect();
+        match self.scheme {
+            Some(scheme) if !vector => {
+                Ok(Matrix::Quantized(fit(scheme, &values, rows, cols, None, ScaleRule::default())))
+            }
+            _ => {
+                let shape = if vector { vec![cols] } else { vec![rows, cols] };
+                Ok(Matrix::Dense(Dense::from_f32(shape, &values).cast(Dtype::BF16)))
+            }
+        }
+    }
+
+    fn activations(&self, _: TensorId) -> Activations {
+        Activations::Full
+    }
+}
+
+/// Returns the logits of the last position of each sequence on the CPU, `[sequences, vocab]`.
+fn logits_on_cpu(model: &Model<Cpu>, sequences: &[Vec<u32>]) -> Vec<f32> {
+    let tokens = sequences[0].len();
+    let batch = Batch { sequences: sequences.len(), tokens };
+    let hidden = model.hidden(&Cpu, &sequences.concat(), batch).unwrap();
+    let last: Vec<usize> = (1..=sequences.len()).map(|sequence| sequence * tokens - 1).collect();
+    let last = Cpu.select_rows(&hidden, &last).unwrap();
+    Cpu.read(&Cpu.linear(&last, model.head(), None, Activations::Full).unwrap()).unwrap()
+}
+
+fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f32>| {
+        values.map(|x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt()
+    };
+    let error = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    error / norm(&mut expected.iter().copied())
+}
+
+#[test]
+fn every_step_continues_as_the_cpu_would() {
+    let cuda = match Cuda::new(0, Precision::Bf16) {
+        Ok(cuda) => cuda,
+        Err(reason) if std::env::var_os("QUANT_REQUIRE_GPU").is_none() => {
+            return eprintln!("SKIPPED: {reason:#}");
+        }
+        Err(reason) => panic!("{reason:#}"),
+    };
+    let grouped = schemes::int8_grouped(128);
+    let schemes = schemes::ALL.into_iter().chain([grouped]).map(Some).chain([None]);
+    for (at, scheme) in schemes.enumerate() {
+        let source = Noise::new(at % 2 == 0, scheme);
+        let on_cpu = Model::load(&Cpu, &source.config, &source).unwrap();
+        let on_gpu = Model::load(&cuda, &source.config, &source).unwrap();
+        let name = scheme.map_or("bf16", |scheme| scheme.name);
+        for (batch, prompt) in [(1, 37), (5, 40), (9, 33), (32, 17)] {
+            let ids: Vec<u32> = (0..batch * prompt).map(|i| (i * 7919 % 1000) as u32).collect();
+            let mut decoder = Decoder::new(&cuda, &on_gpu, batch, 64).unwrap();
+            decoder.prefill(&ids).unwrap();
+            for steps in [0, 1, 6] {
+                decoder.generate(steps).unwrap();
+                // The last token has been chosen but not fed.
+                let mut sequences = decoder.tokens().unwrap();
+                let chosen: Vec<u32> = sequences.iter_mut().map(|sequence| sequence.pop().unwrap()).collect();
+                let (found, expected) = (decoder.logits().unwrap(), logits_on_cpu(&on_cpu, &sequences));
+                let error = relative_error(&found, &expected);
+                // Three layers of bf16 roundings of 2^-9 each, one after another.
+                assert!(error < 0.02, "{name}, batch {batch}, {} tokens: off by {error}", sequences[0].len());
+                for (row, chosen) in found.chunks(1000).zip(chosen) {
+                    let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    assert_eq!(row.iter().position(|&x| x == most), Some(chosen as usize), "{name}");
+                }
+            }
+        }
+    }
+}
