@@ -96,7 +96,7 @@ impl<'a> Decoder<'a> {
             "a batch of {batch}; generation on the GPU takes 1 to 32 sequences"
         );
         ensure!(
-            head_dim % 64 == 0 && head_dim <= 256,
+            head_dim.is_multiple_of(64) && head_dim <= 256,
             "head size {head_dim}; generation on the GPU takes 64, 128, 192 and 256"
         );
         ensure!(
