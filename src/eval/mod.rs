@@ -60,7 +60,10 @@ pub fn run<B: Backend>(
         let ids: Vec<u32> = windows.clone().flat_map(|window| protocol.window(tokens, window)).collect();
         let mut reference = None;
         for (at, subject) in subjects().enumerate() {
-            let context = || format!("{}, windows {} to {}", subject.name, first + 1, windows.end);
+            let context = || match windows.len() {
+                1 => format!("{}, window {}", subject.name, windows.end),
+                _ => format!("{}, windows {} to {}", subject.name, first + 1, windows.end),
+            };
             let is_baseline = at == 0 && baseline.is_some();
             let hidden = tallies[at]
                 .measure(backend, subject, &ids, protocol, reference.as_ref())
