@@ -77,6 +77,18 @@ fn sequences_of_a_batch_do_not_see_each_other() {
 }
 
 #[test]
+fn hidden_states_of_some_rows_are_those_of_all_rows() {
+    for name in NAMES {
+        let model = open(name);
+        let (ids, batch) = (reference(name).0, Batch { sequences: 1, tokens: 24 });
+        let all = model.hidden(&Cpu, &ids, batch).unwrap();
+        let rows = [3, 20, 7];
+        let some = model.hidden_at(&Cpu, &ids, batch, &rows).unwrap();
+        assert_eq!(some, Cpu.select_rows(&all, &rows).unwrap(), "{name}");
+    }
+}
+
+#[test]
 fn the_loss_head_scores_the_reference_logits() {
     let (ids, expected) = reference("qwen3");
     let model = open("qwen3");

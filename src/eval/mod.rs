@@ -151,8 +151,7 @@ impl Tally {
             .flat_map(|sequence| protocol.scored().map(move |position| sequence * batch.tokens + position))
             .collect();
         let targets: Vec<u32> = positions.iter().map(|&position| ids[position + 1]).collect();
-        let hidden = subject.model.hidden(backend, ids, batch)?;
-        let hidden = backend.select_rows(&hidden, &positions)?;
+        let hidden = subject.model.hidden_at(backend, ids, batch, &positions)?;
         let head = subject.model.head();
         let per_window = protocol.scored().len();
         match reference {

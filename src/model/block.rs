@@ -156,6 +156,26 @@ impl<B: Backend> Layer<B> {
         self.down.add_forward(backend, x, &gated)
     }
 
+    /// Returns the residual stream after the layer at some rows of `x` only, `[rows.len(), hidden]`: attention mixes all
+    /// rows, the rest of the layer leaves the others out.
+    pub fn forward_at(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        x: &B::Tensor,
+        batch: Batch,
+        rows: &[usize],
+    ) -> Result<B::Tensor> {
+        let normed = backend.rms_norm(x, &self.attn_norm, constants.eps)?;
+        let mixed = self.attend(backend, constants, &normed, batch)?;
+        let mut x = backend.select_rows(x, rows)?;
+        self.o.add_forward(backend, &mut x, &backend.select_rows(&mixed, rows)?)?;
+        let normed = backend.rms_norm(&x, &self.ffn_norm, constants.eps)?;
+        let gated = self.gated(backend, &normed)?;
+        self.down.add_forward(backend, &mut x, &gated)?;
+        Ok(x)
+    }
+
     /// Returns the values mixed by attention `[n, heads · head_dim]`, what `o` takes, for normed inputs `[n, hidden]`.
     pub fn attend(
         &self,

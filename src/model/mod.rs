@@ -109,6 +109,21 @@ impl<B: Backend> Model<B> {
     /// Returns the final hidden states `[n, hidden]`, normed: what the head takes. `ids` holds `batch`'s sequences one
     /// after another.
     pub fn hidden(&self, backend: &B, ids: &[u32], batch: Batch) -> Result<B::Tensor> {
+        let x = self.residual(backend, ids, batch, self.layers.len())?;
+        backend.rms_norm(&x, &self.output_norm, self.constants.eps)
+    }
+
+    /// Returns the final hidden states of some rows, `[rows.len(), hidden]`, bit for bit those of [`Model::hidden`]: the
+    /// last layer's feed-forward part leaves the other rows out.
+    pub fn hidden_at(&self, backend: &B, ids: &[u32], batch: Batch, rows: &[usize]) -> Result<B::Tensor> {
+        let last = self.layers.len() - 1;
+        let x = self.residual(backend, ids, batch, last)?;
+        let x = self.layers[last].forward_at(backend, &self.constants, &x, batch, rows)?;
+        backend.rms_norm(&x, &self.output_norm, self.constants.eps)
+    }
+
+    /// Returns the residual stream `[n, hidden]` after the first `layers` layers.
+    fn residual(&self, backend: &B, ids: &[u32], batch: Batch, layers: usize) -> Result<B::Tensor> {
         ensure!(
             ids.len() == batch.sequences * batch.tokens,
             "{} ids for {} sequences of {}",
@@ -117,10 +132,10 @@ impl<B: Backend> Model<B> {
             batch.tokens
         );
         let mut x = self.embed(backend, ids)?;
-        for layer in 0..self.layers.len() {
+        for layer in 0..layers {
             self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
         }
-        backend.rms_norm(&x, &self.output_norm, self.constants.eps)
+        Ok(x)
     }
 }
 
