@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use super::linalg::{self, Cholesky};
 use super::statistics::Moments;
 
-/// λ of the module's formula, relative to the mean diagonal.
+/// The constant part of λ.
 const RIDGE: f32 = 0.01;
 
 /// How far a target moves, 0..=1 each.
@@ -34,7 +34,8 @@ pub struct Strength {
 /// # Errors
 /// If the moments hold values that are not finite.
 pub fn corrected_target(weights: &[f32], moments: &Moments, strength: Strength) -> Result<Vec<f32>> {
-    correct(weights, moments, strength, RIDGE)
+    let ridge = RIDGE + moments.scarcity();
+    correct(weights, moments, strength, ridge)
 }
 
 fn correct(weights: &[f32], moments: &Moments, strength: Strength, ridge: f32) -> Result<Vec<f32>> {

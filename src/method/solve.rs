@@ -15,7 +15,7 @@ use crate::scheme::{QTensor, Scheme};
 pub struct Knobs {
     /// Strength of the mismatch correction.
     pub strength: Strength,
-    /// Damping relative to the Hessian's mean diagonal.
+    /// Damping relative to the Hessian's mean diagonal; columns per token are added to it.
     pub damp: f32,
     /// Coordinate-descent sweeps over codes and scales.
     pub sweeps: usize,
@@ -49,7 +49,7 @@ impl Solver {
     /// # Errors
     /// If the moments are not finite.
     pub fn new(moments: Moments, knobs: Knobs) -> Result<Self> {
-        let feedback = Feedback::new(&moments, knobs.damp)?;
+        let feedback = Feedback::new(&moments, knobs.damp + moments.scarcity().min(1.0))?;
         let damped = moments.damped(feedback.damp);
         Ok(Solver { importances: moments.importances(), feedback, damped, moments, knobs })
     }

@@ -54,6 +54,11 @@ impl Moments {
         (0..self.cols).map(|col| self.hessian[col * (self.cols + 1)] / tokens).collect()
     }
 
+    /// Returns columns per token: how little text there is for what is estimated from it.
+    pub fn scarcity(&self) -> f32 {
+        self.cols as f32 / self.tokens.max(1) as f32
+    }
+
     /// Returns the mean of the Hessian's diagonal: the unit in which damping is given.
     pub fn mean_diagonal(&self) -> f64 {
         let sum: f64 = (0..self.cols).map(|col| self.hessian[col * (self.cols + 1)] as f64).sum();
