@@ -88,7 +88,7 @@ pub enum TensorRecord {
     Quantized {
         /// The exact variant.
         #[serde(flatten)]
-        scheme: SchemeRecord,
+        scheme: Box<SchemeRecord>,
         /// How the scales were found: a scale rule, `given` for copied ones.
         scale_rule: String,
         /// Relative weighted squared error `Σ wⱼ (x − x̂)² / Σ wⱼ x²` of what was written, weighed as the method
@@ -352,7 +352,7 @@ mod tests {
 
     fn manifest() -> Manifest {
         let quantized = |scheme, activations| TensorRecord::Quantized {
-            scheme: SchemeRecord::new(&scheme, activations),
+            scheme: Box::new(SchemeRecord::new(&scheme, activations)),
             scale_rule: "search".into(),
             error: 0.0125,
             error_nearest: None,

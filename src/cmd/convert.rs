@@ -206,7 +206,7 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
     match step.action {
         Action::Keep(dtype) => TensorRecord::kept(dtype),
         Action::Quantize(scheme) => TensorRecord::Quantized {
-            scheme: SchemeRecord::new(&scheme, plan.recipe.activations(step.id)),
+            scheme: Box::new(SchemeRecord::new(&scheme, plan.recipe.activations(step.id))),
             scale_rule: match scheme.scale {
                 Codec::E8M0 => plan.recipe.scale_rule.to_string(),
                 _ => "search".to_string(),
