@@ -1,7 +1,7 @@
 //! Opens a model, whatever its container: headers only; weights by positioned reads on demand.
 //!
-//! - [`folder`]: which files a Hugging Face folder consists of.
-//! - [`contents`]: which tensor of the model each stored tensor is, checked against the configuration.
+//! - `folder`: which files a Hugging Face folder consists of.
+//! - `contents`: which tensor of the model each stored tensor is, checked against the configuration.
 
 mod contents;
 pub(crate) mod folder;

@@ -228,7 +228,7 @@ fn set_chat_templates(templates: &[(String, String)], out: &mut Metadata) {
     }
 }
 
-/// Inverse of [`write`], for files of any origin: a `tokenizer.json` and `tokenizer_config.json` that tokenize alike.
+/// Inverse of [`write()`], for files of any origin: a `tokenizer.json` and `tokenizer_config.json` that tokenize alike.
 ///
 /// # Errors
 /// Name the missing or malformed key, or the tokenizer model or pre-tokenizer that is not supported.
