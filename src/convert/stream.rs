@@ -1,21 +1,16 @@
-//! Carries a plan out: read, fit, choose codes, pack, write, in chunks of rows, so that memory does not grow with the
-//! model.
+//! Nearest codes in chunks of rows: read, fit, pack, write, in parallel; memory does not grow with the model.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
-use crate::backend::SecondMoments;
-use crate::calib::driver;
-use crate::calib::settings::Settings;
+use super::{Cost, pack, write_decided, write_rows};
 use crate::checkpoint::Checkpoint;
 use crate::container::Sink;
-use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::fit::fit;
-use crate::scheme::{Distortion, QTensor, Scheme};
+use crate::scheme::{Distortion, Scheme};
 use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite};
 
 /// Weights decoded at a time by one thread: with source bytes, codes and packed bytes about 12 bytes each.
@@ -25,15 +20,6 @@ const CHUNK_WEIGHTS: usize = 1 << 20;
 pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
     let widest = plan.steps.iter().map(|step| step.cols()).max().unwrap_or(0);
     (threads * CHUNK_WEIGHTS.max(widest) * 12) as u64
-}
-
-/// What rounding cost one tensor.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Cost {
-    /// Relative squared error of what was written, weighed as the method weighs it; 0 for kept tensors.
-    pub error: f64,
-    /// The same for codes rounded to nearest on the same scales, where the method chose others.
-    pub error_nearest: Option<f64>,
 }
 
 /// Converts every tensor of the plan with nearest codes, in parallel over chunks of rows. Returns the cost of each step,
@@ -48,62 +34,8 @@ pub fn convert(
     stream(source, plan, sink, progress, |_| true)
 }
 
-/// Converts a plan with calibrated codes: kept tensors stream as in [`convert`], the others come from
-/// [`driver::calibrate`] layer by layer. Also returns the KL divergence on held-out calibration windows.
-pub fn convert_calibrated<B: SecondMoments>(
-    backend: &B,
-    source: &Checkpoint,
-    plan: &Plan,
-    sink: &dyn Sink,
-    calibration: Calibration,
-    progress: &(dyn Fn(u64) + Sync),
-) -> Result<(Vec<Cost>, Option<f64>)> {
-    write_decided(plan, sink)?;
-    let mut costs = stream(source, plan, sink, progress, |step| matches!(step.action, Action::Keep(_)))?;
-    let place: BTreeMap<TensorId, usize> = plan.steps.iter().enumerate().map(|(i, s)| (s.id, i)).collect();
-    let scheme = |id| match plan.steps[*place.get(&id)?].action {
-        Action::Quantize(scheme) => Some(scheme),
-        Action::Keep(_) => None,
-    };
-    let request = driver::Request {
-        windows: calibration.windows,
-        held_out: calibration.held_out,
-        scheme: &scheme,
-        activations: plan.recipe.format.activations,
-        settings: calibration.settings,
-    };
-    let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |tensor| {
-        let at = place[&tensor.id];
-        let step = &plan.steps[at];
-        costs[at] = match tensor.solved.error.is_finite() {
-            true => Cost { error: tensor.solved.error, error_nearest: Some(tensor.solved.error_nearest) },
-            // Embeddings have no input to weigh errors with.
-            false => Cost {
-                error: tensor.solved.q.distortion(&source.read(step.id)?.to_f32(), None).relative(),
-                error_nearest: None,
-            },
-        };
-        let parts = pack(tensor.solved.q, plan, step)?;
-        write_rows(plan, sink, step, 0..step.rows(), &parts)?;
-        progress((step.rows() * step.cols()) as u64);
-        Ok(())
-    })?;
-    Ok((costs, held_out))
-}
-
-/// What calibrated codes are based on.
-#[derive(Clone, Copy, Debug)]
-pub struct Calibration<'a> {
-    /// Token windows of one length.
-    pub windows: &'a [Vec<u32>],
-    /// How many of them, the last ones, are kept out of the statistics.
-    pub held_out: usize,
-    /// How codes are chosen.
-    pub settings: Settings,
-}
-
 /// Converts the chosen steps in parallel over chunks of rows, without calibration.
-fn stream(
+pub(super) fn stream(
     source: &Checkpoint,
     plan: &Plan,
     sink: &dyn Sink,
@@ -148,21 +80,6 @@ fn jobs(index: usize, step: &Step) -> Vec<Job> {
     let run = step.row_order.as_ref().map_or(1, Vec::len);
     let chunk = (CHUNK_WEIGHTS / step.cols().max(1)).max(1).next_multiple_of(run).min(rows.max(1));
     (0..rows).step_by(chunk).map(|r| Job { step: index, rows: r..(r + chunk).min(rows) }).collect()
-}
-
-/// Writes what the plan alone decides: computed tensors and parts of fixed content.
-fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {
-    for step in &plan.steps {
-        if let Some(values) = &step.values {
-            sink.write(step.parts.start, 0, &bytes_from_floats(Dtype::F32, values))?;
-        }
-        for index in step.parts.clone() {
-            if let Some(bytes) = &plan.outputs[index].fixed {
-                sink.write(index, 0, bytes)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 fn run(
@@ -221,34 +138,4 @@ fn quantize(
     let rows = weights.len() / cols;
     let q = fit(scheme, weights, rows, cols, None, plan.recipe.scale_rule);
     Ok((q.distortion(weights, None), pack(q, plan, step)?))
-}
-
-/// Returns the packed parts of some rows (whole runs of reordered ones) in the output's row order.
-fn pack(q: QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
-    let activations = plan.recipe.activations(step.id);
-    match &step.row_order {
-        None => plan.recipe.dialect.pack(&q, activations),
-        Some(order) => {
-            let run = order.len();
-            let order: Vec<usize> = (0..q.rows).map(|row| row / run * run + order[row % run]).collect();
-            plan.recipe.dialect.pack(&q.permute_rows(&order), activations)
-        }
-    }
-}
-
-/// Writes those rows of each part.
-fn write_rows(
-    plan: &Plan,
-    sink: &dyn Sink,
-    step: &Step,
-    rows: Range<usize>,
-    parts: &[Vec<u8>],
-) -> Result<()> {
-    let streamed = step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none());
-    for (index, bytes) in streamed.zip(parts) {
-        let row_bytes = plan.outputs[index].spec.bytes() / step.rows() as u64;
-        debug_assert_eq!(bytes.len() as u64, row_bytes * rows.len() as u64);
-        sink.write(index, rows.start as u64 * row_bytes, bytes)?;
-    }
-    Ok(())
 }

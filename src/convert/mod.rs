@@ -1,0 +1,73 @@
+//! Carries a plan out: read, fit, choose codes, pack, write.
+//!
+//! - [`stream`](mod@stream): nearest codes in chunks of rows, in parallel, so that memory does not grow with the model.
+//! - [`calibrated`]: codes chosen layer by layer on calibration inputs.
+
+pub mod calibrated;
+pub mod stream;
+
+use std::ops::Range;
+
+use anyhow::Result;
+
+use crate::container::Sink;
+use crate::plan::{Plan, Step};
+use crate::scheme::QTensor;
+use crate::tensor::{Dtype, bytes_from_floats};
+
+pub use calibrated::{Calibration, convert_calibrated};
+pub use stream::{convert, peak_bytes};
+
+/// What rounding cost one tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Relative squared error of what was written, weighed as the method weighs it; 0 for kept tensors.
+    pub error: f64,
+    /// The same for codes rounded to nearest on the same scales, where the method chose others.
+    pub error_nearest: Option<f64>,
+}
+
+/// Writes what the plan alone decides: computed tensors and parts of fixed content.
+fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {
+    for step in &plan.steps {
+        if let Some(values) = &step.values {
+            sink.write(step.parts.start, 0, &bytes_from_floats(Dtype::F32, values))?;
+        }
+        for index in step.parts.clone() {
+            if let Some(bytes) = &plan.outputs[index].fixed {
+                sink.write(index, 0, bytes)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the packed parts of some rows (whole runs of reordered ones) in the output's row order.
+fn pack(q: QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
+    let activations = plan.recipe.activations(step.id);
+    match &step.row_order {
+        None => plan.recipe.dialect.pack(&q, activations),
+        Some(order) => {
+            let run = order.len();
+            let order: Vec<usize> = (0..q.rows).map(|row| row / run * run + order[row % run]).collect();
+            plan.recipe.dialect.pack(&q.permute_rows(&order), activations)
+        }
+    }
+}
+
+/// Writes those rows of each part.
+fn write_rows(
+    plan: &Plan,
+    sink: &dyn Sink,
+    step: &Step,
+    rows: Range<usize>,
+    parts: &[Vec<u8>],
+) -> Result<()> {
+    let streamed = step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none());
+    for (index, bytes) in streamed.zip(parts) {
+        let row_bytes = plan.outputs[index].spec.bytes() / step.rows() as u64;
+        debug_assert_eq!(bytes.len() as u64, row_bytes * rows.len() as u64);
+        sink.write(index, rows.start as u64 * row_bytes, bytes)?;
+    }
+    Ok(())
+}
