@@ -29,6 +29,7 @@ pub mod convert;
 pub mod dialect;
 pub mod embedded;
 pub mod eval;
+pub mod generate;
 pub mod hub;
 pub mod loaders;
 pub mod manifest;

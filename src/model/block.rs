@@ -169,11 +169,21 @@ impl<B: Backend> Layer<B> {
         let normed = backend.rms_norm(x, &self.attn_norm, constants.eps)?;
         let mixed = self.attend(backend, constants, &normed, batch)?;
         let mut x = backend.select_rows(x, rows)?;
-        self.o.add_forward(backend, &mut x, &backend.select_rows(&mixed, rows)?)?;
-        let normed = backend.rms_norm(&x, &self.ffn_norm, constants.eps)?;
-        let gated = self.gated(backend, &normed)?;
-        self.down.add_forward(backend, &mut x, &gated)?;
+        self.finish(backend, constants, &mut x, &backend.select_rows(&mixed, rows)?)?;
         Ok(x)
+    }
+
+    /// Carries the residual stream `x` `[n, hidden]` through what follows attention, given the values it mixed.
+    pub fn finish(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        x: &mut B::Tensor,
+        mixed: &B::Tensor,
+    ) -> Result<()> {
+        self.o.add_forward(backend, x, mixed)?;
+        let normed = backend.rms_norm(x, &self.ffn_norm, constants.eps)?;
+        self.down.add_forward(backend, x, &self.gated(backend, &normed)?)
     }
 
     /// Returns the values mixed by attention `[n, heads · head_dim]`, what `o` takes, for normed inputs `[n, hidden]`.
@@ -196,16 +206,26 @@ impl<B: Backend> Layer<B> {
         normed: &B::Tensor,
         batch: Batch,
     ) -> Result<[B::Tensor; 3]> {
-        let LayerConstants { rope, eps, .. } = constants;
+        let [mut q, mut k, v] = self.projections(backend, constants, normed)?;
+        backend.rope(&mut q, &constants.rope, batch)?;
+        backend.rope(&mut k, &constants.rope, batch)?;
+        Ok([q, k, v])
+    }
+
+    /// Returns queries, keys and values as [`Layer::queries_keys_values`] does, not yet rotated.
+    pub fn projections(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        normed: &B::Tensor,
+    ) -> Result<[B::Tensor; 3]> {
         let mut q = self.q.forward(backend, normed)?;
         let mut k = self.k.forward(backend, normed)?;
         let v = self.v.forward(backend, normed)?;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
-            q = backend.rms_norm(&q, q_norm, *eps)?;
-            k = backend.rms_norm(&k, k_norm, *eps)?;
+            q = backend.rms_norm(&q, q_norm, constants.eps)?;
+            k = backend.rms_norm(&k, k_norm, constants.eps)?;
         }
-        backend.rope(&mut q, rope, batch)?;
-        backend.rope(&mut k, rope, batch)?;
         Ok([q, k, v])
     }
 

@@ -10,41 +10,58 @@ use multiversion::multiversion;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::elementwise::exp;
+use super::elementwise::{exp, max};
 use super::product::{COLS, Left, ROWS, multiply_to_panel, transpose};
 use crate::backend::{AttentionShape, Batch, Rope};
 
 /// Rotates pairs (i, i + half) of every head by position · inverse_frequencies\[i\].
 pub fn rope(x: &mut Array2<f32>, rope: &Rope, batch: Batch) {
-    let half = rope.inverse_frequencies.len();
-    let rotations = rotations(rope, batch.tokens);
+    let rotations = Rotations::new(rope, batch.tokens);
     x.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(row, mut x)| {
-        let position = row % batch.tokens;
-        let rotation = &rotations[position * half..(position + 1) * half];
-        for head in x.as_slice_mut().expect("rows are contiguous").chunks_exact_mut(2 * half) {
+        rotations.turn_row(x.as_slice_mut().expect("rows are contiguous"), row % batch.tokens);
+    });
+}
+
+/// The rotations of every position.
+pub struct Rotations {
+    /// (cos, sin) of every position and pair, `[positions, half]`.
+    table: Vec<[f32; 2]>,
+    /// Pairs of a head.
+    half: usize,
+}
+
+impl Rotations {
+    /// Each position turns the one before by one step, in F64: after a million steps the error is still below 1e-9.
+    pub fn new(rope: &Rope, positions: usize) -> Self {
+        let steps: Vec<[f64; 2]> =
+            rope.inverse_frequencies.iter().map(|&f| [(f as f64).cos(), (f as f64).sin()]).collect();
+        let mut turned = vec![[1.0f64, 0.0]; steps.len()];
+        let mut table = Vec::with_capacity(positions * steps.len());
+        for _ in 0..positions {
+            for ([cos, sin], [step_cos, step_sin]) in turned.iter_mut().zip(&steps) {
+                table.push([*cos as f32, *sin as f32]);
+                (*cos, *sin) = (*cos * step_cos - *sin * step_sin, *sin * step_cos + *cos * step_sin);
+            }
+        }
+        Rotations { table, half: steps.len() }
+    }
+
+    /// Rotates every head of row `row` of `x` to `position`.
+    pub fn turn(&self, x: &mut Array2<f32>, row: usize, position: usize) {
+        let mut x = x.row_mut(row);
+        self.turn_row(x.as_slice_mut().expect("rows are contiguous"), position);
+    }
+
+    fn turn_row(&self, x: &mut [f32], position: usize) {
+        let half = self.half;
+        let rotation = &self.table[position * half..(position + 1) * half];
+        for head in x.chunks_exact_mut(2 * half) {
             let (first, second) = head.split_at_mut(half);
             for ((a, b), &[cos, sin]) in first.iter_mut().zip(second).zip(rotation) {
                 (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
-    });
-}
-
-/// Returns (cos, sin) of every position and pair, `[positions, half]`.
-///
-/// Each position turns the one before by one step, in F64: after a million steps the error is still below 1e-9.
-fn rotations(rope: &Rope, positions: usize) -> Vec<[f32; 2]> {
-    let steps: Vec<[f64; 2]> =
-        rope.inverse_frequencies.iter().map(|&f| [(f as f64).cos(), (f as f64).sin()]).collect();
-    let mut turned = vec![[1.0f64, 0.0]; steps.len()];
-    let mut table = Vec::with_capacity(positions * steps.len());
-    for _ in 0..positions {
-        for ([cos, sin], [step_cos, step_sin]) in turned.iter_mut().zip(&steps) {
-            table.push([*cos as f32, *sin as f32]);
-            (*cos, *sin) = (*cos * step_cos - *sin * step_sin, *sin * step_cos + *cos * step_sin);
-        }
     }
-    table
 }
 
 /// Returns causal softmax(scale · q kᵀ) v within each sequence, `[n, heads · head_dim]`.
@@ -161,6 +178,52 @@ fn softmax(scores: &mut [[f32; COLS]], scale: f32) -> [f32; COLS] {
     sums
 }
 
+/// Attention of the newest query of one head over all cached `keys` and `values` `[tokens, kv_heads · head_dim]`, its
+/// own included. `query` and `out` have the head's width.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn attend_one(
+    query: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    kv_head: usize,
+    shape: &AttentionShape,
+    out: &mut [f32],
+) {
+    let (d, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
+    let tokens = keys.len() / width;
+    let oldest = shape.window.map_or(0, |window| tokens.saturating_sub(window));
+    let of_head = |rows: usize| rows * width + kv_head * d..rows * width + (kv_head + 1) * d;
+    let mut scores: Vec<f32> =
+        (oldest..tokens).map(|key| dot(query, &keys[of_head(key)]) * shape.scale).collect();
+    let largest = max(&scores);
+    let mut total = 0.0;
+    for score in &mut scores {
+        *score = exp(*score - largest);
+        total += *score;
+    }
+    out.fill(0.0);
+    for (key, &score) in (oldest..tokens).zip(&scores) {
+        let share = score / total;
+        for (out, &value) in out.iter_mut().zip(&values[of_head(key)]) {
+            *out = share.mul_add(value, *out);
+        }
+    }
+}
+
+/// Returns Σ a\[i\] · b\[i\].
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut lanes = [0.0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane = a.mul_add(b, *lane);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest_a.iter().zip(rest_b).map(|(&a, &b)| a * b).sum::<f32>()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,7 +303,7 @@ mod tests {
     #[test]
     fn the_rotation_recurrence_does_not_drift() {
         let rotary = Rope { inverse_frequencies: vec![1.0, 0.317, 1e-4] };
-        let table = rotations(&rotary, 100_000);
+        let table = Rotations::new(&rotary, 100_000).table;
         for (i, &frequency) in rotary.inverse_frequencies.iter().enumerate() {
             let [cos, sin] = table[99_999 * 3 + i];
             let angle = 99_999.0 * frequency as f64;

@@ -3,6 +3,7 @@
 //! Results are the same bits on every machine and for every number of threads: each sum has one fixed order.
 
 mod attention;
+mod decode;
 mod elementwise;
 mod head;
 pub(crate) mod product;

@@ -1,0 +1,160 @@
+//! Continuing texts token by token, over a cache of keys and values.
+//!
+//! [`Decoder`] is what a device provides: a fixed number of sequences, each at its own length. [`generate`] keeps them
+//! busy with any number of prompts, chooses tokens ([`Sampling`]) and stops ([`Stop`]).
+
+mod sampling;
+mod stop;
+
+use anyhow::{Result, ensure};
+use serde::Serialize;
+
+pub use self::sampling::Sampling;
+pub use self::stop::Stop;
+use crate::backend::Backend;
+use crate::model::Model;
+use crate::model::tokenizer::Tokenizer;
+
+/// Several sequences that a model continues together, each at its own length.
+///
+/// A sequence is empty until its first [`Decoder::prefill`]; logits and most likely tokens of empty and idle sequences
+/// are unspecified.
+pub trait Decoder {
+    /// Returns the number of sequences.
+    fn sequences(&self) -> usize;
+
+    /// Returns how many tokens a sequence may hold.
+    fn capacity(&self) -> usize;
+
+    /// Replaces a sequence with `prompt`, one token or more.
+    ///
+    /// # Errors
+    /// Prompts that are empty or exceed the capacity, ids outside the vocabulary.
+    fn prefill(&mut self, sequence: usize, prompt: &[u32]) -> Result<()>;
+
+    /// Appends `tokens[s]` to every sequence `s`. `None` leaves a sequence idle: it must be prefilled before it is used
+    /// again, so that a device may run it along with any token.
+    ///
+    /// # Errors
+    /// Sequences that are full or empty, ids outside the vocabulary.
+    fn step(&mut self, tokens: &[Option<u32>]) -> Result<()>;
+
+    /// Returns each sequence's most likely next token, the lowest id on ties.
+    fn top(&mut self) -> Result<Vec<u32>>;
+
+    /// Returns the logits of each sequence's next token, `[sequences, vocab]`.
+    fn logits(&mut self) -> Result<Vec<f32>>;
+}
+
+/// A backend that generates.
+pub trait Generate: Backend + Sized {
+    /// Returns how many sequences keep the device busy.
+    fn sequences_at_once(&self) -> usize;
+
+    /// Returns `sequences` empty sequences of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// Models or numbers of sequences that the device does not take, too little memory.
+    fn decoder<'a>(
+        &'a self,
+        model: &'a Model<Self>,
+        sequences: usize,
+        capacity: usize,
+    ) -> Result<Box<dyn Decoder + 'a>>;
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// A stop token or stop string.
+    Stop,
+    /// The limit of new tokens.
+    Length,
+}
+
+/// What a model wrote after a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// New tokens, the stop token included.
+    pub tokens: Vec<u32>,
+    /// Their text up to the stop string, special tokens left out.
+    pub text: String,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// A prompt, its tokens so far and its own random numbers, so that neighbours do not change its text.
+struct Running<'a> {
+    prompt: usize,
+    new: Vec<u32>,
+    chooser: sampling::Chooser<'a>,
+}
+
+/// Continues every prompt; `done` is called with each as it ends, in any order.
+///
+/// # Errors
+/// Those of the decoder; prompts with no room for `stop.max_new_tokens` more.
+pub fn generate(
+    decoder: &mut dyn Decoder,
+    tokenizer: &Tokenizer,
+    prompts: &[Vec<u32>],
+    sampling: &Sampling,
+    stop: &Stop,
+    done: &mut dyn FnMut(usize, Generated) -> Result<()>,
+) -> Result<()> {
+    sampling.check()?;
+    for prompt in prompts {
+        ensure!(
+            prompt.len() + stop.max_new_tokens <= decoder.capacity(),
+            "a prompt of {} tokens and {} new ones exceed the room for {}",
+            prompt.len(),
+            stop.max_new_tokens,
+            decoder.capacity()
+        );
+    }
+    let mut waiting = 0..if stop.max_new_tokens == 0 { 0 } else { prompts.len() };
+    let mut running: Vec<Option<Running>> = (0..decoder.sequences()).map(|_| None).collect();
+    loop {
+        for (sequence, slot) in running.iter_mut().enumerate().filter(|(_, slot)| slot.is_none()) {
+            let Some(prompt) = waiting.next() else { break };
+            decoder.prefill(sequence, &prompts[prompt])?;
+            *slot = Some(Running { prompt, new: Vec::new(), chooser: sampling.chooser(prompt as u64) });
+        }
+        if running.iter().all(Option::is_none) {
+            return Ok(());
+        }
+        append_next(decoder, sampling, &mut running)?;
+        for slot in &mut running {
+            let Some(run) = slot else { continue };
+            if let Some(generated) = stop.ended(&run.new, tokenizer)? {
+                done(run.prompt, generated)?;
+                *slot = None;
+            }
+        }
+        let tokens: Vec<_> = running.iter().map(|slot| slot.as_ref()?.new.last().copied()).collect();
+        if tokens.iter().any(Option::is_some) {
+            decoder.step(&tokens)?;
+        }
+    }
+}
+
+/// Chooses the next token of every running sequence.
+fn append_next(
+    decoder: &mut dyn Decoder,
+    sampling: &Sampling,
+    running: &mut [Option<Running>],
+) -> Result<()> {
+    if sampling.is_greedy() {
+        for (run, top) in running.iter_mut().zip(decoder.top()?) {
+            run.iter_mut().for_each(|run| run.new.push(top));
+        }
+        return Ok(());
+    }
+    let logits = decoder.logits()?;
+    let vocab = logits.len() / running.len();
+    for (run, logits) in running.iter_mut().zip(logits.chunks(vocab)) {
+        run.iter_mut().for_each(|run| run.new.push(run.chooser.choose(logits)));
+    }
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! Step-by-step decoding on the CPU agrees with the full forward pass.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use quant::backend::cpu::Cpu;
+use quant::backend::{Backend, Batch};
+use quant::checkpoint::Checkpoint;
+use quant::generate::{Finish, Generate, Sampling, Stop, generate};
+use quant::model::Model;
+use quant::model::tokenizer::Tokenizer;
+use quant::scheme::Activations;
+
+fn golden(name: &str) -> Model<Cpu> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/logits").join(name);
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    Model::load(&Cpu, &checkpoint.config, &checkpoint).unwrap()
+}
+
+fn tiny_llama() -> (Model<Cpu>, Tokenizer) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("eval/tiny-llama");
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    (Model::load(&Cpu, &checkpoint.config, &checkpoint).unwrap(), checkpoint.tokenizer().unwrap())
+}
+
+/// Returns the logits after the last of `ids` by a full forward pass.
+fn full(model: &Model<Cpu>, ids: &[u32]) -> Vec<f32> {
+    let batch = Batch { sequences: 1, tokens: ids.len() };
+    let hidden = model.hidden_at(&Cpu, ids, batch, &[ids.len() - 1]).unwrap();
+    Cpu.read(&Cpu.linear(&hidden, model.head(), None, Activations::Full).unwrap()).unwrap()
+}
+
+fn ids(count: usize, seed: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| (i + seed).wrapping_mul(2_654_435_761) >> 26).collect()
+}
+
+/// Both sides compute in F32 and differ in the order of attention's sums only: logits reach 22 and two layers amplify, so
+/// a few hundred units in the last place (2^-20 at 16) are to be expected; 1e-4 is the bound of `tests/logits.rs`. The
+/// sequences have different lengths, one is replaced, one idles.
+#[test]
+fn every_step_gives_the_logits_of_the_full_pass() {
+    for name in ["llama2", "llama3", "llama_biases", "mistral", "qwen2", "qwen3"] {
+        let model = golden(name);
+        let vocab = model.config.vocab_size;
+        let mut decoder = Cpu.decoder(&model, 3, 40).unwrap();
+        let mut sequences = [ids(3, 1), ids(17, 2), ids(9, 3)];
+        for (at, prompt) in sequences.iter().enumerate() {
+            decoder.prefill(at, prompt).unwrap();
+        }
+        for step in 0..20 {
+            if step == 8 {
+                sequences[1] = ids(5, 9);
+                decoder.prefill(1, &sequences[1]).unwrap();
+            }
+            let mut tokens: Vec<_> = (0..3u32).map(|at| Some(step * 5 % 64 + at)).collect();
+            if step < 8 {
+                tokens[1] = None;
+            }
+            decoder.step(&tokens).unwrap();
+            let logits = decoder.logits().unwrap();
+            for (at, token) in tokens.iter().enumerate() {
+                let Some(token) = token else { continue };
+                sequences[at].push(*token);
+                let expected = full(&model, &sequences[at]);
+                let found = &logits[at * vocab..(at + 1) * vocab];
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert!((found - expected).abs() < 1e-4, "{name}, step {step}: {found} {expected}");
+                }
+                let top = decoder.top().unwrap()[at] as usize;
+                assert!(found.iter().all(|&logit| logit <= found[top]));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_full_or_empty_sequence_cannot_be_continued() {
+    let model = golden("llama2");
+    let mut decoder = Cpu.decoder(&model, 2, 4).unwrap();
+    let refusal = |result: anyhow::Result<()>| result.unwrap_err().to_string();
+    assert!(refusal(decoder.step(&[Some(1), None])).contains("holds 0 of 4"));
+    assert!(refusal(decoder.prefill(0, &[])).contains("a prompt of 0 tokens"));
+    assert!(refusal(decoder.prefill(0, &[1; 5])).contains("a prompt of 5 tokens"));
+    decoder.prefill(0, &[1; 4]).unwrap();
+    assert!(refusal(decoder.step(&[Some(1), None])).contains("holds 4 of 4"));
+    assert!(Cpu.decoder(&model, 1, 1 << 20).err().unwrap().to_string().contains("context"));
+}
+
+/// Generates after the prompts and returns what came out, in the prompts' order.
+fn run(
+    sequences: usize,
+    prompts: &[&str],
+    sampling: Sampling,
+    stop: &Stop,
+) -> Vec<(String, Finish, Vec<u32>)> {
+    let (model, tokenizer) = tiny_llama();
+    let prompts: Vec<_> = prompts.iter().map(|text| tokenizer.encode(text, true).unwrap()).collect();
+    let mut decoder = Cpu.decoder(&model, sequences, 80).unwrap();
+    let mut found = vec![None; prompts.len()];
+    generate(decoder.as_mut(), &tokenizer, &prompts, &sampling, stop, &mut |at, text| {
+        found[at] = Some((text.text, text.finish, text.tokens));
+        Ok(())
+    })
+    .unwrap();
+    found.into_iter().map(Option::unwrap).collect()
+}
+
+const PROMPTS: [&str; 5] =
+    ["The old man looked at", "import os\n\ndef main(", "{\"name\": \"", "Natalia has 5 apples", "The"];
+
+#[test]
+fn greedy_texts_are_the_full_pass_continued_and_do_not_depend_on_neighbours() {
+    let stop = Stop { max_new_tokens: 12, ..Stop::default() };
+    let together = run(2, &PROMPTS, Sampling::GREEDY, &stop);
+    assert_eq!(together, run(5, &PROMPTS, Sampling::GREEDY, &stop));
+    let (model, tokenizer) = tiny_llama();
+    let mut expected = tokenizer.encode(PROMPTS[0], true).unwrap();
+    let prompt = expected.len();
+    for _ in 0..12 {
+        let logits = full(&model, &expected);
+        let max = logits.iter().copied().fold(f32::MIN, f32::max);
+        expected.push(logits.iter().position(|&logit| logit == max).unwrap() as u32);
+    }
+    assert_eq!(together[0].2, expected[prompt..]);
+    assert_eq!(together[0].1, Finish::Length);
+}
+
+#[test]
+fn sampled_texts_repeat_with_their_seed_and_differ_without() {
+    let stop = Stop { max_new_tokens: 12, ..Stop::default() };
+    let sampling = |seed| Sampling { temperature: 1.0, top_p: 0.95, seed };
+    let first = run(3, &PROMPTS, sampling(1), &stop);
+    assert_eq!(first, run(2, &PROMPTS, sampling(1), &stop));
+    assert_ne!(first, run(3, &PROMPTS, sampling(2), &stop));
+}
+
+#[test]
+fn stop_strings_and_stop_tokens_end_a_text_and_are_left_out() {
+    let free = run(1, &PROMPTS[..1], Sampling::GREEDY, &Stop { max_new_tokens: 16, ..Stop::default() });
+    let (text, _, tokens) = &free[0];
+    let word = text.split_whitespace().nth(3).unwrap();
+    let stop = Stop { max_new_tokens: 16, strings: vec![word.into(), "never".into()], ..Stop::default() };
+    let (stopped, finish, _) = &run(1, &PROMPTS[..1], Sampling::GREEDY, &stop)[0];
+    assert_eq!(*stopped, text[..text.find(word).unwrap()]);
+    assert_eq!(*finish, Finish::Stop);
+    let at = tokens.iter().position(|token| *token == tokens[5]).unwrap();
+    let stop = Stop { max_new_tokens: 16, tokens: vec![tokens[5]], ..Stop::default() };
+    let (stopped, finish, same) = &run(1, &PROMPTS[..1], Sampling::GREEDY, &stop)[0];
+    assert_eq!((same.as_slice(), *finish), (&tokens[..=at], Finish::Stop));
+    assert!(text.starts_with(stopped.as_str()) && stopped.len() < text.len());
+}
