@@ -59,7 +59,13 @@ pub struct Divergence {
     pub model: Score,
     /// KL(baseline ‖ model) over the full vocabulary, nats.
     pub kld: f32,
+    /// How many tokens the model prefers to the baseline's most likely one, at most [`RANKS`]; on ties the lower id is
+    /// preferred. 0: both have the same favourite.
+    pub rank: u32,
 }
+
+/// Ranks that [`Divergence::rank`] tells apart; it stands for itself and all above.
+pub const RANKS: u32 = 5;
 
 /// A device that runs a decoder. `Tensor` holds activations, `Weight` a matrix as the device keeps it (packed weights
 /// stay packed until the multiply).
@@ -75,6 +81,11 @@ pub trait Backend: Sync {
     /// Returns how many tokens of independent sequences one pass should hold to keep the device busy.
     fn tokens_at_once(&self) -> usize {
         1
+    }
+
+    /// Waits until everything that was asked for is done; devices that work on their own need it before a clock is read.
+    fn wait(&self) -> Result<()> {
+        Ok(())
     }
 
     /// Takes a weight over.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::elementwise::{exp, max, sum};
 use super::product::{Left, Previous, RightRows, multiply_transposed};
-use crate::backend::{Divergence, Score};
+use crate::backend::{Divergence, RANKS, Score};
 use crate::tensor::Matrix;
 
 /// Vocabulary entries per block.
@@ -47,20 +47,57 @@ impl Summary {
     }
 }
 
-/// Two models' summaries and Σ exp(baseline logit - its max) · (baseline logit - model logit).
+/// The largest logits seen, largest first, and their tokens; the lowest token first on ties.
+#[derive(Clone, Copy)]
+struct Best {
+    logits: [f32; RANKS as usize],
+    tokens: [u32; RANKS as usize],
+}
+
+impl Best {
+    const EMPTY: Best =
+        Best { logits: [f32::NEG_INFINITY; RANKS as usize], tokens: [u32::MAX; RANKS as usize] };
+
+    /// Takes a token in. Tokens come in ascending order.
+    fn insert(&mut self, logit: f32, token: u32) {
+        let mut at = RANKS as usize;
+        while at > 0 && logit > self.logits[at - 1] {
+            at -= 1;
+        }
+        if at < RANKS as usize {
+            self.logits[at..].rotate_right(1);
+            self.tokens[at..].rotate_right(1);
+            (self.logits[at], self.tokens[at]) = (logit, token);
+        }
+    }
+
+    fn rank(&self, token: u32) -> u32 {
+        self.tokens.iter().position(|&t| t == token).map_or(RANKS, |at| at as u32)
+    }
+}
+
+/// Two models' summaries, the model's favourites, and Σ exp(baseline logit - its max) · (baseline logit - model logit).
 #[derive(Clone, Copy)]
 struct Pair {
     baseline: Summary,
     model: Summary,
+    best: Best,
     difference: f64,
 }
 
 impl Pair {
-    const EMPTY: Pair = Pair { baseline: Summary::EMPTY, model: Summary::EMPTY, difference: 0.0 };
+    const EMPTY: Pair =
+        Pair { baseline: Summary::EMPTY, model: Summary::EMPTY, best: Best::EMPTY, difference: 0.0 };
 
     fn merge(&mut self, later: &Pair) {
         let (own, other) = self.baseline.merge(&later.baseline);
         self.model.merge(&later.model);
+        later
+            .best
+            .logits
+            .iter()
+            .zip(later.best.tokens)
+            .for_each(|(&logit, token)| self.best.insert(logit, token));
         self.difference = self.difference * own + later.difference * other;
     }
 
@@ -69,7 +106,12 @@ impl Pair {
         let mean = self.difference / self.baseline.total;
         let maxima = self.baseline.max as f64 - self.model.max as f64;
         let kld = mean - (maxima + (self.baseline.total.ln() - self.model.total.ln()));
-        Divergence { baseline: self.baseline.score(), model: self.model.score(), kld: kld as f32 }
+        Divergence {
+            baseline: self.baseline.score(),
+            model: self.model.score(),
+            kld: kld as f32,
+            rank: self.best.rank(self.baseline.top),
+        }
     }
 }
 
@@ -100,7 +142,12 @@ pub fn compare(
         rows.map(|((a, b), &target)| {
             let (a, b) = (a.to_slice().unwrap_or(&[]), b.to_slice().unwrap_or(&[]));
             let baseline = summarise(a, first, target);
-            Pair { baseline, model: summarise(b, first, target), difference: difference(a, b, baseline.max) }
+            Pair {
+                baseline,
+                model: summarise(b, first, target),
+                best: best(b, first),
+                difference: difference(a, b, baseline.max),
+            }
         })
         .collect()
     });
@@ -149,6 +196,19 @@ fn summarise(logits: &[f32], first: usize, target: u32) -> Summary {
     let total = sum(logits, |logit| exp(logit - max) as f64);
     let target = (target as usize).checked_sub(first).and_then(|at| logits.get(at)).copied();
     Summary { max, top: top as u32, total, target }
+}
+
+/// Returns the largest of the logits of tokens `first ..`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+fn best(logits: &[f32], first: usize) -> Best {
+    let mut best = Best::EMPTY;
+    for (at, chunk) in logits.chunks(16).enumerate() {
+        if max(chunk) > best.logits[RANKS as usize - 1] {
+            let tokens = (first + 16 * at) as u32..;
+            chunk.iter().zip(tokens).for_each(|(&logit, token)| best.insert(logit, token));
+        }
+    }
+    best
 }
 
 /// Σ exp(a\[i\] - max) · (a\[i\] - b\[i\])
@@ -210,6 +270,9 @@ mod tests {
             let best = log_p.row(i).iter().cloned().fold(f64::MIN, f64::max);
             assert_eq!(log_p[[i, found.baseline.top as usize]], best);
             assert_eq!(found.model, scores[i]);
+            let favourite = found.baseline.top as usize;
+            let preferred = log_q.row(i).iter().filter(|&&q| q > log_q[[i, favourite]]).count();
+            assert_eq!(found.rank, (preferred as u32).min(RANKS));
         }
     }
 
@@ -217,8 +280,28 @@ mod tests {
     fn equal_models_diverge_by_exactly_zero() {
         let (hidden, head) = (noise(5, 16, 1, 2.0), matrix(&noise(BLOCK + 3, 16, 2, 2.0)));
         for d in compare((&hidden, &head), (&hidden, &head), &[0, 1, 2, 3, 514]) {
-            assert_eq!((d.kld, d.baseline), (0.0, d.model));
+            assert_eq!((d.kld, d.baseline, d.rank), (0.0, d.model, 0));
         }
+    }
+
+    #[test]
+    fn the_rank_counts_what_the_model_prefers_and_the_lower_token_goes_first_on_ties() {
+        let vocab = BLOCK + 8;
+        let hidden = Array2::from_elem((1, 1), 1.0);
+        let head = |favourites: &[usize]| {
+            let mut logits = Array2::zeros((vocab, 1));
+            favourites.iter().enumerate().for_each(|(i, &token)| logits[[token, 0]] = 9.0 - i as f32);
+            matrix(&logits)
+        };
+        let (tied, order) = ([3, BLOCK, 9], [BLOCK + 1, 2, BLOCK + 7, 40, 41, 42]);
+        let rank = |baseline: usize, model: &Matrix| {
+            compare((&hidden, &head(&[baseline])), (&hidden, model), &[0])[0].rank
+        };
+        assert_eq!(order.map(|token| rank(token, &head(&order))), [0, 1, 2, 3, 4, 5]);
+        let mut equal = Array2::zeros((vocab, 1));
+        tied.iter().for_each(|&token| equal[[token, 0]] = 1.0);
+        assert_eq!(tied.map(|token| rank(token, &matrix(&equal))), [0, 2, 1]);
+        assert_eq!([0, 1, 2].map(|token| rank(token, &matrix(&equal))), [3, 4, 5]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
 use super::gemm::{Product, Types};
 use super::{Cuda, Float, Tensor, Weight, u32_bytes};
-use crate::backend::{Divergence, Score};
+use crate::backend::{Divergence, RANKS, Score};
 
 /// Logits held at once, F32 values: 512 MiB.
 const LOGITS: usize = 1 << 27;
@@ -56,7 +56,7 @@ impl Cuda {
         let model = self.head(model.0, model.1, targets)?;
         let uploaded = self.device.upload(&u32_bytes(targets.iter().copied()))?;
         let (nll, top) = (self.device.allocate(8 * n)?, self.device.allocate(8 * n)?);
-        let kld = self.device.allocate(4 * n)?;
+        let (kld, rank) = (self.device.allocate(4 * n)?, self.device.allocate(4 * n)?);
         for (first, rows) in slices(n, 2 * vocab) {
             let (expected, found) = (self.logits(&baseline, first, rows)?, self.logits(&model, first, rows)?);
             let at = 4 * first as u64;
@@ -70,16 +70,19 @@ impl Cuda {
                     Arg::Pointer(nll.at() + 2 * at),
                     Arg::Pointer(top.at() + 2 * at),
                     Arg::Pointer(kld.at() + at),
+                    Arg::Pointer(rank.at() + at),
                     Arg::U32(vocab as u32),
                 ],
             )?;
         }
-        let (nll, top, kld) = (self.words(&nll, 2 * n)?, self.words(&top, 2 * n)?, self.words(&kld, n)?);
+        let (nll, top) = (self.words(&nll, 2 * n)?, self.words(&top, 2 * n)?);
+        let (kld, rank) = (self.words(&kld, n)?, self.words(&rank, n)?);
         let score = |i: usize| Score { nll: f32::from_bits(nll[i]), top: top[i] };
         let row = |i: usize| Divergence {
             baseline: score(2 * i),
             model: score(2 * i + 1),
             kld: f32::from_bits(kld[i]),
+            rank: rank[i].min(RANKS),
         };
         Ok((0..n).map(row).collect())
     }

@@ -184,6 +184,10 @@ impl Backend for Cuda {
         format!("{}, {precision}", self.device.name())
     }
 
+    fn wait(&self) -> Result<()> {
+        self.device.synchronize()
+    }
+
     /// Weights are decoded once a pass, which 16,384 tokens hide; their activations take 2 to 3 GB with an 8B model.
     fn tokens_at_once(&self) -> usize {
         16_384
