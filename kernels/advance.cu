@@ -10,6 +10,8 @@ advance(const float *__restrict__ logits, u32 *__restrict__ ids, u32 *__restrict
         u32 *__restrict__ history, u32 vocab, u32 capacity) {
     __shared__ float values[32];
     __shared__ u32 indices[32];
+    let_successor_start();
+    wait_for_predecessor();
     logits += (u64)blockIdx.x * vocab;
     float best = -INFINITY_F;
     u32 index = ~0u;

@@ -31,6 +31,8 @@ extern "C" __global__ void __launch_bounds__(256)
 append(bf16 *__restrict__ q, const bf16 *__restrict__ k, const bf16 *__restrict__ v, bf16 *__restrict__ k_cache,
        bf16 *__restrict__ v_cache, const u32 *__restrict__ positions, const __grid_constant__ Frequencies frequencies,
        u32 heads, u32 kv_heads, u32 half, u32 capacity) {
+    let_successor_start();
+    wait_for_predecessor();
     u32 sequence = blockIdx.x, position = positions[sequence], width = kv_heads * 2 * half;
     u64 row = ((u64)sequence * capacity + position) * width;
     q += (u64)sequence * heads * 2 * half;

@@ -15,6 +15,8 @@ attend_cached(const bf16 *__restrict__ q, const bf16 *__restrict__ k_cache, cons
               const u32 *__restrict__ positions, bf16 *__restrict__ out, u32 heads, u32 kv_heads, u32 capacity, u32 window,
               float scale) {
     __shared__ float parts[8][HEADS][D], largest_of[8][HEADS], sum_of[8][HEADS];
+    let_successor_start();
+    wait_for_predecessor();
     u32 first_head = blockIdx.x * HEADS, sequence = blockIdx.y, kv_head = first_head / (heads / kv_heads);
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, slot = lane / 8, column = lane % 8 * 8;
     u32 position = positions[sequence], row = kv_heads * D;

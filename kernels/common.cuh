@@ -65,6 +65,20 @@ __device__ __forceinline__ void store4(bf16 *to, const float x[4]) {
     *(uint2 *)to = make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
 }
 
+// Launches may overlap their predecessor in the stream (Device::launch_overlapping, sm_90 and newer): such a kernel must
+// not touch what others wrote, nor write what others read, before wait_for_predecessor(). let_successor_start() only
+// allows the next kernel's blocks to be placed; that kernel waits in turn. Plain launches make both do nothing.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
     for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
     return x;

@@ -18,6 +18,9 @@
 #define ADD 2
 #define SWIGLU 3
 #define DENSE (ELEMENT == DENSE_BF16)
+#if ELEMENT == DENSE_BF16 || ELEMENT == DENSE_F16 || ELEMENT == DENSE_F32
+#define BITS 16 // of a row's first bytes, for prefetching
+#endif
 // Codes are exact in bf16 and 32 columns have one scale.
 #define FACTORED (!DENSE && ELEMENT != DENSE_F16 && ELEMENT != DENSE_F32 && ELEMENT != E4M3 && \
                   (GROUP == ROW || GROUP == 32 || GROUP == 64 || GROUP == 128 || GROUP == 256))
@@ -114,6 +117,18 @@ __device__ __forceinline__ float2 grid_at(const Weight &w, u32 i) {
 }
 #endif
 
+// Asks for the first bytes of each of the block's rows, which do not depend on the kernel before, while that still runs.
+__device__ __forceinline__ void prefetch(const Parts &parts, u32 part, u32 block, u32 rows) {
+    const u32 LINES = 8;
+    u32 row_bytes = parts.w[0].cols / 8 * (DENSE ? 16 : BITS > 6 ? 8 : 4);
+    for (u32 at = threadIdx.x; at < ROW_TILES * 16 * LINES; at += 32 * WARPS) {
+        u32 tile = at / (16 * LINES), row_in_tile = at / LINES % 16, byte = at % LINES * 128;
+        u32 row = (OUTPUT == SWIGLU ? block * (ROW_TILES / 2) + tile / 2 : block * ROW_TILES + tile) * 16 + row_in_tile;
+        const u8 *line = parts.w[OUTPUT == SWIGLU ? tile % 2 : part].low + (u64)row * row_bytes + byte;
+        if (row < rows && byte < row_bytes) asm volatile("prefetch.global.L2 [%0];" :: "l"(line));
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 matvec(const __grid_constant__ Parts parts, const bf16 *__restrict__ x, u32 batch) {
     __shared__ float sums[WARPS][ROW_TILES * TOKEN_TILES * 128];
@@ -138,6 +153,9 @@ matvec(const __grid_constant__ Parts parts, const bf16 *__restrict__ x, u32 batc
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; n++) tokens[n] = x + (u64)min(n * 8 + g, batch - 1) * cols + 8 * t;
 
+    let_successor_start();
+    prefetch(parts, part, block, rows);
+    wait_for_predecessor();
     float total[ROW_TILES][TOKEN_TILES][4] = {};
 #pragma unroll UNROLL
     for (u32 column = 64 * warp; column < cols; column += 64 * WARPS) {

@@ -7,6 +7,8 @@
 extern "C" __global__ void __launch_bounds__(256)
 rms_norm(const X *x, const float *__restrict__ gain, Y *y, u32 runs, u32 width, float eps) {
     __shared__ float scratch[32];
+    let_successor_start();
+    wait_for_predecessor();
     u32 run = blockIdx.x * blockDim.y + threadIdx.y;
     if (run >= runs) return; // a whole warp at a time; blocks of one run never leave here
     x += (u64)run * width;

@@ -324,7 +324,7 @@ impl<'a> Decoder<'a> {
             format!("TOKEN_TILES={token_tiles}"),
             format!("UNROLL={unroll}"),
         ]);
-        self.cuda.device.launch(
+        self.cuda.device.launch_overlapping(
             Kernel { name: "matvec", defines },
             Geometry::flat(blocks, 256),
             &[Arg::Struct(&words), Arg::Pointer(x), Arg::U32(self.batch as u32)],
@@ -334,7 +334,7 @@ impl<'a> Decoder<'a> {
     fn append(&self, cache: &(Buffer, Buffer)) -> Result<()> {
         let (state, constants) = (&self.state, &self.model.constants);
         let shape = &constants.attention;
-        self.cuda.device.launch(
+        self.cuda.device.launch_overlapping(
             Kernel::new("append", &[]),
             Geometry::flat(self.batch, 256),
             &[
@@ -359,7 +359,7 @@ impl<'a> Decoder<'a> {
         let share = shape.heads / shape.kv_heads;
         let heads =
             (1..=share).rev().find(|heads| share % heads == 0 && heads * shape.head_dim <= 512).unwrap_or(1);
-        self.cuda.device.launch(
+        self.cuda.device.launch_overlapping(
             Kernel::new("attend_cached", &[&format!("D={}", shape.head_dim), &format!("HEADS={heads}")]),
             Geometry { grid: [shape.heads / heads, self.batch, 1], ..Geometry::flat(0, 256) },
             &[
@@ -379,7 +379,7 @@ impl<'a> Decoder<'a> {
 
     fn advance(&self) -> Result<()> {
         let state = &self.state;
-        self.cuda.device.launch(
+        self.cuda.device.launch_overlapping(
             Kernel::new("advance", &[]),
             Geometry::flat(self.batch, 1024),
             &[

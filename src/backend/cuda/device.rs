@@ -3,10 +3,14 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
-use cudarc::driver::sys::{CUdeviceptr, CUfunction_attribute, CUmemPool_attribute};
+use cudarc::driver::sys::{
+    CUdeviceptr, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchConfig, CUmemPool_attribute, cuLaunchKernelEx,
+};
 use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, result};
 use cudarc::nvrtc::Ptx;
 
@@ -66,6 +70,8 @@ pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     architecture: String,
+    /// Whether launches can overlap their predecessor's end.
+    can_overlap: bool,
     functions: Mutex<HashMap<Kernel, CudaFunction>>,
 }
 
@@ -82,7 +88,7 @@ impl Device {
         keep_freed_memory(&context)?;
         // Its own stream rather than the legacy default one, which graphs cannot record.
         let stream = context.new_stream()?;
-        Ok(Device { context, stream, architecture, functions: Mutex::default() })
+        Ok(Device { context, stream, architecture, can_overlap: major >= 9, functions: Mutex::default() })
     }
 
     /// Returns the stream all work is queued on.
@@ -156,8 +162,18 @@ impl Device {
     }
 
     /// Queues a kernel. The caller keeps the contract in the kernel's header: argument order and types, sizes, alignment.
-    #[allow(unsafe_code)]
     pub fn launch(&self, kernel: Kernel, geometry: Geometry, args: &[Arg]) -> Result<()> {
+        self.queue(kernel, geometry, args, false)
+    }
+
+    /// The same for a kernel that waits for its predecessor itself (`wait_for_predecessor` in common.cuh), so that its
+    /// start overlaps the predecessor's end. On GPUs older than sm_90 a plain launch.
+    pub fn launch_overlapping(&self, kernel: Kernel, geometry: Geometry, args: &[Arg]) -> Result<()> {
+        self.queue(kernel, geometry, args, self.can_overlap)
+    }
+
+    #[allow(unsafe_code)]
+    fn queue(&self, kernel: Kernel, geometry: Geometry, args: &[Arg], overlapping: bool) -> Result<()> {
         let [x, y, z] = geometry.grid;
         if x * y * z == 0 {
             return Ok(());
@@ -175,19 +191,30 @@ impl Device {
                 Arg::Struct(words) => words.as_ptr().cast_mut().cast(),
             })
             .collect();
+        let mut attribute = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: y as u32,
+            gridDimZ: z as u32,
+            blockDimX: geometry.block[0],
+            blockDimY: geometry.block[1],
+            blockDimZ: 1,
+            sharedMemBytes: geometry.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(overlapping),
+        };
         self.context.bind_to_thread()?;
         // SAFETY: the arguments live until the call returns, which copies them; memory they point to is freed in stream
         // order, so after this kernel; sizes and types are the launcher's contract, checked by tests/parity.rs.
         unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                (x as u32, y as u32, z as u32),
-                (geometry.block[0], geometry.block[1], 1),
-                geometry.shared,
-                self.stream.cu_stream(),
-                &mut addresses,
-            )
+            cuLaunchKernelEx(&raw const config, function.cu_function(), addresses.as_mut_ptr(), null_mut())
         }
+        .result()
         .with_context(|| format!("kernel `{name}` does not start"))
     }
 

@@ -98,7 +98,7 @@ impl Cuda {
             ..=1024 => Geometry { grid: [runs.div_ceil(8), 1, 1], block: [32, 8], shared: 0 },
             _ => Geometry::flat(runs, 256),
         };
-        self.device.launch(
+        self.device.launch_overlapping(
             Kernel::new("rms_norm", &[&macro_of("X", from), &macro_of("Y", self.float)]),
             geometry,
             &[

@@ -142,7 +142,7 @@ impl Weight {
 
     /// The same, into memory that is there.
     pub fn embed_into(&self, device: &Device, ids: &Buffer, n: usize, y: &Buffer) -> Result<()> {
-        device.launch(
+        device.launch_overlapping(
             Kernel { name: "embed", defines: self.defines() },
             Geometry::flat(n, 128),
             &[Arg::Struct(&self.argument()), Arg::Pointer(ids.at()), Arg::Pointer(y.at())],
