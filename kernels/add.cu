@@ -1,6 +1,6 @@
 // add: x += y
 //   x  f32 [count]     the residual stream
-//   y  X [count]       X is float or bf16
+//   y  X [count]       X is float, f16 or bf16
 // needs count % 8 == 0.  grid ceil(count / 2048), block 256: eight values a thread.
 // Twin: backend/cpu.rs add.
 extern "C" __global__ void __launch_bounds__(256) add(float *__restrict__ x, const X *__restrict__ y, u64 count) {

@@ -1,10 +1,10 @@
 // attention: causal softmax(scale · q kᵀ) v within each sequence, grouped-query, optionally a sliding window
-//   q    bf16 [sequences · tokens, heads · D]
-//   k, v bf16 [sequences · tokens, kv_heads · D]
-//   out  bf16 [sequences · tokens, heads · D]
+//   q    f16 [sequences · tokens, heads · D]
+//   k, v f16 [sequences · tokens, kv_heads · D]
+//   out  f16 [sequences · tokens, heads · D]
 // Scores and probabilities never leave the chip: keys pass by in tiles of BC, and each row keeps its running maximum
-// and sum (FlashAttention-2, arXiv 2307.08691, algorithm 1). Products are m16n8k16 bf16 with F32 sums; probabilities
-// are rounded to bf16 for the second product, their sum is not; the output is rounded once.
+// and sum (FlashAttention-2, arXiv 2307.08691, algorithm 1). Products are m16n8k16 f16 with F32 sums; probabilities
+// are rounded to f16 for the second product, their sum is not; the output is rounded once.
 // D % 16 == 0.  grid (ceil(tokens / (16 · WARPS)), heads, sequences), block 32 · WARPS, each warp 16 queries;
 // dynamic shared memory 4 · BC · (D + 8) · 2 bytes: two tiles of keys and of values, one filling while one is used.
 // Rows are padded by 16 bytes, so that the eight rows of a matrix load fall into different banks.
@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_matrices_transposed(u32 r[4], const u16 *ro
 }
 // c += a · b: a [16, 16] row-major, b [16, 8] column-major, c [16, 8].
 __device__ __forceinline__ void multiply(float c[4], const u32 a[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -38,19 +38,19 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // Starts copying rows first .. first + BC of a head to shared memory; rows from `tokens` on are filled with zeros, since
 // a probability of 0 times an unknown value could be NaN.
-__device__ __forceinline__ void fetch_tile(u16 *tile, const bf16 *from, u32 first, u32 tokens, u32 row_elements) {
+__device__ __forceinline__ void fetch_tile(u16 *tile, const f16 *from, u32 first, u32 tokens, u32 row_elements) {
 #pragma unroll
     for (u32 at = threadIdx.x; at < BC * (D / 8); at += 32 * WARPS) {
         u32 row = at / (D / 8), column = at % (D / 8) * 8;
         u32 inside = first + row < tokens;
-        const bf16 *source = from + (u64)(inside ? first + row : 0) * row_elements + column;
+        const f16 *source = from + (u64)(inside ? first + row : 0) * row_elements + column;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                      :: "r"(shared_address(tile + row * PITCH + column)), "l"(source), "r"(inside ? 16 : 0) : "memory");
     }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-attention(const bf16 *__restrict__ q, const bf16 *__restrict__ k, const bf16 *__restrict__ v, bf16 *__restrict__ out,
+attention(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v, f16 *__restrict__ out,
           u32 tokens, u32 heads, u32 kv_heads, u32 window, float scale) {
     extern __shared__ __align__(16) u16 shared[];
     u16 *key_tiles = shared, *value_tiles = shared + 2 * BC * PITCH;
@@ -144,9 +144,9 @@ attention(const bf16 *__restrict__ q, const bf16 *__restrict__ k, const bf16 *__
             }
 #pragma unroll
         for (int step = 0; step < BC / 16; step++) {
-            u32 p[4] = {pack_bf16(s[2 * step][0], s[2 * step][1]), pack_bf16(s[2 * step][2], s[2 * step][3]),
-                        pack_bf16(s[2 * step + 1][0], s[2 * step + 1][1]),
-                        pack_bf16(s[2 * step + 1][2], s[2 * step + 1][3])};
+            u32 p[4] = {pack_f16(s[2 * step][0], s[2 * step][1]), pack_f16(s[2 * step][2], s[2 * step][3]),
+                        pack_f16(s[2 * step + 1][0], s[2 * step + 1][1]),
+                        pack_f16(s[2 * step + 1][2], s[2 * step + 1][3])};
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 u32 b[4];
@@ -166,6 +166,6 @@ attention(const bf16 *__restrict__ q, const bf16 *__restrict__ k, const bf16 *__
 #pragma unroll
             for (int n = 0; n < D / 8; n++)
                 *(u32 *)(out + (u64)rows[r] * q_row + n * 8 + pair) =
-                    pack_bf16(o[n][2 * r] * factor, o[n][2 * r + 1] * factor);
+                    pack_f16(o[n][2 * r] * factor, o[n][2 * r + 1] * factor);
     }
 }

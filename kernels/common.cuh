@@ -1,7 +1,7 @@
 // Types, conversions and vector access shared by all kernels. Prepended to every source before compilation, so that
 // NVRTC needs no include directory: a machine with the driver and NVRTC alone can build everything.
 //
-// Rounding: every conversion to bf16 is to nearest even; everything else is F32 (no fast-math flags are used).
+// Rounding: every conversion to f16 or bf16 is to nearest even; everything else is F32 (no fast-math flags are used).
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -12,10 +12,28 @@ struct bf16 {
     u16 bits;
 };
 
+struct f16 {
+    u16 bits;
+};
+
 #define INFINITY_F __int_as_float(0x7f800000)
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+
+__device__ __forceinline__ float half_to_float(u16 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+__device__ __forceinline__ float to_float(f16 x) { return half_to_float(x.bits); }
+
+// Returns two floats as f16, `low` in the low half; past 65504 they become infinite.
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
 
 // Returns two floats as bf16, `low` in the low half.
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
@@ -30,6 +48,8 @@ __device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pa
 __device__ __forceinline__ void store(float *to, float x) { *to = x; }
 __device__ __forceinline__ void store(bf16 *to, float x) { to->bits = (u16)pack_bf16(x, 0.0f); }
 
+__device__ __forceinline__ void store(f16 *to, float x) { to->bits = (u16)pack_f16(x, 0.0f); }
+
 // Eight consecutive values; pointers are 16-byte aligned.
 __device__ __forceinline__ void load8(const float *from, float x[8]) {
     float4 a = ((const float4 *)from)[0], b = ((const float4 *)from)[1];
@@ -39,6 +59,15 @@ __device__ __forceinline__ void load8(const bf16 *from, float x[8]) {
     uint4 a = *(const uint4 *)from;
     x[0] = low_bf16(a.x), x[1] = high_bf16(a.x), x[2] = low_bf16(a.y), x[3] = high_bf16(a.y);
     x[4] = low_bf16(a.z), x[5] = high_bf16(a.z), x[6] = low_bf16(a.w), x[7] = high_bf16(a.w);
+}
+__device__ __forceinline__ void load8(const f16 *from, float x[8]) {
+    uint4 a = *(const uint4 *)from;
+    u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[2 * j] = half_to_float((u16)words[j]), x[2 * j + 1] = half_to_float((u16)(words[j] >> 16));
+}
+__device__ __forceinline__ void store8(f16 *to, const float x[8]) {
+    *(uint4 *)to = make_uint4(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]), pack_f16(x[4], x[5]), pack_f16(x[6], x[7]));
 }
 __device__ __forceinline__ void store8(float *to, const float x[8]) {
     ((float4 *)to)[0] = make_float4(x[0], x[1], x[2], x[3]);
@@ -57,6 +86,14 @@ __device__ __forceinline__ void load4(const float *from, float x[4]) {
 __device__ __forceinline__ void load4(const bf16 *from, float x[4]) {
     uint2 a = *(const uint2 *)from;
     x[0] = low_bf16(a.x), x[1] = high_bf16(a.x), x[2] = low_bf16(a.y), x[3] = high_bf16(a.y);
+}
+__device__ __forceinline__ void load4(const f16 *from, float x[4]) {
+    uint2 a = *(const uint2 *)from;
+    x[0] = half_to_float((u16)a.x), x[1] = half_to_float((u16)(a.x >> 16));
+    x[2] = half_to_float((u16)a.y), x[3] = half_to_float((u16)(a.y >> 16));
+}
+__device__ __forceinline__ void store4(f16 *to, const float x[4]) {
+    *(uint2 *)to = make_uint2(pack_f16(x[0], x[1]), pack_f16(x[2], x[3]));
 }
 __device__ __forceinline__ void store4(float *to, const float x[4]) {
     *(float4 *)to = make_float4(x[0], x[1], x[2], x[3]);

@@ -49,12 +49,6 @@ struct Weight {
     u32 cols;
 };
 
-__device__ __forceinline__ float half_to_float(u16 bits) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-    return x;
-}
-
 // Sign, 4 exponent bits with bias 7, 3 mantissa bits. Placed in an F32's fields it is the value · 2^-120, subnormals
 // included; S.1111.111 is NaN.
 __device__ __forceinline__ float e4m3_to_float(u32 code) {
@@ -107,12 +101,7 @@ __device__ __forceinline__ void decode_unit(const Weight &w, u32 unit, float x[8
 #elif ELEMENT == DENSE_BF16
     load8((const bf16 *)w.low + 8ull * unit, x);
 #elif ELEMENT == DENSE_F16
-    uint4 a = ((const uint4 *)w.low)[unit];
-    u32 words[4] = {a.x, a.y, a.z, a.w};
-    for (int j = 0; j < 4; j++) {
-        x[2 * j] = half_to_float((u16)words[j]);
-        x[2 * j + 1] = half_to_float((u16)(words[j] >> 16));
-    }
+    load8((const f16 *)w.low + 8ull * unit, x);
 #else
     u32 i = 8 * unit;
     u32 group = group_of<GROUP>(i, w.cols);

@@ -1,6 +1,6 @@
-// dequantize: y[r, c] = scale · element[code[r, c]] + offset, exact in F32; as bf16 rounded once.
+// dequantize: y[r, c] = scale · element[code[r, c]] + offset, exact in F32; as f16 or bf16 rounded once.
 //   w  Weight     packed planes and stored scales, see decode.cuh
-//   y  Y [rows, cols]     Y is float or bf16
+//   y  Y [rows, cols]     Y is float, f16 or bf16
 // needs cols % 8 == 0, rows · cols < 2^32.  grid ceil(units / 1024), block 256: four units of 8 columns a thread, one
 // block width apart, so that loads and stores of a warp are contiguous and four loads are in flight.
 // Twin: scheme/qtensor.rs decode. F32 agrees bit for bit.

@@ -8,11 +8,11 @@
 // bf16 numbers and scaled after, in F32: scale · Σ code · x + offset · Σ x. Other weights are decoded and rounded first.
 // WARPS warps of a block share its ROW_TILES · 16 rows and take turns at pieces of 64 columns; their sums are added at the
 // end in a fixed order.
-// needs cols % 64 == 0, batch <= 8 · TOKEN_TILES, ROW_TILES · TOKEN_TILES <= 8; SWIGLU: ROW_TILES even, tiles of part 0 and 1
+// UNROLL pieces are asked for before the first is used: memory is far, and a lane's words are small.
+// needs cols % 64 == 0, batch <= 8 · TOKEN_TILES, WARPS · ROW_TILES · TOKEN_TILES <= 64; SWIGLU: ROW_TILES even, tiles of part 0 and 1
 // alternate.  grid: all parts' blocks, block 32 · WARPS.
 // Twin: backend/cpu linear.
 
-#define WARPS 8
 #define BF16 0
 #define F32 1
 #define ADD 2
@@ -45,57 +45,88 @@ __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
     return r;
 }
 
-// Writes the eight codes of a unit as bf16 pairs (0, 1), (2, 3), (4, 5), (6, 7); exact.
+// Loads that stay where they are written: left to itself the compiler moves each down to its use and waits there.
+__device__ __forceinline__ u32 load_now(const u32 *from) {
+    u32 x;
+    asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+__device__ __forceinline__ uint2 load_now(const uint2 *from) {
+    uint2 x;
+    asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from));
+    return x;
+}
+__device__ __forceinline__ uint4 load_now(const uint4 *from) {
+    uint4 x;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+}
+
+// The stored codes of a unit, and these as bf16 pairs (0, 1), (2, 3), (4, 5), (6, 7).
 #if FACTORED
-__device__ __forceinline__ void unit_pairs(const Weight &w, u32 unit, u32 p[4]) {
+struct Codes {
+    u32 low, high;
+};
+__device__ __forceinline__ Codes load_codes(const Weight &w, u32 unit) {
+    Codes codes;
 #if BITS > 6
-    uint2 codes = __ldcs((const uint2 *)w.low + unit);
+    uint2 words = load_now((const uint2 *)w.low + unit);
+    codes.low = words.x, codes.high = words.y;
+#else
+    codes.low = load_now((const u32 *)w.low + unit);
+#if BITS == 5
+    codes.high = w.high[unit];
+#elif BITS == 6
+    codes.high = ((const u16 *)w.high)[unit];
+#endif
+#endif
+    return codes;
+}
+__device__ __forceinline__ void unpack(const Codes &codes, u32 p[4]) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        u32 word = (j < 2 ? codes.x : codes.y) ^ (ELEMENT == INT ? 0x80808080u : 0);
+#if BITS > 6
+        u32 word = (j < 2 ? codes.low : codes.high) ^ (ELEMENT == INT ? 0x80808080u : 0);
         // Bytes become 2^23 + u, the difference is exact, and its upper half is the bf16.
         float base = 8388608.0f + (ELEMENT == INT ? 128.0f : 0.0f);
         float a = __uint_as_float(__byte_perm(word, 0x4b000000, j % 2 ? 0x7442 : 0x7440)) - base;
         float b = __uint_as_float(__byte_perm(word, 0x4b000000, j % 2 ? 0x7443 : 0x7441)) - base;
         p[j] = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
-    }
-#else
-    u32 codes = __ldcs((const u32 *)w.low + unit);
-#if BITS == 5
-    u32 high = w.high[unit];
-#elif BITS == 6
-    u32 high = ((const u16 *)w.high)[unit];
-#endif
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-#if ELEMENT == E2M1
+#elif ELEMENT == E2M1
         // Sign and fields in place give the value · 2^-126; ½ is a subnormal there, which bf16 products keep.
-        u32 top = codes << (12 - 4 * j);
+        u32 top = codes.low << (12 - 4 * j);
         p[j] = fma_pair((top & 0x80008000u) | (top >> 6 & 0x01c001c0u), 0x7e807e80u, 0x80008000u);
 #else
         // 128 + v is a bf16 for v < 128.
-        u32 v = (codes >> (4 * j) & 0x000f000fu) | 0x43004300u;
+        u32 v = (codes.low >> (4 * j) & 0x000f000fu) | 0x43004300u;
 #if BITS == 5
-        v |= (high >> (2 * j) & 1) << 4 | (high >> (2 * j + 1) & 1) << 20;
+        v |= (codes.high >> (2 * j) & 1) << 4 | (codes.high >> (2 * j + 1) & 1) << 20;
 #elif BITS == 6
-        v |= (high >> (4 * j) & 3) << 4 | (high >> (4 * j + 2) & 3) << 20;
+        v |= (codes.high >> (4 * j) & 3) << 4 | (codes.high >> (4 * j + 2) & 3) << 20;
 #endif
         const u32 base = 128 + (ELEMENT == INT ? 1 << (BITS - 1) : 0); // up to 160: even, so a bf16
         p[j] = fma_pair(v, 0x3f803f80u, (0xc300u + (base - 128)) * 0x10001u);
 #endif
     }
-#endif
-}
-#elif DENSE
-__device__ __forceinline__ void unit_pairs(const Weight &w, u32 unit, u32 p[4]) {
-    uint4 a = __ldcs((const uint4 *)w.low + unit);
-    p[0] = a.x, p[1] = a.y, p[2] = a.z, p[3] = a.w;
 }
 #else
-__device__ __forceinline__ void unit_pairs(const Weight &w, u32 unit, u32 p[4]) {
+struct Codes {
+    u32 pairs[4];
+};
+__device__ __forceinline__ Codes load_codes(const Weight &w, u32 unit) {
+    Codes codes;
+#if DENSE
+    uint4 words = load_now((const uint4 *)w.low + unit);
+    codes.pairs[0] = words.x, codes.pairs[1] = words.y, codes.pairs[2] = words.z, codes.pairs[3] = words.w;
+#else
     float x[8];
     decode_unit(w, unit, x);
-    for (int j = 0; j < 4; j++) p[j] = pack_bf16(x[2 * j], x[2 * j + 1]);
+    for (int j = 0; j < 4; j++) codes.pairs[j] = pack_bf16(x[2 * j], x[2 * j + 1]);
+#endif
+    return codes;
+}
+__device__ __forceinline__ void unpack(const Codes &codes, u32 p[4]) {
+    for (int j = 0; j < 4; j++) p[j] = codes.pairs[j];
 }
 #endif
 
@@ -116,6 +147,74 @@ __device__ __forceinline__ float2 grid_at(const Weight &w, u32 i) {
     return make_float2(scale, offset);
 }
 #endif
+
+// Adds the products of N pieces of 64 columns, one block's stride apart, to the sums.
+template <int N>
+__device__ __forceinline__ void take(const Parts &parts, u32 part, const u32 starts[ROW_TILES][2],
+                                     const bf16 *const tokens[TOKEN_TILES], u32 column,
+                                     float total[ROW_TILES][TOKEN_TILES][4]) {
+    Codes codes[2 * N][ROW_TILES][2];
+    uint4 x[2 * N][TOKEN_TILES];
+#if FACTORED && GROUP != ROW
+    float2 grids[2 * N][ROW_TILES][2];
+#endif
+#pragma unroll
+    for (int piece = 0; piece < 2 * N; piece++) {
+        u32 at = column + 64 * WARPS * (piece / 2) + 32 * (piece % 2);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const Weight &w = parts.w[OUTPUT == SWIGLU ? r % 2 : part];
+                codes[piece][r][half] = load_codes(w, (starts[r][half] + at) / 8);
+#if FACTORED && GROUP != ROW
+                grids[piece][r][half] = grid_at(w, starts[r][half] + at);
+#endif
+            }
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) x[piece][n] = *(const uint4 *)(tokens[n] + at);
+    }
+    // No load moves down past this: left to itself the assembler puts each right before its use and waits there.
+    __syncwarp();
+#pragma unroll
+    for (int piece = 0; piece < 2 * N; piece++) {
+        const uint4 *b = x[piece];
+#if FACTORED && OFFSET != NONE
+        // Σ x of the 32 columns, in the place of the sums: a product with ones.
+        float x_sums[TOKEN_TILES][4] = {};
+        const u32 ones = 0x3f803f80u;
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) {
+            multiply(x_sums[n], ones, ones, ones, ones, b[n].x, b[n].y);
+            multiply(x_sums[n], ones, ones, ones, ones, b[n].z, b[n].w);
+        }
+#endif
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+            u32 a[4], c[4];
+            unpack(codes[piece][r][0], a);
+            unpack(codes[piece][r][1], c);
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++) {
+#if FACTORED && GROUP != ROW
+                float s[4] = {};
+                multiply(s, a[0], c[0], a[1], c[1], b[n].x, b[n].y);
+                multiply(s, a[2], c[2], a[3], c[3], b[n].z, b[n].w);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    total[r][n][i] += grids[piece][r][i / 2].x * s[i];
+#if OFFSET != NONE
+                    total[r][n][i] += grids[piece][r][i / 2].y * x_sums[n][i];
+#endif
+                }
+#else
+                multiply(total[r][n], a[0], c[0], a[1], c[1], b[n].x, b[n].y);
+                multiply(total[r][n], a[2], c[2], a[3], c[3], b[n].z, b[n].w);
+#endif
+            }
+        }
+    }
+}
 
 // Asks for the first bytes of each of the block's rows, which do not depend on the kernel before, while that still runs.
 __device__ __forceinline__ void prefetch(const Parts &parts, u32 part, u32 block, u32 rows) {
@@ -157,54 +256,10 @@ matvec(const __grid_constant__ Parts parts, const bf16 *__restrict__ x, u32 batc
     prefetch(parts, part, block, rows);
     wait_for_predecessor();
     float total[ROW_TILES][TOKEN_TILES][4] = {};
-#pragma unroll UNROLL
-    for (u32 column = 64 * warp; column < cols; column += 64 * WARPS) {
-#pragma unroll
-        for (int piece = 0; piece < 2; piece++) {
-            u32 at = column + 32 * piece;
-            uint4 b[TOKEN_TILES];
-#pragma unroll
-            for (int n = 0; n < TOKEN_TILES; n++) b[n] = *(const uint4 *)(tokens[n] + at);
-#if FACTORED && OFFSET != NONE
-            // Σ x of the 32 columns, in the place of the sums: a product with ones.
-            float x_sums[TOKEN_TILES][4] = {};
-            const u32 ones = 0x3f803f80u;
-#pragma unroll
-            for (int n = 0; n < TOKEN_TILES; n++) {
-                multiply(x_sums[n], ones, ones, ones, ones, b[n].x, b[n].y);
-                multiply(x_sums[n], ones, ones, ones, ones, b[n].z, b[n].w);
-            }
-#endif
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; r++) {
-                const Weight &w = parts.w[OUTPUT == SWIGLU ? r % 2 : part];
-                u32 a[4], c[4];
-                unit_pairs(w, (starts[r][0] + at) / 8, a);
-                unit_pairs(w, (starts[r][1] + at) / 8, c);
-#if FACTORED && GROUP != ROW
-                float2 upper = grid_at(w, starts[r][0] + at), lower = grid_at(w, starts[r][1] + at);
-#endif
-#pragma unroll
-                for (int n = 0; n < TOKEN_TILES; n++) {
-#if FACTORED && GROUP != ROW
-                    float s[4] = {};
-                    multiply(s, a[0], c[0], a[1], c[1], b[n].x, b[n].y);
-                    multiply(s, a[2], c[2], a[3], c[3], b[n].z, b[n].w);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        total[r][n][i] += (i < 2 ? upper.x : lower.x) * s[i];
-#if OFFSET != NONE
-                        total[r][n][i] += (i < 2 ? upper.y : lower.y) * x_sums[n][i];
-#endif
-                    }
-#else
-                    multiply(total[r][n], a[0], c[0], a[1], c[1], b[n].x, b[n].y);
-                    multiply(total[r][n], a[2], c[2], a[3], c[3], b[n].z, b[n].w);
-#endif
-                }
-            }
-        }
-    }
+    u32 column = 64 * warp;
+    for (; column + 64 * WARPS * (UNROLL - 1) < cols; column += 64 * WARPS * UNROLL)
+        take<UNROLL>(parts, part, starts, tokens, column, total);
+    for (; column < cols; column += 64 * WARPS) take<1>(parts, part, starts, tokens, column, total);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll

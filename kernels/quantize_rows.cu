@@ -1,7 +1,7 @@
 // quantize_rows: what engines do to the inputs of a W8A8 linear: scale[i] = max|x[i, :]| / 127 and
 // codes = round to nearest even (x / scale), clamped to ±127; a row of zeros gets scale 0 and codes 0.
-//   x       X [rows, cols]     X is float or bf16
-//   codes   C [rows, cols]     C is i8 for INT8 products, bf16 or float where the product runs in floating point (exact)
+//   x       X [rows, cols]     X is float, f16 or bf16
+//   codes   C [rows, cols]     C is i8 for INT8 products, f16 or float where the product runs in floating point (exact)
 //   scales  f32 [rows]
 // needs cols % 8 == 0.  grid rows, block 256.
 // Twin: backend/cpu.rs linear with Activations::Int8PerToken. Agrees bit for bit for the same x.
@@ -10,7 +10,7 @@ __device__ __forceinline__ void store_codes(i8 *to, const float x[8]) {
     for (int j = 0; j < 8; j++) words[j / 4] |= ((u32)(int)x[j] & 0xff) << (8 * (j % 4));
     *(uint2 *)to = make_uint2(words[0], words[1]);
 }
-__device__ __forceinline__ void store_codes(bf16 *to, const float x[8]) { store8(to, x); }
+__device__ __forceinline__ void store_codes(f16 *to, const float x[8]) { store8(to, x); }
 __device__ __forceinline__ void store_codes(float *to, const float x[8]) { store8(to, x); }
 
 extern "C" __global__ void __launch_bounds__(256)

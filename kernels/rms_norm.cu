@@ -1,5 +1,5 @@
 // rms_norm: y = x / sqrt(mean(x²) + eps) · gain over runs of `width` values: a whole row, or each head of a row
-//   x     X [runs, width]     X is float (the residual stream) or bf16
+//   x     X [runs, width]     X is float (the residual stream), f16 or bf16
 //   gain  f32 [width]
 //   y     Y [runs, width]     F32 arithmetic, rounded once to Y; may be x
 // needs width % 8 == 0.  block (32, 8), one warp a run, grid ceil(runs / 8); for width > 1024 block (256, 1), grid runs.

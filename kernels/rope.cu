@@ -1,6 +1,6 @@
 // rope: rotates every head in place by its token's position, Hugging Face arrangement: element i of a head's first half
 // pairs with element i of its second half.
-//   x            X [n, heads · 2 · half]     X is float or bf16; F32 arithmetic, rounded once
+//   x            X [n, heads · 2 · half]     X is float, f16 or bf16; F32 arithmetic, rounded once
 //   frequencies  f32 [half]                  angle per position, passed by value
 //   position = row % tokens + first
 // needs half % 4 == 0, half <= 128.  grid n, block 256: four pairs a thread.

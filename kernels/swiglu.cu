@@ -1,5 +1,5 @@
 // swiglu: y = silu(gate) · up, silu(g) = g / (1 + e^-g)
-//   gate, up, y  X [count]     X is float or bf16; F32 arithmetic, rounded once
+//   gate, up, y  X [count]     X is float, f16 or bf16; F32 arithmetic, rounded once
 // needs count % 8 == 0.  grid ceil(count / 2048), block 256: eight values a thread.
 // Twin: backend/cpu.rs swiglu.
 extern "C" __global__ void __launch_bounds__(256)

@@ -102,7 +102,7 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
 
 #[test]
 fn every_step_continues_as_the_cpu_would() {
-    let cuda = match Cuda::new(0, Precision::Bf16) {
+    let cuda = match Cuda::new(0, Precision::F16) {
         Ok(cuda) => cuda,
         Err(reason) if std::env::var_os("QUANT_REQUIRE_GPU").is_none() => {
             return eprintln!("SKIPPED: {reason:#}");

@@ -19,18 +19,19 @@ fn decoding() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for defines in dense.into_iter().chain(packed) {
         kernels.push(Kernel { name: "embed", defines: defines.clone() });
-        for float in ["float", "bf16"] {
+        for float in ["float", "f16"] {
             let with_output = defines.iter().cloned().chain([format!("Y={float}")]).collect();
             kernels.push(Kernel { name: "dequantize", defines: with_output });
         }
         for (output, row_tiles, token_tiles) in
-            [("BF16", 1, 1), ("ADD", 1, 4), ("F32", 2, 1), ("SWIGLU", 2, 2)]
+            [("BF16", 1, 1), ("ADD", 1, 4), ("F32", 1, 2), ("SWIGLU", 2, 2)]
         {
             let shape = [
                 format!("OUTPUT={output}"),
                 format!("ROW_TILES={row_tiles}"),
                 format!("TOKEN_TILES={token_tiles}"),
                 "UNROLL=2".to_string(),
+                "WARPS=8".to_string(),
             ];
             let with_shape = defines.iter().cloned().chain(shape).collect();
             kernels.push(Kernel { name: "matvec", defines: with_shape });
@@ -41,16 +42,16 @@ fn decoding() -> Vec<Kernel> {
 
 fn variants() -> Vec<Kernel> {
     let mut kernels = decoding();
-    for x in ["float", "bf16"] {
+    for x in ["float", "f16", "bf16"] {
         for name in ["add", "rope", "swiglu"] {
             kernels.push(kernel(name, &format!("X={x}")));
         }
-        for y in ["float", "bf16"] {
+        for y in ["float", "f16", "bf16"] {
             for name in ["cast", "rms_norm"] {
                 kernels.push(kernel(name, &format!("X={x} Y={y}")));
             }
         }
-        for codes in ["i8", "bf16", "float"] {
+        for codes in ["i8", "f16", "float"] {
             kernels.push(kernel("quantize_rows", &format!("X={x} C={codes}")));
         }
         for sums in ["int", "float"] {

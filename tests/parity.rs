@@ -12,14 +12,14 @@ use quant::num::{Codec, Element};
 use quant::scheme::{Activations, Offset, QTensor, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};
 
-/// Half a step of bf16's 8 significant bits, relative.
-const BF16: f32 = 1.0 / 256.0;
+/// Half a step of F16's 11 significant bits, relative.
+const F16: f32 = 1.0 / 2048.0;
 /// Room for differently ordered F32 arithmetic, relative to the size of what is summed.
 const F32: f32 = 1e-5;
 
 /// Runs a test on the GPU in both precisions; the second argument is the rounding of one operation's output.
 fn on_gpu(test: impl Fn(&Cuda, f32)) {
-    for (precision, rounding) in [(Precision::Bf16, BF16), (Precision::F32, 0.0)] {
+    for (precision, rounding) in [(Precision::F16, F16), (Precision::F32, 0.0)] {
         match Cuda::new(0, precision) {
             Ok(cuda) => test(&cuda, rounding),
             Err(reason) if std::env::var_os("QUANT_REQUIRE_GPU").is_none() => {
@@ -132,9 +132,9 @@ fn dequantize() {
                 let weight = cuda.upload(Matrix::Quantized(q)).unwrap();
                 let exact = cuda.read(&cuda.dequantize(&weight, Float::F32).unwrap()).unwrap();
                 same_bits(scheme.name, &exact, &expected);
-                let rounded: Vec<f32> = expected.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
-                let bf16 = cuda.read(&cuda.dequantize(&weight, Float::Bf16).unwrap()).unwrap();
-                same_bits(scheme.name, &bf16, &rounded);
+                let rounded: Vec<f32> = expected.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect();
+                let half = cuda.read(&cuda.dequantize(&weight, Float::F16).unwrap()).unwrap();
+                same_bits(scheme.name, &half, &rounded);
             }
         }
     });
@@ -280,7 +280,7 @@ fn linear_of_every_scheme() {
             for activations in [Activations::Full, Activations::Int8PerToken] {
                 let expected = linear_on(&Cpu, &x, n, Matrix::Quantized(q.clone()), None, activations);
                 let found = linear_on(cuda, &x, n, Matrix::Quantized(q.clone()), None, activations);
-                // The weights are rounded once, each by up to half a bf16 step of itself; so is the result.
+                // The weights are rounded once, each by up to half a step of itself; so is the result.
                 let bound = |i: usize| rounding * (expected[i].abs() + sizes[i]) + F32 * sizes[i];
                 assert_close(&format!("{} {activations:?}", scheme.name), &found, &expected, bound);
             }

@@ -143,7 +143,16 @@ fn the_gpu_evaluates_as_the_cpu_does() {
         for (name, scheme, activations) in formats {
             let source = Rounded { checkpoint: &checkpoint, scheme, activations };
             let mut cpu_hidden = None;
-            for (precision, kld, top) in [(Precision::Bf16, 1e-4, 0.995), (Precision::F32, 2e-7, 0.999)] {
+            for (precision, mut kld, mut top) in
+                [(Precision::F16, 2e-5, 0.995), (Precision::F32, 2e-7, 0.999)]
+            {
+                let mut ppl = 0.002;
+                // Rounding inputs to 255 steps turns the last bit of an F32 sum into a whole step now and then, and that
+                // step into more of them: two F32 implementations end up 1.7e-3 apart on tiny-llama (measured), a third
+                // of what quantized inputs cost. So only that cost bounds the difference.
+                if activations == Activations::Int8PerToken {
+                    (kld, top, ppl) = (6e-3, 0.96, 0.03);
+                }
                 let cuda = Cuda::new(0, precision).unwrap();
                 let found = compare(&cuda, folder, &source, &mut cpu_hidden);
                 let row = format!(
@@ -155,7 +164,7 @@ fn the_gpu_evaluates_as_the_cpu_does() {
                     found.ppl[1] - found.ppl[0],
                 );
                 println!("{row}");
-                if found.kld > kld || found.same_top < top || (found.ppl[1] - found.ppl[0]).abs() > 0.002 {
+                if found.kld > kld || found.same_top < top || (found.ppl[1] - found.ppl[0]).abs() > ppl {
                     failures.push(row);
                 }
             }

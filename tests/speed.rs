@@ -10,7 +10,7 @@ use quant::scheme::schemes::{MXFP4, Q4_K, Q6_K, Q8_0};
 #[test]
 #[ignore = "measures speed on a GPU"]
 fn rates() {
-    let cuda = Cuda::new(0, Precision::Bf16).unwrap();
+    let cuda = Cuda::new(0, Precision::F16).unwrap();
     let show = |rate: &Rate| {
         let share = rate.share.map_or(String::new(), |share| format!("{:.1} %", 100.0 * share));
         println!("| {} | {:.1} {} | {share} |", rate.what, rate.value, rate.unit);
@@ -18,7 +18,7 @@ fn rates() {
     let copy = speed::copy_bandwidth(&cuda).unwrap();
     let products = speed::matrix_rate(&cuda).unwrap();
     show(&Rate { what: "device copy, read + write".into(), value: copy / 1e9, unit: "GB/s", share: None });
-    show(&Rate { what: "8192³ bf16 product".into(), value: products / 1e12, unit: "TFLOP/s", share: None });
+    show(&Rate { what: "8192³ F16 product".into(), value: products / 1e12, unit: "TFLOP/s", share: None });
     speed::dequantize(&cuda, copy).unwrap().iter().for_each(show);
     for (head_dim, tokens) in [(64, 2048), (128, 512), (128, 2048), (128, 8192), (256, 2048)] {
         show(&speed::attention(&cuda, head_dim, tokens, products).unwrap());

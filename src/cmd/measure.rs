@@ -68,7 +68,7 @@ pub fn run(
     models: &[&Checkpoint],
     printer: Printer,
 ) -> Result<Report> {
-    let precision = if request.precise { Precision::F32 } else { Precision::Bf16 };
+    let precision = if request.precise { Precision::F32 } else { Precision::F16 };
     let ordinal = match request.device.as_str() {
         "cpu" => return run_on(&Cpu, request, baseline, models, printer),
         "auto" => None,

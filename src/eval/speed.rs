@@ -92,7 +92,7 @@ pub fn copy_bandwidth(cuda: &Cuda) -> Result<f64> {
     Ok(2.0 * bytes as f64 / time)
 }
 
-/// Returns the rate of an 8192³ bf16 product, FLOP/s.
+/// Returns the rate of an 8192³ F16 product, FLOP/s.
 pub fn matrix_rate(cuda: &Cuda) -> Result<f64> {
     let n = 8192;
     let weight = random_weight(cuda, None, n, n)?;
@@ -102,16 +102,16 @@ pub fn matrix_rate(cuda: &Cuda) -> Result<f64> {
     Ok(2.0 * (n as f64).powi(3) / time)
 }
 
-/// Returns the rates of decoding every scheme to bf16, bytes read and written, and their shares of `copy`.
+/// Returns the rates of decoding every scheme to F16, bytes read and written, and their shares of `copy`.
 pub fn dequantize(cuda: &Cuda, copy: f64) -> Result<Vec<Rate>> {
     let (rows, cols) = (32768, 8192);
     let mut rates = Vec::new();
     for scheme in schemes::ALL {
         let weight = random_weight(cuda, Some(scheme), rows, cols)?;
         let bytes = weight.bytes() + rows * cols * 2;
-        let time = seconds(cuda, 9, 4, || cuda.dequantize(&weight, Float::Bf16).map(|_| ()))?;
+        let time = seconds(cuda, 9, 4, || cuda.dequantize(&weight, Float::F16).map(|_| ()))?;
         let value = bytes as f64 / time;
-        let what = format!("dequantize {} to bf16", scheme.name);
+        let what = format!("dequantize {} to F16", scheme.name);
         rates.push(Rate { what, value: value / 1e9, unit: "GB/s", share: Some(value / copy) });
     }
     Ok(rates)
@@ -125,7 +125,7 @@ pub fn attention(cuda: &Cuda, head_dim: usize, tokens: usize, matrix_rate: f64) 
     let shape = AttentionShape { heads, kv_heads, head_dim, window: None, scale };
     let [q, k, v] = [heads, kv_heads, kv_heads]
         .map(|count| random_activations(cuda, sequences * tokens, count * head_dim));
-    // Products read bf16; convert outside the timed part.
+    // Products read F16; convert outside the timed part.
     let [q, k, v] = [q?, k?, v?].map(|x| cuda.rounded(&x));
     let (q, k, v) = (q?, k?, v?);
     let time = seconds(cuda, 9, 4, || cuda.attention(&q, &k, &v, &shape, batch).map(|_| ()))?;

@@ -90,7 +90,7 @@ impl<'a> Decoder<'a> {
     pub fn new(cuda: &'a Cuda, model: &'a Model<Cuda>, batch: usize, capacity: usize) -> Result<Self> {
         let config = &model.config;
         let head_dim = config.head_dim;
-        ensure!(cuda.float == Float::Bf16, "generation on the GPU runs in bf16, without `--precise`");
+        ensure!(cuda.float == Float::F16, "generation on the GPU runs in bf16, without `--precise`");
         ensure!(
             (1..=32).contains(&batch),
             "a batch of {batch}; generation on the GPU takes 1 to 32 sequences"
@@ -168,6 +168,7 @@ impl<'a> Decoder<'a> {
         }
         let last: Vec<usize> = (1..=self.batch).map(|sequence| sequence * tokens - 1).collect();
         let x = cuda.rms_norm(&cuda.select_rows(&x, &last)?, &model.output_norm, constants.eps)?;
+        let x = cuda.cast(&x, None, Float::Bf16)?;
         let head = [Part { weight: model.head(), bias: None, y: &self.state.logits }];
         let device = &cuda.device;
         let mut history = vec![0u32; self.batch * self.capacity];
@@ -187,6 +188,7 @@ impl<'a> Decoder<'a> {
 
     /// Queues the copy of a prompt's keys or values `[batch · tokens, width]` into a cache.
     fn keep(&self, rows: &Tensor, cache: &Buffer, tokens: usize) -> Result<()> {
+        let rows = self.cuda.cast(rows, None, Float::Bf16)?;
         let row_bytes = rows.cols * 2;
         for sequence in 0..self.batch {
             let (source, target) = (sequence * tokens * row_bytes, sequence * self.capacity * row_bytes);
@@ -273,7 +275,7 @@ impl<'a> Decoder<'a> {
     fn norm(&self, x: &Buffer, gain: &Tensor, y: &Buffer, from: Float) -> Result<()> {
         let width = gain.count();
         let runs = y.bytes() / 2 / width;
-        self.cuda.norm_into(x.at(), from, gain, y.at(), runs, self.model.constants.eps)
+        self.cuda.norm_into((x.at(), from), gain, (y.at(), Float::Bf16), runs, self.model.constants.eps)
     }
 
     /// Queues the products of one input with several weights, those stored alike in one launch.
@@ -295,13 +297,7 @@ impl<'a> Decoder<'a> {
             "{cols} input features; generation on the GPU wants a multiple of 64"
         );
         let token_tiles = self.batch.div_ceil(8).next_power_of_two();
-        let tiles: usize = parts.iter().map(|part| part.weight.rows.div_ceil(16)).sum();
-        // Two tiles a block read each x once for 32 rows, once there are enough blocks for every multiprocessor.
-        let row_tiles = if output == Output::Swiglu || tiles >= 2048 { 2 } else { 1 };
-        let blocks_of = |rows: usize| match output {
-            Output::Swiglu => rows.div_ceil(16),
-            _ => rows.div_ceil(16 * row_tiles),
-        };
+        let row_tiles = if output == Output::Swiglu { 2 } else { 1 };
         let mut words = [0u64; 30];
         let mut blocks = 0;
         for i in 0..3 {
@@ -311,22 +307,25 @@ impl<'a> Decoder<'a> {
             words[21 + i] = part.y.at();
             words[24 + i] = part.bias.map_or(0, Tensor::at);
             if i < parts.len() && (output != Output::Swiglu || i == 0) {
-                blocks += blocks_of(part.weight.rows);
+                blocks += part.weight.rows.div_ceil(16);
             }
             set_half(&mut words[27..], i, part.weight.rows as u32);
             set_half(&mut words[27..], 3 + i, blocks as u32);
         }
         let mut defines = parts[0].weight.defines();
+        // Few blocks need many warps each to keep enough bytes on their way; sums of all warps fit in shared memory.
+        let warps = if blocks <= 528 && row_tiles * token_tiles <= 4 { 16 } else { 8 };
         let unroll = if token_tiles == 1 { 4 / row_tiles } else { 1 };
         defines.extend([
             output.macro_name().to_string(),
             format!("ROW_TILES={row_tiles}"),
             format!("TOKEN_TILES={token_tiles}"),
             format!("UNROLL={unroll}"),
+            format!("WARPS={warps}"),
         ]);
         self.cuda.device.launch_overlapping(
             Kernel { name: "matvec", defines },
-            Geometry::flat(blocks, 256),
+            Geometry::flat(blocks, 32 * warps),
             &[Arg::Struct(&words), Arg::Pointer(x), Arg::U32(self.batch as u32)],
         )
     }

@@ -1,7 +1,7 @@
 //! Matrix products by cuBLASLt: y = x · wᵀ with `w` `[out, in]` and `x` `[n, in]`, both row-major.
 //!
 //! cuBLASLt counts columns first, so it sees w as `[in, out]`, to be transposed, x as `[in, n]` and y as `[out, n]`. Sums
-//! are F32 for bf16 and F32 inputs (no TF32), and exact 32-bit integers for INT8.
+//! are F32 for F16 and F32 inputs (no TF32), and exact 32-bit integers for INT8.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -15,10 +15,10 @@ use super::device::{Buffer, Device};
 /// Number types of a product: inputs and output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Types {
-    /// bf16 · bf16 → bf16, rounded once.
-    Bf16,
-    /// bf16 · bf16 → F32.
-    Bf16ToF32,
+    /// F16 · F16 → F16, rounded once.
+    F16,
+    /// F16 · F16 → F32.
+    F16ToF32,
     /// F32 · F32 → F32, for `--precise`.
     F32,
     /// INT8 · INT8 → INT32, exact.
@@ -28,11 +28,11 @@ pub enum Types {
 impl Types {
     /// Returns (input, output, sums, scale factors).
     fn codes(self) -> (sys::cudaDataType, sys::cudaDataType, sys::cublasComputeType_t, sys::cudaDataType) {
-        use sys::cudaDataType_t::{CUDA_R_8I, CUDA_R_16BF, CUDA_R_32F, CUDA_R_32I};
+        use sys::cudaDataType_t::{CUDA_R_8I, CUDA_R_16F, CUDA_R_32F, CUDA_R_32I};
         let f32_sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         match self {
-            Types::Bf16 => (CUDA_R_16BF, CUDA_R_16BF, f32_sums, CUDA_R_32F),
-            Types::Bf16ToF32 => (CUDA_R_16BF, CUDA_R_32F, f32_sums, CUDA_R_32F),
+            Types::F16 => (CUDA_R_16F, CUDA_R_16F, f32_sums, CUDA_R_32F),
+            Types::F16ToF32 => (CUDA_R_16F, CUDA_R_32F, f32_sums, CUDA_R_32F),
             Types::F32 => (CUDA_R_32F, CUDA_R_32F, f32_sums, CUDA_R_32F),
             Types::Int8 => (CUDA_R_8I, CUDA_R_32I, sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, CUDA_R_32I),
         }

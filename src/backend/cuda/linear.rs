@@ -30,8 +30,8 @@ impl Cuda {
         // With a bias the sums stay F32 until it is added, so that the result is rounded once.
         let (types, float) = match (self.float, bias) {
             (Float::F32, _) => (Types::F32, Float::F32),
-            (Float::Bf16, Some(_)) => (Types::Bf16ToF32, Float::F32),
-            (Float::Bf16, None) => (Types::Bf16, Float::Bf16),
+            (_, Some(_)) => (Types::F16ToF32, Float::F32),
+            (_, None) => (Types::F16, Float::F16),
         };
         let mut y = Tensor::empty(&self.device, x.rows, weight.rows, float)?;
         self.multiply(&x, weight, types, &mut y, false)?;
@@ -55,7 +55,7 @@ impl Cuda {
             return self.add(x, &y);
         }
         x.make_unique(&self.device)?;
-        let types = if self.float == Float::F32 { Types::F32 } else { Types::Bf16ToF32 };
+        let types = if self.float == Float::F32 { Types::F32 } else { Types::F16ToF32 };
         self.multiply(&self.rounded(input)?, weight, types, x, true)
     }
 
@@ -77,7 +77,7 @@ impl Cuda {
     /// Returns the weight decoded to what products read, or `None` if it lies so already.
     pub(super) fn decoded(&self, weight: &Weight) -> Result<Option<Buffer>> {
         match (weight.stored, self.float) {
-            (Stored::Dense(Dtype::BF16), Float::Bf16) | (Stored::Dense(Dtype::F32), Float::F32) => Ok(None),
+            (Stored::Dense(Dtype::F16), Float::F16) | (Stored::Dense(Dtype::F32), Float::F32) => Ok(None),
             _ => weight.dequantize(&self.device, self.float).map(Some),
         }
     }
@@ -90,8 +90,8 @@ impl Cuda {
             weight.row_scales().filter(|_| weight.cols.is_multiple_of(16) && weight.rows.is_multiple_of(4));
         let (code, code_bytes, sum, types) = match (row_scales, self.float) {
             (Some(_), _) => ("i8", 1, "int", Types::Int8),
-            (None, Float::Bf16) => ("bf16", 2, "float", Types::Bf16ToF32),
             (None, Float::F32) => ("float", 4, "float", Types::F32),
+            (None, _) => ("f16", 2, "float", Types::F16ToF32),
         };
         let codes = Tensor::new(x.rows, x.cols, self.float, self.device.allocate(x.count() * code_bytes)?);
         let x_scales = self.device.allocate(x.rows * 4)?;

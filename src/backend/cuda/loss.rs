@@ -99,7 +99,7 @@ impl Cuda {
     /// Returns F32 logits `[rows, vocab]` of the positions from `first` on.
     fn logits(&self, head: &Head, first: usize, rows: usize) -> Result<Buffer> {
         let Head { hidden, weight, decoded } = head;
-        let types = if self.float == Float::F32 { Types::F32 } else { Types::Bf16ToF32 };
+        let types = if self.float == Float::F32 { Types::F32 } else { Types::F16ToF32 };
         let product = Product { n: rows, out: weight.rows, input: weight.cols, types, accumulate: false };
         let logits = self.device.allocate(rows * weight.rows * 4)?;
         let x = hidden.at() + (first * hidden.cols * hidden.float.bytes()) as u64;

@@ -11,7 +11,9 @@ use super::device::{Buffer, Device};
 pub enum Float {
     /// What is uploaded (gains, biases), the residual stream, logits; everything under `--precise`.
     F32,
-    /// What products read and write.
+    /// What products read and write in forward passes.
+    F16,
+    /// What generation works in.
     Bf16,
 }
 
@@ -20,7 +22,7 @@ impl Float {
     pub const fn bytes(self) -> usize {
         match self {
             Float::F32 => 4,
-            Float::Bf16 => 2,
+            Float::F16 | Float::Bf16 => 2,
         }
     }
 
@@ -28,6 +30,7 @@ impl Float {
     pub const fn c_name(self) -> &'static str {
         match self {
             Float::F32 => "float",
+            Float::F16 => "f16",
             Float::Bf16 => "bf16",
         }
     }

@@ -109,7 +109,7 @@ impl Weight {
         self.low.bytes() + rest.into_iter().flatten().map(|buffer| buffer.bytes()).sum::<usize>()
     }
 
-    /// Returns the values as they lie, when a product can read them so: bf16, or INT8 codes.
+    /// Returns the values as they lie, when a product can read them so: floats, or INT8 codes.
     pub fn codes(&self) -> &Buffer {
         &self.low
     }
@@ -119,7 +119,7 @@ impl Weight {
         self.row_scales.as_deref()
     }
 
-    /// Queues y = all values as `float`, `[rows, cols]`. F32 is exact; bf16 is rounded once.
+    /// Queues y = all values as `float`, `[rows, cols]`. F32 is exact; others are rounded once.
     pub fn dequantize(&self, device: &Device, float: Float) -> Result<Buffer> {
         let y = device.allocate(self.rows * self.cols * float.bytes())?;
         let mut defines = self.defines();
