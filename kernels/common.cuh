@@ -116,6 +116,12 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
+// Returns x, or NaN where T cannot hold it.
+template <class T> __device__ __forceinline__ float within(float x) { return x; }
+template <> __device__ __forceinline__ float within<f16>(float x) {
+    return fabsf(x) < 65520.0f ? x : __int_as_float(0x7fffffff);
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
     for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
     return x;

@@ -1,5 +1,6 @@
 // quantize_rows: what engines do to the inputs of a W8A8 linear: scale[i] = max|x[i, :]| / 127 and
-// codes = round to nearest even (x / scale), clamped to ±127; a row of zeros gets scale 0 and codes 0.
+// codes = round to nearest even (x / scale), clamped to ±127; a row of zeros gets scale 0 and codes 0. A row that is not
+// finite gets the scale NaN, so that it stays visible.
 //   x       X [rows, cols]     X is float, f16 or bf16
 //   codes   C [rows, cols]     C is i8 for INT8 products, f16 or float where the product runs in floating point (exact)
 //   scales  f32 [rows]
@@ -21,10 +22,10 @@ quantize_rows(const X *__restrict__ x, C *__restrict__ codes, float *__restrict_
     float largest = 0.0f, a[8];
     for (u32 c = 8 * threadIdx.x; c < cols; c += 8 * blockDim.x) {
         load8(x + c, a);
-        for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(a[j]));
+        for (int j = 0; j < 8; j++) largest = fabsf(a[j]) < INFINITY_F ? fmaxf(largest, fabsf(a[j])) : INFINITY_F;
     }
     float scale = __fdiv_rn(block_max(largest, scratch), 127.0f);
-    if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+    if (threadIdx.x == 0) scales[blockIdx.x] = scale < INFINITY_F ? scale : __int_as_float(0x7fffffff);
     for (u32 c = 8 * threadIdx.x; c < cols; c += 8 * blockDim.x) {
         load8(x + c, a);
         for (int j = 0; j < 8; j++)

@@ -3,6 +3,7 @@
 //   x            X [n, heads · 2 · half]     X is float, f16 or bf16; F32 arithmetic, rounded once
 //   frequencies  f32 [half]                  angle per position, passed by value
 //   position = row % tokens + first
+// A value past X's range becomes NaN, not infinite: a key of minus infinity would drop out of the softmax unseen.
 // needs half % 4 == 0, half <= 128.  grid n, block 256: four pairs a thread.
 // Twin: backend/cpu.rs rope.
 struct Frequencies {
@@ -25,6 +26,7 @@ rope(X *__restrict__ x, const __grid_constant__ Frequencies frequencies, u32 hea
             b[j] = b[j] * cosine + a[j] * sine;
             a[j] = rotated;
         }
+        for (int j = 0; j < 4; j++) a[j] = within<X>(a[j]), b[j] = within<X>(b[j]);
         store4(low, a);
         store4(high, b);
     }

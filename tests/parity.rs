@@ -408,6 +408,30 @@ fn attention() {
 }
 
 #[test]
+fn what_f16_cannot_hold_never_goes_unseen() {
+    let Ok(cuda) = Cuda::new(0, Precision::F16) else { return };
+    let batch = Batch { sequences: 1, tokens: 2 };
+    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 64, window: None, scale: 0.125 };
+    let ones = || cuda.tensor(2, 64, &[1.0; 128]).unwrap();
+    for huge in [70_000.0, -70_000.0] {
+        let mut values = vec![1.0; 128];
+        values[70] = huge;
+        let x = cuda.rounded(&cuda.tensor(2, 64, &values).unwrap()).unwrap();
+        let mut key = x.clone();
+        let rope = Rope { inverse_frequencies: vec![1.0; 32] };
+        cuda.rope(&mut key, &rope, batch).unwrap();
+        let mixed = cuda.attention(&ones(), &key, &ones(), &shape, batch).unwrap();
+        assert!(cuda.read(&mixed).unwrap()[64..].iter().any(|y| y.is_nan()), "a key of {huge}");
+        let codes = QTensor::zeroed(schemes::INT8, 64, 64);
+        let weight = cuda.upload(Matrix::Quantized(codes)).unwrap();
+        let y = cuda.linear(&x, &weight, None, Activations::Int8PerToken).unwrap();
+        assert!(cuda.read(&y).unwrap()[64..].iter().all(|y| y.is_nan()), "a quantized input of {huge}");
+        let y = cuda.swiglu(&x, &ones()).unwrap();
+        assert!(!cuda.read(&y).unwrap()[70].is_finite(), "a gate of {huge}");
+    }
+}
+
+#[test]
 fn swiglu() {
     on_gpu(|cuda, rounding| {
         let mut random = Random(11);
