@@ -14,7 +14,7 @@ use crate::backend::cpu::Cpu;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
 use crate::convert::{self, Cost};
-use crate::eval::{Report, Row};
+use crate::eval::{Metric, Report, Row};
 use crate::manifest::{self, Evaluation, Manifest, SchemeRecord, Source, TensorRecord};
 use crate::num::Codec;
 use crate::output::{self, Printer, Unit};
@@ -221,7 +221,7 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
 fn evaluation(args: &ConvertArgs, report: &Report, row: &Row) -> Evaluation {
     let protocol = &report.protocol;
     let metrics =
-        [("ppl", Some(row.ppl)), ("delta_ppl", row.delta_ppl), ("kld", row.kld), ("top1", row.top1)];
+        [Metric::Ppl, Metric::DeltaPpl, Metric::Kld, Metric::Top1].map(|m| (m.describe().name, row.value(m)));
     Evaluation {
         protocol: protocol.name.to_string(),
         n_ctx: protocol.n_ctx,

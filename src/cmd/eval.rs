@@ -28,7 +28,7 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     let mut report = measure::run(&request, baseline.as_ref(), &models.iter().collect::<Vec<_>>(), printer)?;
     if !args.kld {
         for row in &mut report.rows {
-            (row.kld, row.kld_se, row.kld_p99, row.top1) = (None, None, None, None);
+            row.without_divergence();
         }
     }
     write(args, &report, printer)?;

@@ -11,7 +11,8 @@ use crate::backend::cuda::{Cuda, Precision};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
-use crate::eval::{self, Protocol, Report, Scored, Subject};
+use crate::eval::report::{self, Report};
+use crate::eval::{self, Protocol, Scored, Subject, Text};
 use crate::model::Model;
 use crate::output::{Printer, Unit};
 
@@ -24,8 +25,7 @@ const MIN_WINDOWS: u64 = 4;
 
 /// What to measure, on what text and where.
 pub struct Request {
-    protocol: Protocol,
-    tokens: Vec<u32>,
+    text: Text,
     device: String,
     precise: bool,
 }
@@ -49,14 +49,16 @@ impl Request {
         let all = args.text.is_some().then_some(usize::MAX);
         let windows = args.windows.map(|n| n as usize).or(all).unwrap_or(DEFAULT_WINDOWS);
         let protocol = Protocol::new(scored, n_ctx, Some(windows), &text, &tokens, bos)?;
-        Ok(Request { protocol, tokens, device: device.to_string(), precise: args.precise })
+        let text = Text { name: "text".to_string(), tokens, protocol };
+        Ok(Request { text, device: device.to_string(), precise: args.precise })
     }
 
     /// Lowers the number of windows to what a validation may cost with a model of that many weights.
     pub fn within_budget(mut self, weights: u64) -> Self {
-        let window = weights.max(1) * self.protocol.n_ctx as u64;
+        let protocol = &mut self.text.protocol;
+        let window = weights.max(1) * protocol.n_ctx as u64;
         let affordable = (VALIDATION_BUDGET / window).max(MIN_WINDOWS) as usize;
-        self.protocol.windows = self.protocol.windows.min(affordable);
+        protocol.windows = protocol.windows.min(affordable);
         self
     }
 }
@@ -106,14 +108,17 @@ fn run_on<B: Backend>(
         baseline.zip(baseline_model.as_ref()).map(|(checkpoint, model)| subject(checkpoint, model));
     let subjects: Vec<_> =
         models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
-    let runs = request.protocol.windows * (subjects.len() + baseline.iter().len());
+    let everyone: Vec<&Subject<B>> = baseline.iter().chain(&subjects).collect();
+    let runs = request.text.protocol.windows * everyone.len();
     let bar = printer.bar(runs as u64, "measuring", Unit::Count);
-    let report =
-        eval::run(backend, baseline.as_ref(), &subjects, &request.tokens, &request.protocol, &|done, _| {
-            bar.set_position(done as u64)
-        })?;
+    let samples = eval::run(backend, baseline.as_ref(), &subjects, &request.text, &|n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    Ok(report)
+    Ok(Report {
+        protocol: request.text.protocol.clone(),
+        rows: report::rows(&everyone, &samples, true),
+        slices: Vec::new(),
+        positions: report::positions(&everyone, &samples, &request.text),
+    })
 }
 
 fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {

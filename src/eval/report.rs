@@ -3,12 +3,19 @@
 use std::io::Write;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
+use super::metric::{METRICS, Measures, Metric};
 use super::protocol::Protocol;
+use super::samples::{Samples, StandardErrors};
+use super::{Subject, Text};
+use crate::backend::Backend;
 
-/// One model's results. Columns that need a baseline are absent (null, empty) without one and in the baseline's own row.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// One model's results on one text. Columns that need a baseline are absent (null, empty) without one and in the
+/// baseline's own row.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Row {
     /// Name as the user gave it.
     pub model: String,
@@ -18,103 +25,248 @@ pub struct Row {
     pub bytes: u64,
     /// `8 · bytes / weights`.
     pub bits_per_weight: f64,
-    /// exp(mean negative log-likelihood).
-    pub ppl: f64,
-    /// `ppl` minus the baseline's.
-    pub delta_ppl: Option<f64>,
-    /// Standard error of `delta_ppl`, paired over windows; needs two windows.
-    pub delta_ppl_se: Option<f64>,
-    /// Mean over positions of KL(baseline ‖ model), nats.
-    pub kld: Option<f64>,
-    /// Standard error of `kld` over windows.
-    pub kld_se: Option<f64>,
-    /// 99th percentile of the positions' KL divergence.
-    pub kld_p99: Option<f64>,
-    /// Share of positions (0 to 1) where the model's most likely token is the baseline's.
-    pub top1: Option<f64>,
+    /// What was measured, with 95 % intervals over windows.
+    pub measures: Measures,
+    /// Standard errors over windows.
+    pub errors: StandardErrors,
     /// Scored positions.
     pub tokens: usize,
-    /// Tokens of all windows per second of forward pass and loss head. For a compared model the head's time includes the
-    /// baseline's logits.
-    pub tok_per_s: f64,
+    /// Tokens of all windows per second of forward pass, the loss head left out.
+    pub tok_per_s: Option<f64>,
 }
 
-/// Rows that share a protocol and so may be compared.
+/// Metrics that have a column of their own before the intervals; scripts rely on these columns and their order.
+const FIRST: [Metric; 5] = [Metric::Ppl, Metric::DeltaPpl, Metric::Kld, Metric::KldP99, Metric::Top1];
+
+impl Row {
+    /// Describes a model by its samples.
+    pub fn new<B: Backend>(subject: &Subject<B>, samples: &Samples, measures: Measures) -> Self {
+        Row {
+            model: subject.name.clone(),
+            format: subject.format.clone(),
+            bytes: subject.bytes,
+            bits_per_weight: subject.bits_per_weight,
+            measures,
+            errors: samples.standard_errors(),
+            tokens: samples.tokens(),
+            tok_per_s: samples.tok_per_s(),
+        }
+    }
+
+    /// Returns a metric's value.
+    pub fn value(&self, metric: Metric) -> Option<f64> {
+        self.measures.value(metric)
+    }
+
+    /// Keeps perplexity and what follows from it.
+    pub fn without_divergence(&mut self) {
+        let kept = [Metric::Ppl, Metric::DeltaPpl, Metric::DeltaPplPct, Metric::TokSRatio];
+        self.measures.retain(|metric| kept.contains(&metric));
+        self.errors.kld = None;
+    }
+
+    /// Returns all columns by name: the ones scripts rely on, then the other metrics, then every metric's interval.
+    pub fn columns(&self) -> Vec<(String, Value)> {
+        let column = |name: &str, value: Value| (name.to_string(), value);
+        let value = |metric: Metric| column(metric.describe().name, json!(self.value(metric)));
+        let mut columns = vec![
+            column("model", json!(self.model)),
+            column("format", json!(self.format)),
+            column("bytes", json!(self.bytes)),
+            column("bits_per_weight", json!(self.bits_per_weight)),
+            value(Metric::Ppl),
+            value(Metric::DeltaPpl),
+            column("delta_ppl_se", json!(self.errors.delta_ppl)),
+            value(Metric::Kld),
+            column("kld_se", json!(self.errors.kld)),
+            value(Metric::KldP99),
+            value(Metric::Top1),
+            column("tokens", json!(self.tokens)),
+            column("tok_per_s", json!(self.tok_per_s)),
+        ];
+        columns
+            .extend(METRICS.iter().filter(|row| !FIRST.contains(&row.metric)).map(|row| value(row.metric)));
+        for row in METRICS.iter().filter(|row| row.metric != Metric::KldMax) {
+            let interval = self.measures.get(row.metric).and_then(|estimate| estimate.interval);
+            columns.push(column(&format!("{}_low", row.name), json!(interval.map(|i| i[0]))));
+            columns.push(column(&format!("{}_high", row.name), json!(interval.map(|i| i[1]))));
+        }
+        columns
+    }
+}
+
+impl Serialize for Row {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let columns = self.columns();
+        let mut map = serializer.serialize_map(Some(columns.len()))?;
+        for (name, value) in &columns {
+            map.serialize_entry(name, value)?;
+        }
+        map.end()
+    }
+}
+
+/// The rows of one text or of a part of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Report {
+pub struct Part {
+    /// Slice name, or the positions within a window, `256-511`.
+    pub name: String,
     /// How the numbers were measured.
     pub protocol: Protocol,
     /// One row per model, the baseline first.
     pub rows: Vec<Row>,
 }
 
+/// Rows that share a protocol and so may be compared.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// How the numbers of `rows` were measured.
+    pub protocol: Protocol,
+    /// One row per model, the baseline first.
+    pub rows: Vec<Row>,
+    /// The same on other texts, one kind of content each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub slices: Vec<Part>,
+    /// The same by position within the window.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub positions: Vec<Part>,
+}
+
 impl Report {
-    /// Writes one JSON object: `{"protocol": …, "rows": […]}`.
+    /// Writes one JSON object: `{"protocol": …, "rows": […], …}`.
     pub fn write_json(&self, mut out: impl Write) -> Result<()> {
         serde_json::to_writer_pretty(&mut out, self)?;
         Ok(writeln!(out)?)
     }
 
-    /// Writes a header line and one line per row, with the fields of [`Row`].
+    /// Writes a header line and one line per row, with the columns of [`Row`] and `slice`: empty for the whole text, else
+    /// the name of the slice or the positions.
     pub fn write_csv(&self, out: impl Write) -> Result<()> {
         let mut writer = csv::Writer::from_writer(out);
-        for row in &self.rows {
-            writer.serialize(row)?;
+        let names = Row::default().columns().into_iter().map(|(name, _)| name);
+        writer.write_record(names.chain(["slice".to_string()]))?;
+        let parts = self.slices.iter().chain(&self.positions);
+        let parts = parts.flat_map(|part| part.rows.iter().map(|row| (row, part.name.as_str())));
+        for (row, slice) in self.rows.iter().map(|row| (row, "")).chain(parts) {
+            let fields = row.columns().into_iter().map(|(_, value)| match value {
+                Value::Null => String::new(),
+                Value::String(text) => text,
+                value => value.to_string(),
+            });
+            writer.write_record(fields.chain([slice.to_string()]))?;
         }
         Ok(writer.flush()?)
     }
 }
 
+/// First positions of the buckets that windows are cut into, so that drift in long contexts shows.
+const BUCKETS: [usize; 9] = [0, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768];
+
+/// Returns the rows of a text: one per subject, the baseline first.
+pub fn rows<B: Backend>(subjects: &[&Subject<B>], samples: &[Samples], timed: bool) -> Vec<Row> {
+    let rows = subjects.iter().zip(samples).enumerate();
+    rows.map(|(at, (subject, own))| {
+        let mut measures = own.measures();
+        if timed && at > 0 && measures.get(Metric::Kld).is_some() {
+            measures.0[Metric::TokSRatio as usize] = own.speed_ratio(&samples[0]);
+        }
+        Row::new(subject, own, measures)
+    })
+    .collect()
+}
+
+/// Returns the rows of every position bucket; none if all scored positions lie in one.
+pub fn positions<B: Backend>(subjects: &[&Subject<B>], samples: &[Samples], text: &Text) -> Vec<Part> {
+    let scored = text.protocol.scored();
+    let ends = BUCKETS[1..].iter().copied().chain([usize::MAX]);
+    let buckets: Vec<_> = BUCKETS
+        .into_iter()
+        .zip(ends)
+        .map(|(first, end)| first.max(scored.start)..end.min(scored.end))
+        .filter(|bucket| !bucket.is_empty())
+        .collect();
+    if buckets.len() < 2 {
+        return Vec::new();
+    }
+    let part = |bucket: &std::ops::Range<usize>| {
+        let within = bucket.start - scored.start..bucket.end - scored.start;
+        let rows = subjects.iter().zip(samples).map(|(subject, samples)| Row {
+            tokens: within.len() * text.protocol.windows,
+            errors: StandardErrors::default(),
+            tok_per_s: None,
+            ..Row::new(subject, samples, samples.measures_of(within.clone()))
+        });
+        Part {
+            name: format!("{}-{}", bucket.start, bucket.end - 1),
+            protocol: text.protocol.clone(),
+            rows: rows.collect(),
+        }
+    };
+    buckets.iter().map(part).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eval::metric::Estimate;
     use crate::eval::protocol::Scored;
 
     fn report() -> Report {
-        let row = Row {
+        let mut row = Row {
             model: "a,b".into(),
             format: "bf16".into(),
             bytes: 10,
             bits_per_weight: 16.0,
-            ppl: 6.5,
-            delta_ppl: None,
-            delta_ppl_se: None,
-            kld: None,
-            kld_se: None,
-            kld_p99: None,
-            top1: None,
             tokens: 255,
-            tok_per_s: 1000.0,
+            tok_per_s: Some(1000.0),
+            ..Row::default()
         };
-        let compared = Row { format: "mxfp4".into(), kld: Some(0.25), top1: Some(0.5), ..row.clone() };
-        Report {
-            protocol: Protocol::new(Scored::default(), 512, None, "text", &[1; 600], None).unwrap(),
-            rows: vec![row, compared],
-        }
+        row.measures.0[Metric::Ppl as usize] = Some(Estimate { value: 6.5, interval: None });
+        let mut compared = Row { format: "mxfp4".into(), ..row.clone() };
+        compared.measures.0[Metric::Kld as usize] =
+            Some(Estimate { value: 0.25, interval: Some([0.1, 0.5]) });
+        compared.measures.0[Metric::Top1 as usize] = Some(Estimate { value: 0.5, interval: None });
+        let protocol = Protocol::new(Scored::default(), 512, None, "text", &[1; 600], None).unwrap();
+        let slice = Part { name: "code".into(), protocol: protocol.clone(), rows: vec![compared.clone()] };
+        Report { protocol, rows: vec![row, compared], slices: vec![slice], positions: Vec::new() }
     }
 
-    const COLUMNS: &str = "model,format,bytes,bits_per_weight,ppl,delta_ppl,delta_ppl_se,kld,kld_se,kld_p99,top1,tokens,tok_per_s";
+    const CONTRACT: &str = "model,format,bytes,bits_per_weight,ppl,delta_ppl,delta_ppl_se,kld,kld_se,kld_p99,top1,tokens,tok_per_s";
 
     #[test]
-    fn csv_has_the_contract_columns_and_quotes_names() {
+    fn csv_starts_with_the_contract_columns_and_quotes_names() {
         let mut out = Vec::new();
         report().write_csv(&mut out).unwrap();
-        let expected = format!(
-            "{COLUMNS}\n\"a,b\",bf16,10,16.0,6.5,,,,,,,255,1000.0\n\"a,b\",mxfp4,10,16.0,6.5,,,0.25,,,0.5,255,1000.0\n"
-        );
-        assert_eq!(String::from_utf8(out).unwrap(), expected);
+        let out = String::from_utf8(out).unwrap();
+        let lines: Vec<&str> = out.lines().collect();
+        assert!(lines[0].starts_with(&format!("{CONTRACT},delta_ppl_pct,kld_median,")), "{}", lines[0]);
+        assert!(lines[0].ends_with(",tok_s_ratio_low,tok_s_ratio_high,slice"), "{}", lines[0]);
+        assert!(lines[1].starts_with("\"a,b\",bf16,10,16.0,6.5,,,,,,,255,1000.0,"), "{}", lines[1]);
+        assert!(lines[2].starts_with("\"a,b\",mxfp4,10,16.0,6.5,,,0.25,,,0.5,255,1000.0,"), "{}", lines[2]);
+        assert!(lines[1].ends_with(',') && lines[3].ends_with(",code"), "{out}");
     }
 
     #[test]
     fn json_has_the_protocol_and_the_same_columns() {
         let mut out = Vec::new();
         report().write_json(&mut out).unwrap();
-        let json: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        let json: Value = serde_json::from_slice(&out).unwrap();
         assert_eq!(json["protocol"]["name"], "llama.cpp");
         assert_eq!(json["protocol"]["windows"], 1);
-        let columns: Vec<&String> = json["rows"][0].as_object().unwrap().keys().collect();
-        assert_eq!(columns, COLUMNS.split(',').collect::<Vec<_>>());
-        assert_eq!(json["rows"][0]["kld"], serde_json::Value::Null);
-        assert_eq!(json["rows"][1]["kld"], 0.25);
+        let columns: Vec<&str> = json["rows"][0].as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(columns[..13].join(","), CONTRACT);
+        assert_eq!(json["rows"][0]["kld"], Value::Null);
+        let compared = &json["slices"][0]["rows"][0];
+        assert_eq!((&compared["kld"], &compared["kld_high"]), (&json!(0.25), &json!(0.5)));
+        assert!(json.get("positions").is_none());
+    }
+
+    #[test]
+    fn columns_are_unique() {
+        let mut names: Vec<String> = Row::default().columns().into_iter().map(|(name, _)| name).collect();
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
     }
 }
