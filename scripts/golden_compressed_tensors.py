@@ -18,23 +18,38 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
 
 MXFP4 = dict(num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8", zp_dtype="torch.uint8")
+NVFP4 = dict(
+    num_bits=4, type="float", strategy="tensor_group", group_size=16,
+    scale_dtype="torch.float8_e4m3fn", zp_dtype="torch.float8_e4m3fn",
+)
+FP8_PER_TOKEN = dict(num_bits=8, type="float", strategy="token", dynamic=True)
 PER_TOKEN = dict(num_bits=8, type="int", strategy="token", dynamic=True)
 
 # file: (format, weights, input_activations, rows, cols)
 CASES = {
     "mxfp4": ("mxfp4-pack-quantized", MXFP4, None, 8, 128),
+    "nvfp4": ("nvfp4-pack-quantized", NVFP4, None, 8, 128),
+    "fp8": ("float-quantized", dict(num_bits=8, type="float", strategy="channel"), None, 5, 64),
+    "fp8_w8a8": ("float-quantized", dict(num_bits=8, type="float", strategy="channel"), FP8_PER_TOKEN, 5, 64),
+    "int4_group128": ("pack-quantized", dict(num_bits=4, type="int", strategy="group", group_size=128), None, 5, 256),
+    "int4_group32": ("pack-quantized", dict(num_bits=4, type="int", strategy="group", group_size=32), None, 5, 96),
     "int8_channel": ("pack-quantized", dict(num_bits=8, type="int", strategy="channel"), None, 5, 64),
     "int8_group32": ("pack-quantized", dict(num_bits=8, type="int", strategy="group", group_size=32), None, 5, 96),
     "int8_odd_width": ("pack-quantized", dict(num_bits=8, type="int", strategy="channel"), None, 3, 33),
     "int8_w8a8": ("int-quantized", dict(num_bits=8, type="int", strategy="channel"), PER_TOKEN, 5, 33),
 }
 
+LIMITS = {("float", 4): 6, ("float", 8): 448, ("int", 4): 7.5, ("int", 8): 127.5}
+
 
 def scales(weights: dict, rows: int, cols: int) -> torch.Tensor:
-    """Positive BF16 scales over many binades; powers of two for MXFP4."""
+    """Positive BF16 scales over many binades; powers of two for MXFP4, values of E4M3 for NVFP4."""
     groups = cols // weights.get("group_size", cols)
     exponents = torch.randint(-40, 8, (rows, groups)).float()
-    mantissas = torch.ones(rows, groups) if weights["type"] == "float" else 1 + torch.rand(rows, groups)
+    if weights is NVFP4:
+        exponents = torch.randint(-6, 8, (rows, groups)).float()
+        return ((1 + torch.rand(rows, groups)) * 2**exponents).to(torch.float8_e4m3fn).to(torch.bfloat16)
+    mantissas = torch.ones(rows, groups) if weights is MXFP4 else 1 + torch.rand(rows, groups)
     return (mantissas * 2**exponents).to(torch.bfloat16)
 
 
@@ -56,9 +71,14 @@ def main() -> None:
         )
         scheme = config.config_groups["group_0"]
         scale = scales(weights, rows, cols)
-        dense = weight(scale, 6 if weights["type"] == "float" else 127.5, cols)
+        limit = LIMITS[weights["type"], weights["num_bits"]]
+        module = {"weight": weight(scale, limit, cols), "weight_scale": scale}
+        if weights is NVFP4:
+            # A power of two, so that dividing by it is exact; the weights are in its units.
+            module["weight_global_scale"] = torch.tensor([64.0])
+            module["weight"] = module["weight"] / 64
         compressor = BaseCompressor.get_value_from_registry(fmt)
-        stored = compressor.compress({"weight": dense, "weight_scale": scale}, scheme)
+        stored = compressor.compress(module, scheme)
         back = compressor.decompress(stored, scheme)["weight"]
         tensors = {key: value.contiguous() for key, value in stored.items()}
         tensors["decompressed"] = back.to(torch.bfloat16)

@@ -61,7 +61,7 @@ pub enum Command {
 pub struct ConvertArgs {
     /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
     pub model: Option<String>,
-    /// What to write, one or several: mxfp4, int8, int8-w8a8, q4_k_m, q4_k_s, q5_k_m, q5_k_s, q6_k, q8_0, q4_0
+    /// What to write, one or several: mxfp4, nvfp4, fp8, fp8-w8a8, int4, int8, int8-w8a8, q4_k_m, q4_k_s, q5_k_m, q5_k_s, q6_k, q8_0, q4_0
     #[arg(long, short, required = true, value_delimiter = ',', value_name = "FORMAT")]
     pub format: Vec<String>,
     /// Who will read it: compressed-tensors (vLLM, transformers) or gguf (llama.cpp) [default: the format's own]
@@ -73,7 +73,7 @@ pub struct ConvertArgs {
     /// How the power-of-two scales of mxfp4 are chosen
     #[arg(long, value_enum, default_value_t = ScaleRuleArg::Search)]
     pub scale_rule: ScaleRuleArg,
-    /// Columns that share a scale (int8): 32, 64 or 128 [default: the whole row]
+    /// Columns that share a scale: 32, 64 or 128 [default: the whole row for int8, 128 for int4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub group_size: Option<u32>,
     /// One scheme for every matrix instead of the format's mix (GGUF)

@@ -93,6 +93,20 @@ const ROWS: &[Row] = &[
     (
         CT,
         "vLLM",
+        has_nvfp4,
+        If,
+        "GPU of compute capability 7.5 or later: unpacked as it multiplies (Marlin); not on CPUs",
+    ),
+    (
+        CT,
+        "vLLM",
+        has_fp8,
+        If,
+        "CPU, or GPU of compute capability 7.5 or later; below 8.9 inputs stay in 16 bits",
+    ),
+    (
+        CT,
+        "vLLM",
         has_w8a8,
         If,
         "CPU, or GPU of compute capability 7.5 to 9.0; from 10.0 on it fails unless \
@@ -107,6 +121,7 @@ const ROWS: &[Row] = &[
         "it has no dense MXFP4 in compressed-tensors; use `--format int8` or int8-w8a8",
     ),
     (CT, "SGLang", fused_apart, No, FUSED_APART),
+    (CT, "SGLang", has_fp8, If, "GPU of compute capability 8.9 or later"),
     (CT, "SGLang", always, If, "GPU of compute capability 8.0 or later"),
     (
         CT,
@@ -162,7 +177,15 @@ fn stores(output: &Output, test: impl Fn(&Scheme, Activations) -> bool) -> bool 
 }
 
 fn has_mxfp4(output: &Output) -> bool {
-    stores(output, |scheme, _| scheme.element == Element::E2M1)
+    stores(output, |scheme, _| scheme.element == Element::E2M1 && scheme.outer.is_none())
+}
+
+fn has_nvfp4(output: &Output) -> bool {
+    stores(output, |scheme, _| scheme.element == Element::E2M1 && scheme.outer.is_some())
+}
+
+fn has_fp8(output: &Output) -> bool {
+    stores(output, |scheme, _| scheme.element == Element::E4M3)
 }
 
 fn has_w8a8(output: &Output) -> bool {

@@ -230,6 +230,7 @@ impl SchemeRecord {
             activations: match activations {
                 Activations::Full => None,
                 Activations::Int8PerToken => Some("int8 per token".into()),
+                Activations::Fp8PerToken => Some("e4m3 per token".into()),
             },
         }
     }

@@ -67,6 +67,15 @@ impl Role {
         !matches!(self, Embed | OutputNorm | Head | RopeFreqs)
     }
 
+    /// Returns the role that stands for all that engines join into one matrix: q for q, k, v; gate for gate, up.
+    pub fn joined(self) -> Role {
+        match self {
+            Q | K | V => Q,
+            Gate | Up => Gate,
+            other => other,
+        }
+    }
+
     /// Whether this is a decoder linear `[out_features, in_features]`: what weight-only formats quantize.
     pub fn is_linear(self) -> bool {
         matches!(self, Q | K | V | O | Gate | Up | Down)

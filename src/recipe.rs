@@ -9,7 +9,7 @@ use crate::dialect::{self, Dialect};
 use crate::names::TensorId;
 use crate::scheme::fit::ScaleRule;
 use crate::scheme::mix::{self, FORMATS, Format};
-use crate::scheme::{Activations, Span, schemes};
+use crate::scheme::{Activations, schemes};
 
 /// How codes are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -67,16 +67,15 @@ impl Recipe {
             );
         }
         let Some(dialect) = dialect::by_name(name) else { bail!("`--dialect {name}` is not known") };
-        match (group_size, format.base.group) {
+        match (group_size, format.name) {
             (None, _) => {}
-            (Some(size @ (32 | 64 | 128)), Span::Row) if format.name == "int8" => {
-                format.base = schemes::int8_grouped(size)
-            }
-            (Some(size), Span::Row) if format.name == "int8" => {
+            (Some(size @ (32 | 64 | 128)), "int8") => format.base = schemes::int8_grouped(size),
+            (Some(size @ (32 | 64 | 128)), "int4") => format.base = schemes::int4_grouped(size),
+            (Some(size), "int8" | "int4") => {
                 bail!("`--group-size {size}`: engines read groups of 32, 64 or 128")
             }
-            (Some(_), _) => {
-                bail!("`--group-size` belongs to `--format int8`; `{}` has a fixed block", format.name)
+            (Some(_), name) => {
+                bail!("`--group-size` belongs to `--format int8` and `int4`; `{name}` has a fixed block")
             }
         }
         Ok(Recipe {
@@ -99,6 +98,7 @@ impl Recipe {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scheme::Span;
 
     fn error(format: &str, dialect: Option<&str>, group_size: Option<u32>) -> String {
         Recipe::new(format, dialect, group_size).err().map(|e| e.to_string()).unwrap_or_default()

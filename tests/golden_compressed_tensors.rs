@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use half::bf16;
+use quant::container::Storage;
 use quant::dialect::Dialect;
 use quant::dialect::compressed_tensors::CompressedTensors;
 use quant::dialect::compressed_tensors::config::Quantization;
@@ -36,7 +37,8 @@ fn check(name: &str, wanted: Scheme, wanted_activations: Activations) {
     for part in &parts {
         let stored = file.tensor(part.suffix).unwrap();
         assert_eq!(stored.shape(), part.shape, "{name} {}", part.suffix);
-        assert_eq!(format!("Plain({:?})", stored.dtype()), format!("{:?}", part.storage), "{}", part.suffix);
+        let Storage::Plain(dtype) = part.storage else { panic!("{}: no plain numbers", part.suffix) };
+        assert_eq!(stored.dtype().to_string(), dtype.to_string(), "{}", part.suffix);
         if let Some(fixed) = &part.fixed {
             assert_eq!(stored.data(), fixed, "{name} {}", part.suffix);
         }
@@ -62,6 +64,23 @@ fn check(name: &str, wanted: Scheme, wanted_activations: Activations) {
 #[test]
 fn mxfp4_equals_the_library() {
     check("mxfp4", schemes::MXFP4, Activations::Full);
+}
+
+#[test]
+fn nvfp4_equals_the_library() {
+    check("nvfp4", schemes::NVFP4, Activations::Full);
+}
+
+#[test]
+fn fp8_equals_the_library() {
+    check("fp8", schemes::FP8, Activations::Full);
+    check("fp8_w8a8", schemes::FP8, Activations::Fp8PerToken);
+}
+
+#[test]
+fn int4_in_groups_equals_the_library() {
+    check("int4_group128", schemes::INT4, Activations::Full);
+    check("int4_group32", schemes::int4_grouped(32), Activations::Full);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 usage: transformers_ppl.py FOLDER TEXT EVAL_JSON
 The library unpacks the weights and says whose inputs are quantized; products are F32, as in our evaluation, so that only
 the reading of the file differs. Inputs are quantized by vLLM's rule, scale = max|x| / 127 (the library would divide by
-127.5). Even so W8A8 agrees only statistically: a difference of 1e-7 before a rounding becomes a whole step after it.
+127.5) or / 448 for FP8. Even so W8A8 agrees only statistically: a difference of 1e-7 before a rounding becomes a whole step after it.
 """
 import json
 import math
@@ -34,13 +34,19 @@ def int8_per_token(_module, inputs):
     return (torch.round(inputs[0] / scale).clamp(-127, 127) * scale,)
 
 
+def fp8_per_token(_module, inputs):
+    """Rounds every row to E4M3 and back."""
+    scale = inputs[0].abs().amax(-1, keepdim=True) / 448
+    return ((inputs[0] / scale).to(torch.float8_e4m3fn).float() * scale,)
+
+
 for module in model.modules():
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is not None and scheme.input_activations is not None:
         args = scheme.input_activations
-        assert (args.num_bits, args.type, args.strategy, args.dynamic) == (8, "int", "token", True), args
+        assert (args.num_bits, args.strategy, args.dynamic) == (8, "token", True), args
         module.quantization_enabled = False
-        module.register_forward_pre_hook(int8_per_token)
+        module.register_forward_pre_hook({"int": int8_per_token, "float": fp8_per_token}[args.type])
 
 nll = 0.0
 with torch.no_grad():

@@ -18,7 +18,7 @@ use crate::model::TensorSource;
 use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::config::Config;
 use crate::names::{Role, TensorId};
-use crate::scheme::fit::fit;
+use crate::scheme::fit::{self, fit};
 use crate::scheme::{Activations, QTensor, Scheme};
 use crate::tensor::Matrix;
 
@@ -220,10 +220,14 @@ impl<B: SecondMoments> Run<'_, B> {
         let tokens = moments.tokens;
         let solver = Solver::new(moments, self.request.settings.knobs(roles[0]))
             .with_context(|| format!("{}", wanted[0].0))?;
+        // What engines join into one matrix gets one factor.
+        let joined = wanted.iter().any(|(_, scheme)| fit::global_scale(scheme, 1.0).is_some());
+        let amax = joined.then(|| shared_amax(source, &wanted)).transpose()?;
         for (id, scheme) in wanted {
             let weight = source.read(id)?;
+            let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
             let solved = solver
-                .quantize(&weight.to_f32(), weight.dims()[0], scheme)
+                .quantize(&weight.to_f32(), weight.dims()[0], scheme, global)
                 .with_context(|| format!("{id}"))?;
             let linear = quantized.linear_mut(id.role).context("stages list linears only")?;
             linear.weight = self.backend.upload(Matrix::Quantized(solved.q.clone()))?;
@@ -258,7 +262,7 @@ impl<B: SecondMoments> Run<'_, B> {
                 let moments = sums.moments()?;
                 let tokens = moments.tokens;
                 let solver = Solver::new(moments, self.request.settings.knobs(Role::Head))?;
-                let solved = solver.quantize(&weight.to_f32(), weight.dims()[0], scheme)?;
+                let solved = solver.quantize(&weight.to_f32(), weight.dims()[0], scheme, None)?;
                 let q = solved.q.clone();
                 (self.emit)(Calibrated { id, solved, tokens })?;
                 Some(q)
@@ -283,6 +287,12 @@ impl<B: SecondMoments> Run<'_, B> {
         }
         Ok((count > 0).then(|| sum / count as f64))
     }
+}
+
+/// Returns the largest magnitude of several weights.
+fn shared_amax(source: &impl TensorSource, tensors: &[(TensorId, Scheme)]) -> Result<f32> {
+    let amax = |&(id, _): &(TensorId, Scheme)| Ok(fit::amax(&source.read(id)?.to_f32()));
+    tensors.iter().map(amax).try_fold(0f32, |largest, amax: Result<f32>| Ok(largest.max(amax?)))
 }
 
 /// Moments while they are summed, with the backend.

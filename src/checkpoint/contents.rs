@@ -227,7 +227,9 @@ pub(super) fn main_format(tensors: &BTreeMap<TensorId, TensorInfo>) -> String {
         let name = match info.stored {
             Stored::Dense(dtype) => dtype.to_string().to_lowercase(),
             Stored::Quantized(scheme, Activations::Full) => scheme.name.to_string(),
-            Stored::Quantized(scheme, Activations::Int8PerToken) => format!("{}-w8a8", scheme.name),
+            Stored::Quantized(scheme, Activations::Int8PerToken | Activations::Fp8PerToken) => {
+                format!("{}-w8a8", scheme.name)
+            }
         };
         *weights.entry(name).or_default() += info.weights();
     }

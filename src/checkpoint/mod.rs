@@ -153,8 +153,12 @@ impl Checkpoint {
         let count = info.shape.first().copied().unwrap_or(1).max(1) as u64;
         let mut buffers = Vec::new();
         for part in &self.parts[&id] {
-            let row_bytes = part.spec.bytes() / count;
             let file = &self.files[part.file];
+            if part.spec.shape.len() < info.shape.len() {
+                buffers.push(file.read(part.start, part.spec.bytes())?);
+                continue;
+            }
+            let row_bytes = part.spec.bytes() / count;
             buffers
                 .push(file.read(part.start + rows.start as u64 * row_bytes, rows.len() as u64 * row_bytes)?);
         }

@@ -253,7 +253,7 @@ fn recipe_json(recipe: &Recipe) -> Value {
         "method": recipe.method.to_string(),
         "scale_rule": recipe.scale_rule.to_string(),
     });
-    if let (Some(object), Span::Cols(size), "int8") =
+    if let (Some(object), Span::Cols(size), "int8" | "int4") =
         (json.as_object_mut(), recipe.format.base.group, recipe.format.name)
     {
         object.insert("group_size".into(), size.into());

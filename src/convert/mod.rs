@@ -65,7 +65,15 @@ fn write_rows(
 ) -> Result<()> {
     let streamed = step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none());
     for (index, bytes) in streamed.zip(parts) {
-        let row_bytes = plan.outputs[index].spec.bytes() / step.rows() as u64;
+        let spec = &plan.outputs[index].spec;
+        if spec.shape.len() < step.shape.len() {
+            // Of the whole tensor: every chunk of rows packs the same.
+            if rows.start == 0 {
+                sink.write(index, 0, bytes)?;
+            }
+            continue;
+        }
+        let row_bytes = spec.bytes() / step.rows() as u64;
         debug_assert_eq!(bytes.len() as u64, row_bytes * rows.len() as u64);
         sink.write(index, rows.start as u64 * row_bytes, bytes)?;
     }

@@ -1,5 +1,6 @@
 //! Nearest codes in chunks of rows: read, fit, pack, write, in parallel; memory does not grow with the model.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
@@ -8,8 +9,9 @@ use rayon::prelude::*;
 use super::{Cost, pack, write_decided, write_rows};
 use crate::checkpoint::Checkpoint;
 use crate::container::Sink;
+use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
-use crate::scheme::fit::fit;
+use crate::scheme::fit::{self, fit_under};
 use crate::scheme::{Distortion, Scheme};
 use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite};
 
@@ -42,13 +44,15 @@ pub(super) fn stream(
     progress: &(dyn Fn(u64) + Sync),
     chosen: impl Fn(&Step) -> bool,
 ) -> Result<Vec<Cost>> {
-    let steps = plan.steps.iter().enumerate().filter(|(_, step)| chosen(step));
-    let jobs: Vec<Job> = steps.flat_map(|(i, step)| jobs(i, step)).collect();
+    let steps = || plan.steps.iter().enumerate().filter(|(_, step)| chosen(step));
+    let globals = shared_factors(source, steps().map(|(_, step)| step))?;
+    let jobs: Vec<Job> = steps().flat_map(|(i, step)| jobs(i, step)).collect();
     let done: Vec<Distortion> = jobs
         .par_iter()
         .map(|job| {
             let step = &plan.steps[job.step];
-            let distortion = run(source, plan, sink, step, job.rows.clone())
+            let global = globals.get(&joined(step.id)).copied();
+            let distortion = run(source, plan, sink, step, job.rows.clone(), global)
                 .with_context(|| format!("{}: `{}`", source.path.display(), step.id))?;
             progress((job.rows.len() * step.cols()) as u64);
             Ok(distortion)
@@ -60,6 +64,34 @@ pub(super) fn stream(
         distortions[job.step] += distortion;
     }
     Ok(distortions.iter().map(|d| Cost { error: d.relative(), error_nearest: None }).collect())
+}
+
+/// Returns the factors of schemes that have one for a whole tensor: one for all linears that engines join.
+fn shared_factors<'a>(
+    source: &Checkpoint,
+    steps: impl Iterator<Item = &'a Step>,
+) -> Result<BTreeMap<TensorId, f32>> {
+    let mut members: BTreeMap<TensorId, (Scheme, Vec<TensorId>)> = BTreeMap::new();
+    for step in steps {
+        if let Action::Quantize(scheme) = step.action
+            && fit::global_scale(&scheme, 1.0).is_some()
+        {
+            members.entry(joined(step.id)).or_insert((scheme, vec![])).1.push(step.id);
+        }
+    }
+    let factor = |(id, (scheme, members)): (TensorId, (Scheme, Vec<TensorId>))| {
+        let mut amax = 0f32;
+        for member in members {
+            amax = amax.max(fit::amax(&source.read(member)?.to_f32()));
+        }
+        Ok((id, fit::global_scale(&scheme, amax).unwrap_or(1.0)))
+    };
+    members.into_par_iter().map(factor).collect()
+}
+
+/// Returns the tensor that stands for all that engines join with this one.
+fn joined(id: TensorId) -> TensorId {
+    TensorId { role: id.role.joined(), ..id }
 }
 
 /// Some rows of one step.
@@ -88,6 +120,7 @@ fn run(
     sink: &dyn Sink,
     step: &Step,
     rows: Range<usize>,
+    global: Option<f32>,
 ) -> Result<Distortion> {
     let matrix = source.read_rows(step.id, rows.clone())?;
     let [chunk_rows, cols] = matrix.dims();
@@ -104,7 +137,7 @@ fn run(
     }
     let (distortion, parts) = match step.action {
         Action::Keep(dtype) => (Distortion::default(), vec![keep(&matrix, &weights, dtype, step)]),
-        Action::Quantize(scheme) => quantize(&weights, cols, scheme, plan, step)?,
+        Action::Quantize(scheme) => quantize(&weights, cols, scheme, global, plan, step)?,
     };
     write_rows(plan, sink, step, rows, &parts)?;
     Ok(distortion)
@@ -132,10 +165,11 @@ fn quantize(
     weights: &[f32],
     cols: usize,
     scheme: Scheme,
+    global: Option<f32>,
     plan: &Plan,
     step: &Step,
 ) -> Result<(Distortion, Vec<Vec<u8>>)> {
     let rows = weights.len() / cols;
-    let q = fit(scheme, weights, rows, cols, None, plan.recipe.scale_rule);
+    let q = fit_under(global, scheme, weights, rows, cols, None, plan.recipe.scale_rule);
     Ok((q.distortion(weights, None), pack(q, plan, step)?))
 }

@@ -19,7 +19,8 @@ pub struct Part {
     pub suffix: &'static str,
     /// Number type or ggml block type.
     pub storage: Storage,
-    /// Row-major shape in elements of `storage`. Unless `fixed`, the first axis is the rows.
+    /// Row-major shape in elements of `storage`. Unless `fixed`, the first axis of a matrix is the rows, and a vector
+    /// belongs to the tensor as a whole.
     pub shape: Vec<usize>,
     /// The bytes, where the shape alone decides them (`weight_shape`). Writers write them, readers compare them;
     /// [`Dialect::pack`] and [`Dialect::unpack`] do not see such a part.
@@ -51,7 +52,7 @@ pub trait Dialect: Sync {
     -> Result<Vec<Part>>;
 
     /// Returns one buffer per part that is not fixed. Rows are independent: packing a slice of rows gives that slice
-    /// of every buffer.
+    /// of every matrix, and every vector whole.
     fn pack(&self, q: &QTensor, activations: Activations) -> Result<Vec<Vec<u8>>>;
 
     /// Inverse of [`Dialect::pack`]: `parts` are the buffers of those rows, fixed parts left out. Errors on stored

@@ -107,6 +107,10 @@ pub fn candidates(row: &QTensor, group: usize, normal: &Normal) -> Vec<Stored> {
 fn neighbours(scheme: &Scheme, scale: f32) -> [f32; 2] {
     match scheme.scale {
         Codec::E8M0 => [scale / 2.0, scale * 2.0],
+        Codec::E4M3 => {
+            let byte = Codec::E4M3.encode(scale);
+            [byte.saturating_sub(1), (byte + 1).min(0x7e)].map(|byte| Codec::E4M3.decode(byte))
+        }
         Codec::U6 | Codec::I8 => [scale - 1.0, scale + 1.0],
         _ => {
             let (low, high) = scheme.element.range();

@@ -7,7 +7,7 @@ use super::gptq::{Feedback, gptq};
 use super::linalg;
 use super::mismatch::{Strength, corrected_target};
 use super::statistics::Moments;
-use crate::scheme::fit::{ScaleRule, fit};
+use crate::scheme::fit::{self, ScaleRule, fit_under};
 use crate::scheme::{QTensor, Scheme};
 
 /// The knobs of calibrated rounding of one matrix.
@@ -54,15 +54,24 @@ impl Solver {
         Ok(Solver { importances: moments.importances(), feedback, damped, moments, knobs })
     }
 
-    /// Returns the quantized form of `weights` `[rows, cols]`.
+    /// Returns the quantized form of `weights` `[rows, cols]`, under the factor `global` where the scheme has one for the
+    /// whole tensor (`None`: its own).
     ///
     /// # Errors
     /// If weights or moments are not finite.
-    pub fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme) -> Result<Solved> {
+    pub fn quantize(
+        &self,
+        weights: &[f32],
+        rows: usize,
+        scheme: Scheme,
+        global: Option<f32>,
+    ) -> Result<Solved> {
         let cols = self.moments.cols;
         ensure!(weights.iter().all(|w| w.is_finite()), "weights that are not finite");
         let target = corrected_target(weights, &self.moments, self.knobs.strength)?;
-        let mut q = fit(scheme, &target, rows, cols, Some(&self.importances), self.knobs.scale_rule);
+        let global = global.or_else(|| fit::global_scale(&scheme, fit::amax(weights)));
+        let importances = Some(&self.importances[..]);
+        let mut q = fit_under(global, scheme, &target, rows, cols, importances, self.knobs.scale_rule);
         let energy = self.energy(&target, rows).max(f64::MIN_POSITIVE);
         let error_nearest = self.error(&q, &target) / energy;
         gptq(&target, &mut q, &self.feedback);

@@ -46,8 +46,19 @@ const fn gguf(name: &'static str, about: &'static str, base: Scheme, mix: Mix) -
     Format { name, aliases: &[], about, dialects: &[GGUF], base, mix, activations: Activations::Full }
 }
 
+/// A compressed-tensors format of the decoder linears.
+const fn linears(
+    name: &'static str,
+    aliases: &'static [&'static str],
+    about: &'static str,
+    base: Scheme,
+    activations: Activations,
+) -> Format {
+    Format { name, aliases, about, dialects: &[CT], base, mix: Mix::Linears, activations }
+}
+
 /// All formats.
-pub const FORMATS: [Format; 10] = [
+pub const FORMATS: [Format; 14] = [
     Format {
         name: "mxfp4",
         aliases: &["mxfp4a16"],
@@ -57,24 +68,48 @@ pub const FORMATS: [Format; 10] = [
         mix: Mix::Linears,
         activations: Activations::Full,
     },
-    Format {
-        name: "int8",
-        aliases: &["w8a16"],
-        about: "8 bits, weights only, one scale per output channel or per --group-size columns (vLLM, transformers)",
-        dialects: &[CT],
-        base: INT8,
-        mix: Mix::Linears,
-        activations: Activations::Full,
-    },
-    Format {
-        name: "int8-w8a8",
-        aliases: &["w8a8"],
-        about: "8-bit weights per channel and 8-bit activations per token (vLLM, transformers)",
-        dialects: &[CT],
-        base: INT8,
-        mix: Mix::Linears,
-        activations: Activations::Int8PerToken,
-    },
+    linears(
+        "nvfp4",
+        &["nvfp4a16"],
+        "4.5 bits: E2M1 in blocks of 16 with E4M3 scales (vLLM, SGLang, transformers)",
+        NVFP4,
+        Activations::Full,
+    ),
+    linears(
+        "fp8",
+        &["fp8-w8a16"],
+        "8-bit floats (E4M3), weights only, one scale per output channel (vLLM, transformers)",
+        FP8,
+        Activations::Full,
+    ),
+    linears(
+        "fp8-w8a8",
+        &["fp8-dynamic", "fp8_dynamic"],
+        "8-bit floats, activations too, one scale per token (vLLM, SGLang, transformers)",
+        FP8,
+        Activations::Fp8PerToken,
+    ),
+    linears(
+        "int4",
+        &["w4a16"],
+        "4 bits, weights only, in groups of --group-size columns, 128 unless told (vLLM, SGLang, transformers)",
+        INT4,
+        Activations::Full,
+    ),
+    linears(
+        "int8",
+        &["w8a16"],
+        "8 bits, weights only, one scale per output channel or per --group-size columns (vLLM, transformers)",
+        INT8,
+        Activations::Full,
+    ),
+    linears(
+        "int8-w8a8",
+        &["w8a8"],
+        "8-bit weights per channel and 8-bit activations per token (vLLM, transformers)",
+        INT8,
+        Activations::Int8PerToken,
+    ),
     Format {
         aliases: &["q4_k"],
         ..gguf("q4_k_m", "llama.cpp's Q4_K_M: 4.5 bits, sensitive tensors in Q6_K", Q4_K, Mix::GgufMedium)

@@ -114,4 +114,6 @@ pub enum Activations {
     Full,
     /// INT8, symmetric, one scale per token: `scale = max|x| / 127`, codes rounded to nearest even, clamped to ±127.
     Int8PerToken,
+    /// FP8 E4M3, one scale per token: `scale = max|x| / 448`, values rounded to nearest even.
+    Fp8PerToken,
 }

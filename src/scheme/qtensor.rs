@@ -141,21 +141,34 @@ impl QTensor {
 
     fn copy_rows(&mut self, to: usize, source: &QTensor, from: Range<usize>) {
         debug_assert_eq!((self.scheme, self.cols), (source.scheme, source.cols));
-        let rows = self.rows;
+        let (rows, inner) = (self.rows, self.scheme.group);
+        let outer = self.scheme.outer.map_or(inner, |(span, _)| span);
         place_rows(&source.codes, &mut self.codes, rows, to, &from);
-        place_rows(&source.scales, &mut self.scales, rows, to, &from);
-        place_rows(&source.outer_scales, &mut self.outer_scales, rows, to, &from);
-        place_rows(&source.offsets, &mut self.offsets, rows, to, &from);
-        place_rows(&source.outer_offsets, &mut self.outer_offsets, rows, to, &from);
+        place_spans(inner, &source.scales, &mut self.scales, rows, to, &from);
+        place_spans(inner, &source.offsets, &mut self.offsets, rows, to, &from);
+        place_spans(outer, &source.outer_scales, &mut self.outer_scales, rows, to, &from);
+        place_spans(outer, &source.outer_offsets, &mut self.outer_offsets, rows, to, &from);
     }
 }
 
-/// Copies rows `from` of one field into `to_field`, a field of a `rows`-row tensor, starting at row `to`. A field with
-/// one entry for the whole tensor is copied whole.
+/// Copies rows `from` of one field into `to_field`, a field of a `rows`-row tensor, starting at row `to`.
 fn place_rows<T: Copy>(from_field: &[T], to_field: &mut [T], rows: usize, to: usize, from: &Range<usize>) {
-    match to_field.len() / rows.max(1) {
-        0 => to_field.copy_from_slice(from_field),
-        width => to_field[to * width..(to + from.len()) * width]
-            .copy_from_slice(&from_field[from.start * width..from.end * width]),
+    let width = to_field.len() / rows.max(1);
+    to_field[to * width..(to + from.len()) * width]
+        .copy_from_slice(&from_field[from.start * width..from.end * width]);
+}
+
+/// The same for a field with one number per span; what belongs to the whole tensor is copied whole.
+fn place_spans(
+    span: Span,
+    from_field: &[f32],
+    to_field: &mut [f32],
+    rows: usize,
+    to: usize,
+    from: &Range<usize>,
+) {
+    match span {
+        Span::Tensor => to_field.copy_from_slice(from_field),
+        Span::Row | Span::Cols(_) => place_rows(from_field, to_field, rows, to, from),
     }
 }

@@ -11,6 +11,16 @@ const SUPER_BLOCK: Option<(Span, Codec)> = Some((Span::Cols(256), Codec::F16));
 
 /// OCP MXFP4: 32 E2M1 values share a power of two. 4.25 bits per weight.
 pub const MXFP4: Scheme = flat("mxfp4", Element::E2M1, Span::Cols(32), Codec::E8M0);
+/// NVFP4: 16 E2M1 values share an E4M3 scale, under one F32 factor for the tensor (a power of two here, see
+/// [`super::fit::global_scale`]). 4.5 bits per weight.
+pub const NVFP4: Scheme = Scheme {
+    outer: Some((Span::Tensor, Codec::F32)),
+    ..flat("nvfp4", Element::E2M1, Span::Cols(16), Codec::E4M3)
+};
+/// FP8 (E4M3) with one BF16 scale per row.
+pub const FP8: Scheme = flat("fp8", Element::E4M3, Span::Row, Codec::BF16);
+/// INT4 in groups of 128 columns; [`int4_grouped`] sets another length.
+pub const INT4: Scheme = flat("int4", Element::Int(4), Span::Cols(128), Codec::BF16);
 /// INT8 with one BF16 scale per row (W8A16 and W8A8 weights).
 pub const INT8: Scheme = flat("int8", Element::Int(8), Span::Row, Codec::BF16);
 /// INT8 in groups along the row; [`int8_grouped`] sets the length.
@@ -48,11 +58,16 @@ pub const Q6_K: Scheme =
     Scheme { outer: SUPER_BLOCK, ..flat("q6_k", Element::Int(6), Span::Cols(16), Codec::I8) };
 
 /// All schemes; tests and dialects enumerate this.
-pub const ALL: [Scheme; 10] = [MXFP4, INT8, Q8_0, Q4_0, Q5_0, Q4_1, Q5_1, Q4_K, Q5_K, Q6_K];
+pub const ALL: [Scheme; 13] = [MXFP4, NVFP4, FP8, INT8, INT4, Q8_0, Q4_0, Q5_0, Q4_1, Q5_1, Q4_K, Q5_K, Q6_K];
 
 /// Returns INT8 with one scale per `group_size` columns.
 pub const fn int8_grouped(group_size: u32) -> Scheme {
     Scheme { group: Span::Cols(group_size), ..INT8_GROUPED }
+}
+
+/// Returns INT4 with one scale per `group_size` columns.
+pub const fn int4_grouped(group_size: u32) -> Scheme {
+    Scheme { group: Span::Cols(group_size), ..INT4 }
 }
 
 /// Returns the scheme of that name.

@@ -2,6 +2,8 @@
 
 use multiversion::multiversion;
 
+use crate::num::Element;
+
 /// Lanes of partial sums: as wide as the widest vectors, and a fixed order of summation on every machine.
 const LANES: usize = 16;
 
@@ -93,6 +95,18 @@ pub fn quantize_int8(row: &mut [f32]) {
     }
 }
 
+/// Replaces every row by what an FP8 engine computes with: scale · e4m3(x / scale), scale = max|x| / 448, ties to even
+/// ([`crate::scheme::Activations::Fp8PerToken`]).
+pub fn quantize_fp8(row: &mut [f32]) {
+    let amax = row.iter().fold(0.0f32, |a, &v| a.max(v.abs()));
+    let scale = amax / 448.0;
+    if scale > 0.0 {
+        for v in row {
+            *v = Element::E4M3.decode(Element::E4M3.encode(*v / scale)) * scale;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,6 +132,17 @@ mod tests {
         assert_eq!(exp(-1000.0), 0.0);
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(1000.0) > 3e38);
+    }
+
+    #[test]
+    fn fp8_inputs_have_the_values_of_the_definition() {
+        let mut row = [448.0, -448.0, 17.0, 0.001, 300.0];
+        quantize_fp8(&mut row);
+        // 17 lies between 16 and 18, a tie; 0.001 below half of the smallest, 2^-9; 300 between 288 and 320.
+        assert_eq!(row, [448.0, -448.0, 16.0, 1.0 / 512.0, 288.0]);
+        let mut zeros = [0.0; 3];
+        quantize_fp8(&mut zeros);
+        assert_eq!(zeros, [0.0; 3]);
     }
 
     #[test]

@@ -192,9 +192,13 @@ fn multiply(
     );
     let left = match activations {
         Activations::Full => Left::pack(x.view()),
-        Activations::Int8PerToken => {
+        Activations::Int8PerToken | Activations::Fp8PerToken => {
+            let quantize = match activations {
+                Activations::Fp8PerToken => elementwise::quantize_fp8,
+                _ => elementwise::quantize_int8,
+            };
             let mut x = x.clone();
-            slice_mut(&mut x)?.par_chunks_mut(in_features).for_each(elementwise::quantize_int8);
+            slice_mut(&mut x)?.par_chunks_mut(in_features).for_each(quantize);
             Left::pack(x.view())
         }
     };

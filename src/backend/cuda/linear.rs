@@ -23,6 +23,10 @@ impl Cuda {
         activations: Activations,
     ) -> Result<Tensor> {
         check(x, weight)?;
+        ensure!(
+            activations != Activations::Fp8PerToken,
+            "inputs quantized to FP8 are not simulated on a GPU yet; use `--device cpu`"
+        );
         if activations == Activations::Int8PerToken {
             return self.int8_product(x, weight, bias);
         }

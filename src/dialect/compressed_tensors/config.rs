@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 
 use super::Format;
 use crate::names::{Role, TensorId};
-use crate::num::Element;
-use crate::scheme::schemes::{INT8, MXFP4, int8_grouped};
+use crate::num::{Codec, Element};
+use crate::scheme::schemes::{FP8, INT8, MXFP4, NVFP4, int4_grouped, int8_grouped};
 use crate::scheme::{Activations, Scheme, Span};
 
 /// What a checkpoint says of its quantized modules.
@@ -192,7 +192,7 @@ fn texts(targets: &[Target]) -> Vec<&str> {
 fn weights_json(scheme: &Scheme) -> Value {
     let mut json = json!({
         "num_bits": scheme.element.bits(),
-        "type": if scheme.element == Element::E2M1 { "float" } else { "int" },
+        "type": if matches!(scheme.element, Element::E2M1 | Element::E4M3) { "float" } else { "int" },
         "symmetric": true,
         "strategy": "channel",
         "dynamic": false,
@@ -201,21 +201,29 @@ fn weights_json(scheme: &Scheme) -> Value {
         json["strategy"] = json!("group");
         json["group_size"] = json!(group_size);
     }
-    if *scheme == MXFP4 {
-        // Engines allocate the scale tensor with this type; without it they expect floats.
-        json["scale_dtype"] = json!("torch.uint8");
-        json["zp_dtype"] = json!("torch.uint8");
+    if *scheme == NVFP4 {
+        json["strategy"] = json!("tensor_group");
+    }
+    // Engines allocate the scale tensor with this type; without it they expect floats.
+    let stored = match scheme.scale {
+        Codec::E8M0 => Some("torch.uint8"),
+        Codec::E4M3 => Some("torch.float8_e4m3fn"),
+        _ => None,
+    };
+    if let Some(stored) = stored {
+        json["scale_dtype"] = json!(stored);
+        json["zp_dtype"] = json!(stored);
     }
     json
 }
 
 fn activations_json(activations: Activations) -> Value {
-    match activations {
-        Activations::Full => Value::Null,
-        Activations::Int8PerToken => {
-            json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})
-        }
-    }
+    let kind = match activations {
+        Activations::Full => return Value::Null,
+        Activations::Int8PerToken => "int",
+        Activations::Fp8PerToken => "float",
+    };
+    json!({"num_bits": 8, "type": kind, "symmetric": true, "strategy": "token", "dynamic": true})
 }
 
 /// The top level; the library ignores fields it does not know here.
@@ -320,28 +328,36 @@ impl ArgsJson {
         let group_size = u32::try_from(self.group_size.unwrap_or(-1)).ok();
         match (self.kind.as_str(), self.num_bits, self.strategy(), group_size) {
             ("float", 4, "group", Some(32)) => Ok(MXFP4),
+            ("float", 4, "tensor_group", Some(16)) => Ok(NVFP4),
+            ("float", 8, "channel", None) => Ok(FP8),
+            ("int", 4, "group", Some(size @ (32 | 64 | 128))) => Ok(int4_grouped(size)),
             ("int", 8, "channel", None) => Ok(INT8),
             ("int", 8, "group", Some(size)) if size > 0 => Ok(int8_grouped(size)),
             (kind, bits, strategy, _) => bail!(
                 "{bits}-bit `{kind}` weights with strategy `{strategy}` and group size {:?} are not supported; 4-bit \
-                 float in groups of 32 (MXFP4) and 8-bit int per channel or group are",
+                 float in groups of 32 (MXFP4) or 16 (NVFP4), 8-bit float per channel, 8-bit int per channel or group and \
+                 4-bit int in groups of 32, 64 or 128 are",
                 self.group_size
             ),
         }
     }
 
     fn activations(&self) -> Result<Activations> {
-        let per_token = self.kind == "int" && self.num_bits == 8 && self.strategy() == "token";
+        let per_token = self.num_bits == 8 && self.strategy() == "token";
         ensure!(
             per_token && self.symmetric && self.dynamic == Value::Bool(true),
-            "`input_activations`: {}-bit `{}`, strategy `{}`, dynamic {} is not supported; 8-bit symmetric int, \
-             strategy `token`, dynamic true is",
+            "`input_activations`: {}-bit `{}`, strategy `{}`, dynamic {} is not supported; 8 bits, symmetric, strategy \
+             `token`, dynamic true are",
             self.num_bits,
             self.kind,
             self.strategy(),
             self.dynamic
         );
-        Ok(Activations::Int8PerToken)
+        match self.kind.as_str() {
+            "int" => Ok(Activations::Int8PerToken),
+            "float" => Ok(Activations::Fp8PerToken),
+            other => bail!("`input_activations.type` is `{other}`, wanted `int` or `float`"),
+        }
     }
 
     /// Absent, it follows from the group size.
@@ -382,7 +398,18 @@ mod tests {
         let w8a8 = Some((INT8, Activations::Int8PerToken));
         let grouped = Some((int8_grouped(128), Activations::Full));
         let mxfp4 = Some((MXFP4, Activations::Full));
-        for (up, down) in [(mxfp4, mxfp4), (w8a8, None), (grouped, mxfp4), (None, w8a8), (None, None)] {
+        let nvfp4 = Some((NVFP4, Activations::Full));
+        let fp8 = Some((FP8, Activations::Fp8PerToken));
+        let int4 = Some((int4_grouped(64), Activations::Full));
+        for (up, down) in [
+            (nvfp4, fp8),
+            (int4, int4),
+            (mxfp4, mxfp4),
+            (w8a8, None),
+            (grouped, mxfp4),
+            (None, w8a8),
+            (None, None),
+        ] {
             let rows = [(UP, up), (DOWN, down), ("lm_head", None)];
             let parsed = Quantization::parse(&plan(&rows).to_json()).unwrap();
             for (module, stored) in rows {

@@ -3,8 +3,11 @@
 //! | [`Format`] | parts of module `P` |
 //! |---|---|
 //! | `mxfp4-pack-quantized` | `P.weight_packed` U8 `[N, K/2]`, even column in the low nibble; `P.weight_scale` U8 `[N, K/32]`, E8M0 |
+//! | `nvfp4-pack-quantized` | `P.weight_packed` as above; `P.weight_scale` F8_E4M3 `[N, K/16]`; `P.weight_global_scale` F32 `[1]`, a divisor |
 //! | `pack-quantized` (8 bits) | `P.weight_packed` I32 `[N, ⌈K/4⌉]`, byte i = value + 128; `P.weight_scale` `[N, groups]`; `P.weight_shape` I64 `[2]` |
+//! | `pack-quantized` (4 bits) | `P.weight_packed` I32 `[N, ⌈K/8⌉]`, nibble i = value + 8, even column low; the rest alike |
 //! | `int-quantized` | `P.weight` I8 `[N, K]`, two's complement; `P.weight_scale` `[N, 1]` |
+//! | `float-quantized` | `P.weight` F8_E4M3 `[N, K]`; `P.weight_scale` `[N, 1]` |
 //!
 //! Layouts checked against compressed-tensors 0.17.0 (`tests/golden_compressed_tensors.rs`).
 
@@ -17,7 +20,7 @@ use crate::container::Storage;
 use crate::model::config::Config;
 use crate::names::TensorId;
 use crate::num::{Codec, Element};
-use crate::scheme::schemes::MXFP4;
+use crate::scheme::schemes::{MXFP4, NVFP4};
 use crate::scheme::{Activations, Offset, QTensor, Scheme, Span};
 use crate::tensor::{Dtype, bytes_from_floats, floats_from_bytes};
 
@@ -29,10 +32,14 @@ pub struct CompressedTensors;
 pub enum Format {
     /// `mxfp4-pack-quantized`
     Mxfp4PackQuantized,
+    /// `nvfp4-pack-quantized`
+    Nvfp4PackQuantized,
     /// `pack-quantized`: weight-only integers.
     PackQuantized,
     /// `int-quantized`: integers whose inputs are quantized too.
     IntQuantized,
+    /// `float-quantized`: FP8, whatever happens to the inputs.
+    FloatQuantized,
 }
 
 /// Integer codes here are offset-binary, which is what `pack-quantized` stores; this turns them to two's complement.
@@ -48,8 +55,16 @@ impl Format {
         let float_scale = matches!(scheme.scale, Codec::F32 | Codec::F16 | Codec::BF16);
         match (scheme.element, activations) {
             (_, Activations::Full) if *scheme == MXFP4 => Ok(Format::Mxfp4PackQuantized),
-            (Element::Int(8), Activations::Full) if plain && float_scale && scheme.group != Span::Tensor => {
+            (_, Activations::Full) if *scheme == NVFP4 => Ok(Format::Nvfp4PackQuantized),
+            (Element::Int(4 | 8), Activations::Full)
+                if plain && float_scale && scheme.group != Span::Tensor && is_ours(scheme) =>
+            {
                 Ok(Format::PackQuantized)
+            }
+            (Element::E4M3, Activations::Full | Activations::Fp8PerToken)
+                if plain && float_scale && scheme.group == Span::Row =>
+            {
+                Ok(Format::FloatQuantized)
             }
             (Element::Int(8), Activations::Int8PerToken) if plain && float_scale => {
                 ensure!(
@@ -62,6 +77,7 @@ impl Format {
             (_, Activations::Int8PerToken) => {
                 bail!("8-bit activations need 8-bit integer weights, not `{}`", scheme.name)
             }
+            (_, Activations::Fp8PerToken) => bail!("FP8 activations need FP8 weights, not `{}`", scheme.name),
             _ => bail!(
                 "dialect `compressed-tensors` has no encoding for `{}`; try `--dialect gguf`",
                 scheme.name
@@ -73,10 +89,17 @@ impl Format {
     pub const fn name(self) -> &'static str {
         match self {
             Format::Mxfp4PackQuantized => "mxfp4-pack-quantized",
+            Format::Nvfp4PackQuantized => "nvfp4-pack-quantized",
             Format::PackQuantized => "pack-quantized",
             Format::IntQuantized => "int-quantized",
+            Format::FloatQuantized => "float-quantized",
         }
     }
+}
+
+/// Whether an integer scheme is one of this ecosystem's own: ggml's blocks have F16 scales in groups of 32 by definition.
+fn is_ours(scheme: &Scheme) -> bool {
+    scheme.name == "int4" || scheme.name == "int8"
 }
 
 impl Dialect for CompressedTensors {
@@ -122,7 +145,12 @@ impl Dialect for CompressedTensors {
         let scales = part("weight_scale", scale_dtype(scheme.scale), cols / scheme.group.len(cols).max(1));
         Ok(match format {
             Format::Mxfp4PackQuantized => vec![part("weight_packed", Dtype::U8, cols / 2), scales],
+            Format::Nvfp4PackQuantized => {
+                let global = Part { shape: vec![1], ..part("weight_global_scale", Dtype::F32, 1) };
+                vec![part("weight_packed", Dtype::U8, cols / 2), scales, global]
+            }
             Format::IntQuantized => vec![part("weight", Dtype::I8, cols), scales],
+            Format::FloatQuantized => vec![part("weight", Dtype::F8E4M3, cols), scales],
             Format::PackQuantized => {
                 let shape = [rows as i64, cols as i64].map(i64::to_le_bytes).concat();
                 let fixed = Part {
@@ -131,18 +159,29 @@ impl Dialect for CompressedTensors {
                     shape: vec![2],
                     fixed: Some(shape),
                 };
-                vec![part("weight_packed", Dtype::I32, cols.div_ceil(4)), scales, fixed]
+                let per_word = 32 / scheme.element.bits() as usize;
+                vec![part("weight_packed", Dtype::I32, cols.div_ceil(per_word)), scales, fixed]
             }
         })
     }
 
     fn pack(&self, q: &QTensor, activations: Activations) -> Result<Vec<Vec<u8>>> {
         let codes = match Format::of(&q.scheme, activations)? {
-            Format::Mxfp4PackQuantized => pack_nibbles(&q.codes),
+            Format::Mxfp4PackQuantized | Format::Nvfp4PackQuantized => pack_nibbles(&q.codes),
+            Format::PackQuantized if q.scheme.element.bits() == 4 => {
+                pack_nibbles(&pad_rows(&q.codes, q.cols, q.cols.next_multiple_of(8)))
+            }
             Format::PackQuantized => pad_rows(&q.codes, q.cols, q.cols.next_multiple_of(4)),
             Format::IntQuantized => q.codes.iter().map(|code| code ^ SIGN).collect(),
+            Format::FloatQuantized => q.codes.clone(),
         };
-        Ok(vec![codes, pack_scales(q.scheme.scale, &q.scales)])
+        let mut parts = vec![codes, pack_scales(q.scheme.scale, &q.scales)];
+        if !q.outer_scales.is_empty() {
+            // Here the factor divides.
+            let divisors: Vec<f32> = q.outer_scales.iter().map(|scale| 1.0 / scale).collect();
+            parts.push(bytes_from_floats(Dtype::F32, &divisors));
+        }
+        Ok(parts)
     }
 
     fn unpack(
@@ -161,12 +200,34 @@ impl Dialect for CompressedTensors {
             ensure!(bytes.len() == size, "`{}` has {} bytes, wanted {size}", part.suffix, bytes.len());
         }
         let codes = match Format::of(scheme, activations)? {
-            Format::Mxfp4PackQuantized => unpack_nibbles(parts[0]),
+            Format::Mxfp4PackQuantized | Format::Nvfp4PackQuantized => unpack_nibbles(parts[0]),
+            Format::PackQuantized if scheme.element.bits() == 4 => {
+                trim_rows(&unpack_nibbles(parts[0]), cols, cols.next_multiple_of(8))
+            }
+            Format::FloatQuantized => {
+                let nan = parts[0].iter().position(|code| code & 0x7f == 0x7f);
+                if let Some(at) = nan {
+                    bail!("`weight`: value {at} is NaN; the file is damaged");
+                }
+                parts[0].to_vec()
+            }
             Format::PackQuantized => trim_rows(parts[0], cols, cols.next_multiple_of(4)),
             Format::IntQuantized => parts[0].iter().map(|code| code ^ SIGN).collect(),
         };
         let scales = unpack_scales(scheme.scale, parts[1]).context("`weight_scale`")?;
-        let (outer_scales, offsets, outer_offsets) = (vec![], vec![], vec![]);
+        let outer_scales = match parts.get(2) {
+            None => vec![],
+            Some(bytes) => {
+                let divisor = unpack_scales(Codec::F32, bytes).context("`weight_global_scale`")?;
+                ensure!(
+                    divisor[0] > 0.0,
+                    "`weight_global_scale` is {}, wanted a positive number",
+                    divisor[0]
+                );
+                vec![1.0 / divisor[0]]
+            }
+        };
+        let (offsets, outer_offsets) = (vec![], vec![]);
         Ok(QTensor { scheme: *scheme, rows, cols, codes, scales, outer_scales, offsets, outer_offsets })
     }
 }
@@ -207,20 +268,21 @@ fn scale_dtype(codec: Codec) -> Dtype {
         Codec::F16 => Dtype::F16,
         Codec::BF16 => Dtype::BF16,
         Codec::E8M0 => Dtype::U8,
+        Codec::E4M3 => Dtype::F8E4M3,
         other => unreachable!("`Format::of` refuses {other:?} scales"),
     }
 }
 
 fn pack_scales(codec: Codec, scales: &[f32]) -> Vec<u8> {
     match codec {
-        Codec::E8M0 => scales.iter().map(|&scale| codec.encode(scale) as u8).collect(),
+        Codec::E8M0 | Codec::E4M3 => scales.iter().map(|&scale| codec.encode(scale) as u8).collect(),
         _ => bytes_from_floats(scale_dtype(codec), scales),
     }
 }
 
 fn unpack_scales(codec: Codec, bytes: &[u8]) -> Result<Vec<f32>> {
     let scales = match codec {
-        Codec::E8M0 => bytes.iter().map(|&byte| codec.decode(byte as u32)).collect(),
+        Codec::E8M0 | Codec::E4M3 => bytes.iter().map(|&byte| codec.decode(byte as u32)).collect(),
         _ => {
             let dtype = scale_dtype(codec);
             let mut scales = vec![0.0; bytes.len() / dtype.bytes()];
@@ -239,10 +301,14 @@ fn unpack_scales(codec: Codec, bytes: &[u8]) -> Result<Vec<f32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scheme::schemes::{ALL, INT8, int8_grouped};
+    use crate::scheme::schemes::{ALL, FP8, INT4, INT8, int4_grouped, int8_grouped};
 
-    const SPELLINGS: [(Scheme, Activations); 4] = [
+    const SPELLINGS: [(Scheme, Activations); 8] = [
         (MXFP4, Activations::Full),
+        (NVFP4, Activations::Full),
+        (FP8, Activations::Full),
+        (FP8, Activations::Fp8PerToken),
+        (int4_grouped(32), Activations::Full),
         (INT8, Activations::Full),
         (int8_grouped(32), Activations::Full),
         (INT8, Activations::Int8PerToken),
@@ -250,10 +316,10 @@ mod tests {
 
     /// Every code and every finite stored scale of the scheme, in as many rows as that takes.
     fn every_code_and_scale(scheme: Scheme, cols: usize) -> QTensor {
-        let scales: Vec<f32> = (0..1u32 << scheme.scale.bits())
-            .map(|bits| scheme.scale.decode(bits))
-            .filter(|s| s.is_finite())
-            .collect();
+        // As a scale, E4M3 has no sign.
+        let bits = if scheme.scale == Codec::E4M3 { 7 } else { scheme.scale.bits() };
+        let scales: Vec<f32> =
+            (0..1u32 << bits).map(|bits| scheme.scale.decode(bits)).filter(|s| s.is_finite()).collect();
         let per_row = scheme.group.count(1, cols);
         let rows = scales.len().div_ceil(per_row);
         let mut q = QTensor::zeroed(scheme, rows, cols);
@@ -262,6 +328,11 @@ mod tests {
         let codes = 1usize << scheme.element.bits();
         // Shifted by the row, so that each code also meets every neighbour position.
         q.codes.iter_mut().enumerate().for_each(|(i, code)| *code = ((i + i / cols) % codes) as u8);
+        if scheme.element == Element::E4M3 {
+            // No NaN.
+            q.codes.iter_mut().filter(|code| **code & 0x7f == 0x7f).for_each(|code| *code = 0);
+        }
+        q.outer_scales.fill(0.125);
         q
     }
 
@@ -304,11 +375,12 @@ mod tests {
                 let parts = CompressedTensors.parts(&scheme, activations, q.rows, cols).unwrap();
                 for (bytes, part) in whole.iter().zip(parts.iter().filter(|part| part.fixed.is_none())) {
                     assert_eq!(bytes.len() as u64, part.storage.bytes(&part.shape), "{}", part.suffix);
-                    assert_eq!(part.shape[0], q.rows);
+                    assert!(part.shape[0] == q.rows || part.shape == [1]);
                 }
                 let mut first = QTensor::zeroed(scheme, 1, cols);
                 first.codes.copy_from_slice(&q.codes[..cols]);
                 first.scales.copy_from_slice(&q.scales[..q.groups_per_row()]);
+                first.outer_scales.copy_from_slice(&q.outer_scales);
                 for (row, all) in CompressedTensors.pack(&first, activations).unwrap().iter().zip(&whole) {
                     assert_eq!(row[..], all[..row.len()]);
                 }
@@ -342,12 +414,12 @@ mod tests {
 
     #[test]
     fn schemes_without_a_spelling_are_refused_with_the_cure() {
-        for scheme in
-            ALL.into_iter().filter(|scheme| ![MXFP4, INT8].contains(scheme) && scheme.name != "q8_0")
-        {
+        for scheme in ALL.into_iter().filter(|scheme| ![MXFP4, NVFP4, FP8, INT4, INT8].contains(scheme)) {
             let error = Format::of(&scheme, Activations::Full).unwrap_err().to_string();
             assert!(error.contains(scheme.name) && error.contains("--dialect gguf"), "{error}");
         }
+        let error = Format::of(&MXFP4, Activations::Fp8PerToken).unwrap_err().to_string();
+        assert!(error.contains("FP8 weights"), "{error}");
         for (scheme, cure) in [(int8_grouped(128), "--group-size"), (MXFP4, "8-bit integer weights")] {
             let error = Format::of(&scheme, Activations::Int8PerToken).unwrap_err().to_string();
             assert!(error.contains(cure), "{error}");

@@ -4,6 +4,7 @@
 //! the error of the weights rounded to the grid it really gives, so nothing is lost afterwards.
 
 mod affine;
+mod fp8_scale;
 mod power_of_two;
 mod rows;
 mod super_block;
@@ -16,7 +17,7 @@ use std::fmt;
 
 use super::{Offset, QTensor, Scheme, Span};
 use crate::method::rtn;
-use crate::num::Codec;
+use crate::num::{Codec, Element};
 
 /// How the exponent of an E8M0 scale is chosen from a block's largest magnitude: `e = ceil(log2(amax / T))`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -56,24 +57,67 @@ pub fn fit(
     importances: Option<&[f32]>,
     rule: ScaleRule,
 ) -> QTensor {
+    let global = global_scale(&scheme, amax(weights));
+    fit_under(global, scheme, weights, rows, cols, importances, rule)
+}
+
+/// As [`fit`], under a factor that the whole tensor shares ([`global_scale`]); `None` for schemes without one. Rows of one
+/// tensor that are fitted apart, and linears that engines join into one, must be given the same.
+pub fn fit_under(
+    global: Option<f32>,
+    scheme: Scheme,
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    importances: Option<&[f32]>,
+    rule: ScaleRule,
+) -> QTensor {
     debug_assert_eq!(weights.len(), rows * cols);
     debug_assert!(cols.is_multiple_of(scheme.block_cols()) && scheme.group != Span::Tensor);
     let mut q = QTensor::zeroed(scheme, rows, cols);
+    if let Some(global) = global {
+        q.outer_scales.fill(global);
+    }
     fit_scales(&mut q, weights, importances, rule);
     rtn::encode(&mut q, weights);
     q
 }
 
+/// Returns the factor of a tensor (or of several that share it) whose largest magnitude is `amax`; `None` for schemes
+/// without one.
+///
+/// A power of two, so that it and its reciprocal are exact and no product with it rounds: E4M3 scales lose nothing, since
+/// their relative precision is the same in every binade. The largest block's scale comes to 56..=112 of at most 448:
+/// room for targets that calibration has made larger than the weights.
+pub fn global_scale(scheme: &Scheme, amax: f32) -> Option<f32> {
+    let Some((Span::Tensor, _)) = scheme.outer else { return None };
+    let exponent = (amax / (scheme.element.range().1 * 112.0)).log2().ceil();
+    // Zero weights give -∞.
+    Some(exponent.clamp(-100.0, 100.0).exp2())
+}
+
+/// Returns the largest magnitude.
+pub fn amax(weights: &[f32]) -> f32 {
+    rows::amax(weights)
+}
+
 /// Fills in everything but the codes.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 fn fit_scales(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>, rule: ScaleRule) {
-    let Scheme { group, scale, outer, offset, .. } = q.scheme;
+    let Scheme { element, group, scale, outer, offset, .. } = q.scheme;
     match (outer, offset) {
+        (Some((Span::Tensor, _)), _) => fp8_scale::fit(q, weights, importances),
         (Some(_), Offset::None) => super_block::fit_symmetric(q, weights, importances),
         (Some(_), _) => super_block::fit_with_minima(q, weights, importances),
         (None, Offset::Added(_)) => affine::fit(q, weights, importances),
         (None, _) if scale == Codec::E8M0 => power_of_two::fit(q, weights, importances, rule),
-        (None, _) if group == Span::Cols(32) => symmetric::fit(q, weights, importances),
+        (None, _) if group == Span::Cols(32) => symmetric::fit::<32>(q, weights, importances),
+        (None, _) if (element, group) == (Element::Int(4), Span::Cols(64)) => {
+            symmetric::fit::<64>(q, weights, importances)
+        }
+        (None, _) if (element, group) == (Element::Int(4), Span::Cols(128)) => {
+            symmetric::fit::<128>(q, weights, importances)
+        }
         (None, _) => rows::fit(q, weights, importances),
     }
 }

@@ -82,7 +82,7 @@ fn error(tile: &Tile<32>, scale: &Lanes, unit_squared: f32) -> Lanes {
 /// The spacing is half the binade's power of two, and ½ below 1. Adding 1.5 · 2^23 spacings makes the last place of
 /// the sum one spacing, so the addition itself rounds.
 #[inline(always)]
-fn nearest_magnitude(a: f32) -> f32 {
+pub(super) fn nearest_magnitude(a: f32) -> f32 {
     let above_one = if a > 1.0 { a } else { 1.0 };
     let binade = f32::from_bits(above_one.to_bits() & 0x7f80_0000);
     let magic = binade * (1.5 * (1 << 22) as f32);

@@ -1,4 +1,4 @@
-//! One scale per group of a symmetric integer grid `value = scale · q` (Q8_0, Q4_0, Q5_0, and the inner scales of
+//! One scale per group of a symmetric integer grid `value = scale · q` (Q8_0, Q4_0, Q5_0, INT4, and the inner scales of
 //! Q6_K).
 //!
 //! For given codes `q` the weighted error `Σ w (x - s q)²` is least at `s = Σ w x q / Σ w q²`. So candidates only have
@@ -13,9 +13,9 @@ use crate::scheme::QTensor;
 const EIGHT_BITS: [f32; 6] = [127.45, 126.25, 125.05, 123.85, 122.65, 121.45];
 
 #[inline(always)]
-pub(super) fn fit(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>) {
+pub(super) fn fit<const N: usize>(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>) {
     let (element, codec) = (q.scheme.element, q.scheme.scale);
-    let mut tile = Tile::<32>::new();
+    let mut tile = Tile::<N>::new();
     for first in (0..q.scales.len()).step_by(LANES) {
         let groups = tile.load(weights, importances, first);
         let round = |scale: &Lanes| tile::lanes(|l| codec.round(scale[l]));
@@ -32,7 +32,7 @@ pub(super) fn fit(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>)
 
 /// Returns per group the best of [`EIGHT_BITS`], after rounding.
 #[inline(always)]
-fn eight_bits(tile: &Tile<32>, round: impl Fn(&Lanes) -> Lanes) -> Lanes {
+fn eight_bits<const N: usize>(tile: &Tile<N>, round: impl Fn(&Lanes) -> Lanes) -> Lanes {
     let amax = tile.amax();
     let (mut best, mut chosen) = ([f32::INFINITY; LANES], [0.0; LANES]);
     for units in EIGHT_BITS {
