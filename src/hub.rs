@@ -6,7 +6,8 @@
 //! reads them.
 
 use std::env;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -15,9 +16,9 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::ProgressBar;
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use crate::checkpoint::folder::{INDEX, Index, Weights, is_side_file};
-use crate::manifest;
 use crate::output::{Printer, Unit};
 
 /// Attempts to go on with a download that broke off, before giving up.
@@ -300,10 +301,21 @@ fn verify(path: &Path, size: Option<u64>) -> Result<()> {
     );
     let name = blob.file_name().unwrap_or_default().to_string_lossy().into_owned();
     if name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit()) {
-        let hash = manifest::hash_file(&blob)?;
+        let hash = sha256(&blob)?;
         ensure!(hash == name, "SHA-256 {hash} came, wanted {name}; run again");
     }
     Ok(())
+}
+
+/// Returns the SHA-256 of a file, lower-case hexadecimal: the hub's name for a large file's content.
+fn sha256(path: &Path) -> Result<String> {
+    let (mut file, mut hasher, mut buffer) = (File::open(path)?, Sha256::new(), vec![0; 1 << 16]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
 }
 
 /// A file's progress on standard error.

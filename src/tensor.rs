@@ -3,6 +3,7 @@
 use std::fmt;
 
 use half::{bf16, f16};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::scheme::QTensor;
@@ -113,6 +114,7 @@ impl Dense {
 }
 
 /// Decodes stored floats. `bytes` holds `out.len()` numbers of type `dtype` (F32, F16 or BF16).
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn floats_from_bytes(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         Dtype::F32 => {
@@ -161,6 +163,7 @@ pub fn bytes_from_floats(dtype: Dtype, values: &[f32]) -> Vec<u8> {
 /// Returns the index of the first NaN or infinity.
 ///
 /// Whole chunks are tested at once: a sum of `x · 0` is zero exactly if every x is finite, and it vectorises.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn first_non_finite(values: &[f32]) -> Option<usize> {
     const CHUNK: usize = 1024;
     let finite = |chunk: &[f32]| {

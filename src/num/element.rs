@@ -40,7 +40,7 @@ impl Element {
     #[inline(always)]
     pub fn decode(self, code: u8) -> f32 {
         match self {
-            Element::E2M1 => minifloat::E2M1[(code & 15) as usize],
+            Element::E2M1 => minifloat::decode_e2m1(code),
             Element::E4M3 => minifloat::decode_e4m3(code),
             Element::Int(bits) => code as f32 - (1u32 << (bits - 1)) as f32,
             Element::Uint(_) => code as f32,

@@ -1,6 +1,9 @@
 use std::ops::Range;
 
+use multiversion::multiversion;
+
 use super::{Offset, Scheme, Span};
+use crate::num::Element;
 
 /// One quantized matrix `[rows, cols]`, in no ecosystem's byte order: one code per byte, scales as the decoded values
 /// that their codecs represent exactly.
@@ -97,15 +100,7 @@ impl QTensor {
 
     /// Writes the values of one row. `out` has `cols` elements.
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
-        let element = self.scheme.element;
-        let codes = &self.codes[row * self.cols..(row + 1) * self.cols];
-        let group_cols = self.group_cols();
-        for (group, (codes, out)) in codes.chunks(group_cols).zip(out.chunks_mut(group_cols)).enumerate() {
-            let Grid { scale, offset } = self.grid(row, group);
-            for (out, &code) in out.iter_mut().zip(codes) {
-                *out = scale * element.decode(code) + offset;
-            }
-        }
+        decode_row(self, row, out);
     }
 
     /// Returns the values of all rows, `[rows, cols]`.
@@ -148,6 +143,30 @@ impl QTensor {
         place_spans(inner, &source.offsets, &mut self.offsets, rows, to, &from);
         place_spans(outer, &source.outer_scales, &mut self.outer_scales, rows, to, &from);
         place_spans(outer, &source.outer_offsets, &mut self.outer_offsets, rows, to, &from);
+    }
+}
+
+/// See [`QTensor::decode_row`]. Products and sums are rounded separately on every target.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+fn decode_row(q: &QTensor, row: usize, out: &mut [f32]) {
+    // One loop per element type, so that the choice is made outside of them.
+    match q.scheme.element {
+        Element::E2M1 => decode_groups(q, row, out, |code| Element::E2M1.decode(code)),
+        Element::E4M3 => decode_groups(q, row, out, |code| Element::E4M3.decode(code)),
+        Element::Int(bits) => decode_groups(q, row, out, |code| Element::Int(bits).decode(code)),
+        Element::Uint(bits) => decode_groups(q, row, out, |code| Element::Uint(bits).decode(code)),
+    }
+}
+
+#[inline(always)]
+fn decode_groups(q: &QTensor, row: usize, out: &mut [f32], value: impl Fn(u8) -> f32) {
+    let codes = &q.codes[row * q.cols..(row + 1) * q.cols];
+    let group_cols = q.group_cols();
+    for (group, (codes, out)) in codes.chunks(group_cols).zip(out.chunks_mut(group_cols)).enumerate() {
+        let Grid { scale, offset } = q.grid(row, group);
+        for (out, &code) in out.iter_mut().zip(codes) {
+            *out = scale * value(code) + offset;
+        }
     }
 }
 
