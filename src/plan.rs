@@ -58,12 +58,15 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// Stored tensors of the output, in file order.
     pub outputs: Vec<Output>,
+    /// What the output cannot say of the model ([`Dialect::losses`](crate::dialect::Dialect::losses)).
+    pub losses: Vec<String>,
 }
 
 impl Plan {
     /// Decides everything from the source's headers. Errors name the tensor and the cure.
     pub fn new(source: &Checkpoint, recipe: &Recipe) -> Result<Self> {
-        let mut plan = Plan { recipe: *recipe, steps: Vec::new(), outputs: Vec::new() };
+        let losses = recipe.dialect.losses(&source.config);
+        let mut plan = Plan { recipe: *recipe, steps: Vec::new(), outputs: Vec::new(), losses };
         let config = &source.config;
         let model = ModelShape { layers: config.num_hidden_layers, tied: config.tie_word_embeddings };
         for (&id, info) in &source.tensors {

@@ -301,3 +301,44 @@ fn completions_know_the_subcommands() {
     let script = Bench::new().ok("completions bash");
     assert!(script.contains("convert") && script.contains("--no-fallback"));
 }
+
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let bench = Bench::new();
+    // A limit on file sizes makes the same calls fail as a full disk does, without needing one: 1,000 blocks are less
+    // than the 6 MB of the artifact.
+    let line = format!(
+        "trap '' XFSZ; ulimit -f 1000; exec {} convert --format mxfp4 --method rtn --no-validate --out small",
+        env!("CARGO_BIN_EXE_quant")
+    );
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
+    // Unpacks the embedded model, which the limit would stop too.
+    bench.ok("inspect");
+    let output = std::process::Command::new("sh")
+        .args(["-c", &line])
+        .env("XDG_CACHE_HOME", cache)
+        .current_dir(&bench.folder)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    let message = text(&output.stderr);
+    assert!(message.contains("small") && message.contains("File too large"), "{message}");
+    assert_eq!(bench.names(), Vec::<String>::new());
+}
+
+#[test]
+fn what_gguf_cannot_say_of_a_model_is_told() {
+    let bench = Bench::new();
+    let config = bench.model().join("config.json");
+    let llama = fs::read_to_string(&config).unwrap();
+    let mut mistral: Value = serde_json::from_str(&llama).unwrap();
+    mistral["architectures"][0] = "MistralForCausalLM".into();
+    mistral["sliding_window"] = 100.into();
+    fs::write(&config, mistral.to_string()).unwrap();
+    let told = "attention is limited to the last 100 positions";
+    let output = bench.quant("convert model --format q8_0,mxfp4 --dry-run --json plan.json");
+    assert_eq!(text(&output.stderr).matches(told).count(), 1, "{}", text(&output.stderr));
+    let plans: Value = serde_json::from_str(&fs::read_to_string(bench.path("plan.json")).unwrap()).unwrap();
+    assert!(plans["plans"][0]["losses"][0].as_str().unwrap().contains(told));
+    assert_eq!(plans["plans"][1]["losses"], serde_json::json!([]));
+}

@@ -40,7 +40,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
         Method::Gptq => Some(Windows::new(args, &source)?),
     };
     let mut tasks = tasks(args, &model, &source, method, windows.as_ref())?;
-    report_fallbacks(&tasks, printer);
+    report_losses(&tasks, printer);
     if args.dry_run {
         return dry_run(args, &tasks, printer);
     }
@@ -130,9 +130,12 @@ fn out_path(args: &ConvertArgs, model: &ModelRef, recipe: &Recipe) -> Result<Pat
     }
 }
 
-fn report_fallbacks(tasks: &[Task], printer: Printer) {
+fn report_losses(tasks: &[Task], printer: Printer) {
     for task in tasks {
         let format = task.plan.recipe.format.name;
+        for loss in &task.plan.losses {
+            printer.note(format!("note: {format}: {loss}"));
+        }
         for (step, reason) in task.plan.fallbacks() {
             printer.detail(format!("{format}: {}: {reason}", step.id));
         }

@@ -31,8 +31,9 @@ pub fn text(plan: &Plan, out: &str, bytes: u64) -> String {
     let fallbacks: String =
         plan.fallbacks().map(|(step, reason)| format!("  {}: {reason}\n", step.id)).collect();
     let fallbacks = if fallbacks.is_empty() { "  none\n".to_string() } else { fallbacks };
+    let losses: String = plan.losses.iter().map(|loss| format!("not kept: {loss}\n\n")).collect();
     format!(
-        "{out}: {} for {}, method {}\n\n{tensors}\n\nfallbacks:\n{fallbacks}\nsize: {bytes} bytes ({}), {:.3} bits per weight\n\
+        "{out}: {} for {}, method {}\n\n{tensors}\n\nfallbacks:\n{fallbacks}\n{losses}size: {bytes} bytes ({}), {:.3} bits per weight\n\
          memory: about {} beside the program\n\n{loads}\n",
         recipe.format.name,
         recipe.dialect.name(),
@@ -64,7 +65,7 @@ pub fn json(plan: &Plan, out: &str, bytes: u64) -> Value {
         "out": out, "format": recipe.format.name, "dialect": recipe.dialect.name(), "method": recipe.method.to_string(),
         "bytes": bytes, "bits_per_weight": plan.payload_bytes() as f64 * 8.0 / plan.weights().max(1) as f64,
         "peak_memory_bytes": convert::peak_bytes(plan, rayon::current_num_threads()),
-        "fallbacks": plan.fallbacks().count(), "tensors": tensors, "loaders": loaders,
+        "fallbacks": plan.fallbacks().count(), "losses": plan.losses, "tensors": tensors, "loaders": loaders,
     })
 }
 

@@ -45,6 +45,11 @@ pub trait Dialect: Sync {
     /// Returns tensors that the source does not have and this ecosystem wants (vectors, F32).
     fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)>;
 
+    /// Returns what this ecosystem's files cannot say of such a model, each with what engines do instead.
+    fn losses(&self, _config: &Config) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Returns the parts a `[rows, cols]` matrix of that scheme becomes; the error says why there is no spelling and
     /// which dialect has one. `activations` is what its linear does to its inputs: compressed-tensors spells INT8
     /// weights differently for W8A16 and W8A8.

@@ -71,6 +71,18 @@ impl Dialect for Gguf {
         (rotated && interleaves_rope(config.architecture)).then(|| interleaved(config.head_dim))
     }
 
+    /// llama.cpp reads no window for these architectures (`llama_model::load_hparams`): attention is always full.
+    fn losses(&self, config: &Config) -> Vec<String> {
+        let window = config.sliding_window.filter(|&window| window < config.max_position_embeddings);
+        let loss = |window| {
+            format!(
+                "attention is limited to the last {window} positions, which GGUF cannot say of this architecture: \
+                 llama.cpp attends to all, so answers differ beyond {window} tokens"
+            )
+        };
+        window.map(loss).into_iter().collect()
+    }
+
     /// Llama 3 scaling has no metadata: llama.cpp takes each frequency's divisor from `rope_freqs.weight`.
     fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)> {
         let (RopeScaling::Llama3 { .. } | RopeScaling::Divisors(_)) = config.rope_scaling else {
