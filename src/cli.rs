@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use crate::eval::gate::{self, Rule};
 use crate::scheme::fit::ScaleRule;
 
 const EXAMPLES: &str = "Examples:
@@ -12,6 +13,7 @@ const EXAMPLES: &str = "Examples:
   quant convert Qwen/Qwen3-0.6B --format mxfp4,int8 -o out --json report.json
   quant convert ./model --format q4_k_m --dry-run       what would be written, and who can load it
   quant eval out/model.gguf --baseline ./model --ppl --kld
+  quant eval out/model.gguf --baseline ./model --slices all --max-kld 0.05 --max-kld code=0.1 --min-top1 0.95
   quant inspect out/model.gguf
 
 Results go to standard output, progress and notes to standard error.
@@ -134,18 +136,75 @@ pub struct EvalArgs {
     /// Measure KL divergence from the baseline and same-top-1
     #[arg(long, requires = "baseline")]
     pub kld: bool,
-    /// Write the rows as JSON; - for standard output
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Write the rows as CSV; - for standard output
-    #[arg(long, value_name = "FILE")]
-    pub csv: Option<PathBuf>,
+    /// Also measure these kinds of content, one or several: all, prose, code, json, digits, chat, german, NAME=FILE
+    #[arg(long, value_delimiter = ',', value_name = "SLICE")]
+    pub slices: Vec<String>,
+    /// Where results go.
+    #[command(flatten)]
+    pub outputs: OutputArgs,
+    /// What stops a pipeline.
+    #[command(flatten)]
+    pub gates: GateArgs,
     /// Where the models come from and where they run.
     #[command(flatten)]
     pub source: SourceArgs,
     /// How they are measured.
     #[command(flatten)]
     pub protocol: ProtocolArgs,
+}
+
+/// Where the results of `quant eval` go.
+#[derive(Args, Clone, Debug)]
+pub struct OutputArgs {
+    /// Write the report as JSON; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the rows as CSV; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+}
+
+/// Quality gates: an option for each of [`gate::RULES`], and a file.
+#[derive(Clone, Debug, Default)]
+pub struct GateArgs {
+    /// TOML file of gates.
+    pub file: Option<PathBuf>,
+    /// (gate, value) as typed.
+    pub limits: Vec<(&'static Rule, String)>,
+}
+
+impl Args for GateArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let heading = "Gates (exit status 1 if one fails)";
+        let file = Arg::new("gates").long("gates").value_name("FILE").help_heading(heading);
+        let file = file.value_parser(clap::value_parser!(PathBuf)).help("Read limits from a TOML file");
+        let limit = |rule: &'static Rule| {
+            let option = Arg::new(rule.name).long(rule.name).value_name(rule.value_name()).help(rule.help);
+            option.help_heading(heading).action(ArgAction::Append).allow_negative_numbers(true)
+        };
+        gate::RULES.iter().fold(command.arg(file), |command, rule| command.arg(limit(rule)))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for GateArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut args = GateArgs::default();
+        args.update_from_arg_matches(matches)?;
+        Ok(args)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.file = matches.get_one("gates").cloned();
+        for rule in &gate::RULES {
+            let values = matches.get_many::<String>(rule.name).into_iter().flatten();
+            self.limits.extend(values.map(|value| (rule, value.clone())));
+        }
+        Ok(())
+    }
 }
 
 /// `quant inspect`

@@ -39,6 +39,11 @@ impl Printer {
         }
     }
 
+    /// Prints why the exit status will not be 0 to standard error, quiet or not.
+    pub fn failure(&self, text: impl AsRef<str>) {
+        let _ = writeln!(io::stderr(), "{}", text.as_ref());
+    }
+
     /// Prints a detail to standard error, only when verbose.
     pub fn detail(&self, text: impl AsRef<str>) {
         if self.verbose {

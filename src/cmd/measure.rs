@@ -11,7 +11,8 @@ use crate::backend::cuda::{Cuda, Precision};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
-use crate::eval::report::{self, Report};
+use crate::eval::report::{self, Part, Report};
+use crate::eval::slices::{self, Slice};
 use crate::eval::{self, Protocol, Scored, Subject, Text};
 use crate::model::Model;
 use crate::output::{Printer, Unit};
@@ -26,6 +27,7 @@ const MIN_WINDOWS: u64 = 4;
 /// What to measure, on what text and where.
 pub struct Request {
     text: Text,
+    slices: Vec<Text>,
     device: String,
     precise: bool,
 }
@@ -50,7 +52,21 @@ impl Request {
         let windows = args.windows.map(|n| n as usize).or(all).unwrap_or(DEFAULT_WINDOWS);
         let protocol = Protocol::new(scored, n_ctx, Some(windows), &text, &tokens, bos)?;
         let text = Text { name: "text".to_string(), tokens, protocol };
-        Ok(Request { text, device: device.to_string(), precise: args.precise })
+        Ok(Request { text, slices: Vec::new(), device: device.to_string(), precise: args.precise })
+    }
+
+    /// Adds texts of one kind of content each, tokenized as the main text is.
+    pub fn add_slices(&mut self, slices: Vec<Slice>, reference: &Checkpoint) -> Result<()> {
+        let tokenizer = reference.tokenizer()?;
+        let main = &self.text.protocol;
+        for Slice { name, text } in slices {
+            let tokens = tokenizer.encode(&text, main.bos.is_some())?;
+            let n_ctx = main.n_ctx.min(slices::N_CTX);
+            let protocol = Protocol::new(main.name, n_ctx, None, &text, &tokens, main.bos)
+                .with_context(|| format!("slice `{name}`"))?;
+            self.slices.push(Text { name, tokens, protocol });
+        }
+        Ok(())
     }
 
     /// Lowers the number of windows to what a validation may cost with a model of that many weights.
@@ -109,16 +125,23 @@ fn run_on<B: Backend>(
     let subjects: Vec<_> =
         models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
     let everyone: Vec<&Subject<B>> = baseline.iter().chain(&subjects).collect();
-    let runs = request.text.protocol.windows * everyone.len();
+    let texts = || [&request.text].into_iter().chain(&request.slices);
+    let runs = texts().map(|text| text.protocol.windows).sum::<usize>() * everyone.len();
     let bar = printer.bar(runs as u64, "measuring", Unit::Count);
-    let samples = eval::run(backend, baseline.as_ref(), &subjects, &request.text, &|n| bar.inc(n as u64))?;
+    let measure = |text: &Text| {
+        eval::run(backend, baseline.as_ref(), &subjects, text, &|windows| bar.inc(windows as u64))
+    };
+    let samples = measure(&request.text)?;
+    let mut report =
+        Report::new(request.text.protocol.clone(), report::rows(&everyone, &samples, report::Timed::Yes));
+    report.positions = report::positions(&everyone, &samples, &request.text);
+    for slice in &request.slices {
+        let samples = measure(slice).with_context(|| format!("slice `{}`", slice.name))?;
+        let rows = report::rows(&everyone, &samples, report::Timed::No);
+        report.slices.push(Part { name: slice.name.clone(), protocol: slice.protocol.clone(), rows });
+    }
     bar.finish_and_clear();
-    Ok(Report {
-        protocol: request.text.protocol.clone(),
-        rows: report::rows(&everyone, &samples, true),
-        slices: Vec::new(),
-        positions: report::positions(&everyone, &samples, &request.text),
-    })
+    Ok(report)
 }
 
 fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {

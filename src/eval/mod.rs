@@ -5,11 +5,14 @@
 //! ([`Backend::compare`]). What a model says of each position is kept ([`Samples`]); every number and its interval comes
 //! from there ([`metric`] is the table of them).
 
+pub mod answers;
 pub mod bootstrap;
+pub mod gate;
 pub mod metric;
 pub mod protocol;
 pub mod report;
 pub mod samples;
+pub mod slices;
 pub mod speed;
 pub mod statistics;
 

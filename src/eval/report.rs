@@ -7,6 +7,8 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
+use super::answers::{Answer, SuiteScore};
+use super::gate::Verdict;
 use super::metric::{METRICS, Measures, Metric};
 use super::protocol::Protocol;
 use super::samples::{Samples, StandardErrors};
@@ -59,7 +61,7 @@ impl Row {
     }
 
     /// Keeps perplexity and what follows from it.
-    pub fn without_divergence(&mut self) {
+    fn without_divergence(&mut self) {
         let kept = [Metric::Ppl, Metric::DeltaPpl, Metric::DeltaPplPct, Metric::TokSRatio];
         self.measures.retain(|metric| kept.contains(&metric));
         self.errors.kld = None;
@@ -130,9 +132,43 @@ pub struct Report {
     /// The same by position within the window.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub positions: Vec<Part>,
+    /// What prompt suites say.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub suites: Vec<SuiteScore>,
+    /// Answers to prompts, side by side.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub answers: Vec<Answer>,
+    /// What the gates say of each model.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<Verdict>,
 }
 
 impl Report {
+    /// Starts a report with the rows of the main text.
+    pub fn new(protocol: Protocol, rows: Vec<Row>) -> Self {
+        Report {
+            protocol,
+            rows,
+            slices: Vec::new(),
+            positions: Vec::new(),
+            suites: Vec::new(),
+            answers: Vec::new(),
+            gates: Vec::new(),
+        }
+    }
+
+    /// Drops everything but perplexity and what follows from it.
+    pub fn without_divergence(&mut self) {
+        let parts = self.slices.iter_mut().chain(&mut self.positions);
+        let rows = parts.flat_map(|part| &mut part.rows);
+        self.rows.iter_mut().chain(rows).for_each(Row::without_divergence);
+    }
+
+    /// Whether every gate lets every model pass.
+    pub fn passed(&self) -> bool {
+        self.gates.iter().all(|verdict| verdict.passed)
+    }
+
     /// Writes one JSON object: `{"protocol": …, "rows": […], …}`.
     pub fn write_json(&self, mut out: impl Write) -> Result<()> {
         serde_json::to_writer_pretty(&mut out, self)?;
@@ -162,12 +198,20 @@ impl Report {
 /// First positions of the buckets that windows are cut into, so that drift in long contexts shows.
 const BUCKETS: [usize; 9] = [0, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768];
 
+/// Whether a text is long enough for its passes to say something about speed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Timed {
+    Yes,
+    No,
+}
+
 /// Returns the rows of a text: one per subject, the baseline first.
-pub fn rows<B: Backend>(subjects: &[&Subject<B>], samples: &[Samples], timed: bool) -> Vec<Row> {
+pub fn rows<B: Backend>(subjects: &[&Subject<B>], samples: &[Samples], timed: Timed) -> Vec<Row> {
     let rows = subjects.iter().zip(samples).enumerate();
     rows.map(|(at, (subject, own))| {
         let mut measures = own.measures();
-        if timed && at > 0 && measures.get(Metric::Kld).is_some() {
+        if timed == Timed::Yes && at > 0 && measures.get(Metric::Kld).is_some() {
             measures.0[Metric::TokSRatio as usize] = own.speed_ratio(&samples[0]);
         }
         Row::new(subject, own, measures)
@@ -228,7 +272,7 @@ mod tests {
         compared.measures.0[Metric::Top1 as usize] = Some(Estimate { value: 0.5, interval: None });
         let protocol = Protocol::new(Scored::default(), 512, None, "text", &[1; 600], None).unwrap();
         let slice = Part { name: "code".into(), protocol: protocol.clone(), rows: vec![compared.clone()] };
-        Report { protocol, rows: vec![row, compared], slices: vec![slice], positions: Vec::new() }
+        Report { slices: vec![slice], ..Report::new(protocol, vec![row, compared]) }
     }
 
     const CONTRACT: &str = "model,format,bytes,bits_per_weight,ppl,delta_ppl,delta_ppl_se,kld,kld_se,kld_p99,top1,tokens,tok_per_s";
