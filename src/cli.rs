@@ -14,6 +14,7 @@ const EXAMPLES: &str = "Examples:
   quant convert ./model --format q4_k_m --dry-run       what would be written, and who can load it
   quant eval out/model.gguf --baseline ./model --ppl --kld
   quant eval out/model.gguf --baseline ./model --slices all --max-kld 0.05 --max-kld code=0.1 --min-top1 0.95
+  quant sensitivity --format q4_0                       which tensors cost most
   quant inspect out/model.gguf
 
 Results go to standard output, progress and notes to standard error.
@@ -52,6 +53,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Measure perplexity and divergence from a baseline
     Eval(EvalArgs),
+    /// Quantize one group of tensors at a time and rank them by what they cost
+    Sensitivity(SensitivityArgs),
     /// Print a model's tensors, formats and sizes
     Inspect(InspectArgs),
     /// Print a shell completion script
@@ -153,6 +156,51 @@ pub struct EvalArgs {
     pub protocol: ProtocolArgs,
 }
 
+/// `quant sensitivity`
+#[derive(Args, Debug)]
+pub struct SensitivityArgs {
+    /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
+    pub model: Option<String>,
+    /// The format whose schemes are tried, as for convert
+    #[arg(long, short, value_name = "FORMAT")]
+    pub format: String,
+    /// Whose spelling decides sizes: compressed-tensors or gguf [default: the format's own]
+    #[arg(long, value_name = "DIALECT")]
+    pub dialect: Option<String>,
+    /// Columns that share a scale (int8): 32, 64 or 128 [default: the whole row]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub group_size: Option<u32>,
+    /// Which tensors are quantized together
+    #[arg(long, value_enum, default_value_t = GroupArg::Tensor)]
+    pub by: GroupArg,
+    /// Write the ranking as JSON, which `quant eval --sensitivity` reads; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the ranking as CSV; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Write the ranking as an HTML page with a map of the model; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Where the model comes from and where it runs.
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// How divergence is measured.
+    #[command(flatten)]
+    pub protocol: ProtocolArgs,
+}
+
+/// `--by`
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupArg {
+    /// Each matrix of each layer alone
+    Tensor,
+    /// The same matrix of all layers
+    Role,
+    /// All matrices of a layer
+    Layer,
+}
+
 /// Where the results of `quant eval` go.
 #[derive(Args, Clone, Debug)]
 pub struct OutputArgs {
@@ -162,6 +210,18 @@ pub struct OutputArgs {
     /// Write the rows as CSV; - for standard output
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
+    /// Write the report as one HTML page that needs no network; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Write the report as Markdown, for a pull-request comment; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub markdown: Option<PathBuf>,
+    /// Write the gates as JUnit XML, for a CI server's test tab; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+    /// Show these tensor costs in the reports: JSON of `quant sensitivity`
+    #[arg(long, value_name = "FILE")]
+    pub sensitivity: Option<PathBuf>,
 }
 
 /// Quality gates: an option for each of [`gate::RULES`], and a file.

@@ -40,5 +40,6 @@ pub mod num;
 pub mod output;
 pub mod plan;
 pub mod recipe;
+pub mod report;
 pub mod scheme;
 pub mod tensor;

@@ -79,7 +79,7 @@ fn a_gate_file_says_the_same_and_the_report_keeps_the_verdicts() {
 
 #[test]
 fn slices_and_positions_have_rows_of_their_own() {
-    let report = json("--kld --slices code,german --ctx 1024 --protocol full --windows 2");
+    let report = json("--kld --slices code,german --ctx 1024 --protocol full");
     let names = |key: &str| -> Vec<String> {
         report[key].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap().to_string()).collect()
     };
@@ -138,4 +138,49 @@ fn what_cannot_be_judged_is_bad_usage() {
         assert_eq!(output.status.code(), Some(2), "quant {line}\n{message}");
         assert!(message.contains(words), "quant {line}: {message}");
     }
+}
+
+#[test]
+fn every_kind_of_report_is_written_in_one_run() {
+    let ranking =
+        run(&FOLDER, "sensitivity --format q4_0 --device cpu --windows 1 --by layer --json ranking.json");
+    assert!(ranking.status.success(), "{}", text(&ranking.stderr));
+    assert_eq!(text(&ranking.stdout).lines().count(), 1 + 7 + 2, "six layers, embeddings, protocol");
+    let output = eval(
+        "--slices prose,code --max-kld 1 --sensitivity ranking.json --html r.html --markdown r.md --junit r.xml \
+         --json r.json --csv r.csv",
+    );
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let read = |name: &str| fs::read_to_string(FOLDER.join(name)).unwrap();
+    let page = read("r.html");
+    assert!(page.contains("The gate is passed") && page.contains("Which tensors cost most"));
+    assert!(read("r.md").contains("| max-kld | q4_0.gguf | 0."));
+    assert!(read("r.xml").contains(r#"tests="2" skipped="0" failures="0""#));
+    assert_eq!(read("r.csv").lines().count(), 1 + 2 + 2 * 2);
+    let schema = serde_json::from_str(include_str!("../eval/report.schema.json")).unwrap();
+    let report: Value = serde_json::from_str(&read("r.json")).unwrap();
+    let errors: Vec<String> =
+        jsonschema::validator_for(&schema).unwrap().iter_errors(&report).map(|e| e.to_string()).collect();
+    assert!(errors.is_empty(), "{errors:?}");
+}
+
+#[test]
+fn sensitivity_ranks_by_divergence_per_byte_and_its_groups_add_up() {
+    let ranking = |by: &str| -> Value {
+        let line = format!("sensitivity --format q4_0 --device cpu --windows 1 --by {by} --json -");
+        serde_json::from_slice(&run(&FOLDER, &line).stdout).unwrap()
+    };
+    let (tensors, roles) = (ranking("tensor"), ranking("role"));
+    let groups = tensors["groups"].as_array().unwrap();
+    assert_eq!(groups.len(), 6 * 7 + 1);
+    let cost = |group: &Value| group["kld_per_megabyte"].as_f64().unwrap();
+    assert!(groups.windows(2).all(|pair| cost(&pair[0]) >= cost(&pair[1])));
+    assert!(groups.iter().all(|group| group["kld"]["value"].as_f64().unwrap() > 0.0));
+    let saved = |groups: &Value| -> u64 {
+        groups["groups"].as_array().unwrap().iter().map(|group| group["bytes_saved"].as_u64().unwrap()).sum()
+    };
+    assert_eq!(saved(&tensors), saved(&roles));
+    assert_eq!(roles["groups"].as_array().unwrap().len(), 8);
+    let refused = run(&FOLDER, "sensitivity --format q9");
+    assert_eq!(refused.status.code(), Some(2));
 }

@@ -1,8 +1,9 @@
 //! `quant eval`: perplexity, divergence from a baseline, and whether that is good enough.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::measure::{self, Request};
 use super::{ModelRef, Outcome, show};
@@ -10,12 +11,14 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::{EvalArgs, GateArgs, OutputArgs};
 use crate::eval::Report;
 use crate::eval::gate::{self, Gate};
+use crate::eval::sensitivity::Sensitivity;
 use crate::eval::slices;
 use crate::output::{self, Printer};
+use crate::report;
 
 /// Measures every model on the same token ids, prints a row for each, and judges them.
 pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
-    let on_stdout = outputs_on_stdout(&args.outputs)?;
+    let on_stdout = takes_stdout(&args.outputs)?;
     let gates = gates(&args.gates)?;
     ensure!(
         gates.is_empty() || args.baseline.is_some(),
@@ -23,6 +26,7 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     );
     let slices =
         slices::by_names(args.slices.iter().map(String::as_str).chain(gates.iter().filter_map(Gate::slice)))?;
+    let sensitivity = args.outputs.sensitivity.as_deref().map(read_sensitivity).transpose()?;
     let open = |model: Option<&str>| -> Result<Checkpoint> {
         Checkpoint::open(&ModelRef::resolve(model, args.source.revision.as_deref(), printer)?.path)
     };
@@ -39,7 +43,10 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     if !args.kld && !gates.iter().any(Gate::needs_divergence) {
         report.without_divergence();
     }
-    write(&args.outputs, &report, printer)?;
+    report.sensitivity = sensitivity;
+    for (_, file, format) in files(&args.outputs) {
+        output::write_report(file, &format(&report)?, printer)?;
+    }
     if !on_stdout {
         printer.result(&show::report(&report))?;
     }
@@ -61,34 +68,34 @@ fn gates(args: &GateArgs) -> Result<Vec<Gate>> {
     Ok(gates)
 }
 
-/// The files that were asked for, with the option that names each.
-fn files(args: &OutputArgs) -> [(&'static str, &Option<PathBuf>); 2] {
-    [("--json", &args.json), ("--csv", &args.csv)]
+/// Turns a report into text.
+type Format = fn(&Report) -> Result<String>;
+
+/// The files that were asked for: the option that names each, the file, what writes it.
+fn files(args: &OutputArgs) -> Vec<(&'static str, &Path, Format)> {
+    let all: [(&'static str, &Option<PathBuf>, Format); 5] = [
+        ("--json", &args.json, Report::json),
+        ("--csv", &args.csv, Report::csv),
+        ("--html", &args.html, report::html),
+        ("--markdown", &args.markdown, report::markdown),
+        ("--junit", &args.junit, report::junit::xml),
+    ];
+    all.into_iter().filter_map(|(option, file, format)| Some((option, file.as_deref()?, format))).collect()
 }
 
 /// Returns whether standard output is taken by a file.
-fn outputs_on_stdout(args: &OutputArgs) -> Result<bool> {
-    let taken: Vec<&str> = files(args)
-        .into_iter()
-        .filter(|(_, file)| file.as_deref() == Some(Path::new("-")))
-        .map(|(option, _)| option)
-        .collect();
+fn takes_stdout(args: &OutputArgs) -> Result<bool> {
+    let files = files(args);
+    let taken: Vec<&str> = files.iter().filter(|file| file.1 == Path::new("-")).map(|file| file.0).collect();
     if let [first, second, ..] = taken[..] {
-        anyhow::bail!("`{first} -` and `{second} -` both want standard output; give one of them a file");
+        bail!("`{first} -` and `{second} -` both want standard output; give one of them a file");
     }
     Ok(!taken.is_empty())
 }
 
-fn write(args: &OutputArgs, report: &Report, printer: Printer) -> Result<()> {
-    if let Some(file) = &args.json {
-        let mut json = Vec::new();
-        report.write_json(&mut json)?;
-        output::write_report(file, &String::from_utf8(json).context("the report")?, printer)?;
-    }
-    if let Some(file) = &args.csv {
-        let mut csv = Vec::new();
-        report.write_csv(&mut csv)?;
-        output::write_report(file, &String::from_utf8(csv).context("the report")?, printer)?;
-    }
-    Ok(())
+/// Reads what `quant sensitivity --json` wrote.
+fn read_sensitivity(file: &Path) -> Result<Sensitivity> {
+    let text = fs::read_to_string(file).with_context(|| format!("{}: cannot be read", file.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("{}: is no JSON of `quant sensitivity --json`", file.display()))
 }

@@ -55,6 +55,11 @@ impl Request {
         Ok(Request { text, slices: Vec::new(), device: device.to_string(), precise: args.precise })
     }
 
+    /// Returns the main text.
+    pub fn text(&self) -> &Text {
+        &self.text
+    }
+
     /// Adds texts of one kind of content each, tokenized as the main text is.
     pub fn add_slices(&mut self, slices: Vec<Slice>, reference: &Checkpoint) -> Result<()> {
         let tokenizer = reference.tokenizer()?;
@@ -79,16 +84,20 @@ impl Request {
     }
 }
 
-/// Measures the models, against the baseline if there is one; its row comes first.
-pub fn run(
-    request: &Request,
-    baseline: Option<&Checkpoint>,
-    models: &[&Checkpoint],
-    printer: Printer,
-) -> Result<Report> {
+/// Work that runs on whichever device there is.
+pub trait WithBackend {
+    /// What comes out.
+    type Output;
+
+    /// Does it.
+    fn run<B: Backend>(self, backend: &B) -> Result<Self::Output>;
+}
+
+/// Runs work on the device that was asked for.
+pub fn on_device<W: WithBackend>(request: &Request, printer: Printer, work: W) -> Result<W::Output> {
     let precision = if request.precise { Precision::F32 } else { Precision::F16 };
     let ordinal = match request.device.as_str() {
-        "cpu" => return run_on(&Cpu, request, baseline, models, printer),
+        "cpu" => return announced(&Cpu, printer, work),
         "auto" => None,
         other => {
             Some(other.strip_prefix("cuda:").and_then(|number| number.parse::<usize>().ok()).with_context(
@@ -97,51 +106,70 @@ pub fn run(
         }
     };
     match (Cuda::new(ordinal.unwrap_or(0), precision), ordinal) {
-        (Ok(cuda), _) => run_on(&cuda, request, baseline, models, printer),
+        (Ok(cuda), _) => announced(&cuda, printer, work),
         (Err(reason), Some(_)) => Err(reason),
         (Err(reason), None) => {
             printer.note(format!("the CPU measures: {reason:#}"));
-            run_on(&Cpu, request, baseline, models, printer)
+            announced(&Cpu, printer, work)
         }
     }
 }
 
-fn run_on<B: Backend>(
-    backend: &B,
+fn announced<W: WithBackend>(backend: &impl Backend, printer: Printer, work: W) -> Result<W::Output> {
+    printer.note(format!("measuring on {}", backend.describe()));
+    work.run(backend)
+}
+
+/// Measures the models, against the baseline if there is one; its row comes first.
+pub fn run(
     request: &Request,
     baseline: Option<&Checkpoint>,
     models: &[&Checkpoint],
     printer: Printer,
 ) -> Result<Report> {
-    printer.note(format!("measuring on {}", backend.describe()));
-    let load = |checkpoint: &Checkpoint| {
-        Model::load(backend, &checkpoint.config, checkpoint)
-            .with_context(|| format!("{}", checkpoint.path.display()))
-    };
-    let baseline_model = baseline.map(load).transpose()?;
-    let loaded = models.iter().map(|checkpoint| load(checkpoint)).collect::<Result<Vec<_>>>()?;
-    let baseline =
-        baseline.zip(baseline_model.as_ref()).map(|(checkpoint, model)| subject(checkpoint, model));
-    let subjects: Vec<_> =
-        models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
-    let everyone: Vec<&Subject<B>> = baseline.iter().chain(&subjects).collect();
-    let texts = || [&request.text].into_iter().chain(&request.slices);
-    let runs = texts().map(|text| text.protocol.windows).sum::<usize>() * everyone.len();
-    let bar = printer.bar(runs as u64, "measuring", Unit::Count);
-    let measure = |text: &Text| {
-        eval::run(backend, baseline.as_ref(), &subjects, text, &|windows| bar.inc(windows as u64))
-    };
-    let samples = measure(&request.text)?;
-    let mut report =
-        Report::new(request.text.protocol.clone(), report::rows(&everyone, &samples, report::Timed::Yes));
-    report.positions = report::positions(&everyone, &samples, &request.text);
-    for slice in &request.slices {
-        let samples = measure(slice).with_context(|| format!("slice `{}`", slice.name))?;
-        let rows = report::rows(&everyone, &samples, report::Timed::No);
-        report.slices.push(Part { name: slice.name.clone(), protocol: slice.protocol.clone(), rows });
+    on_device(request, printer, Evaluation { request, baseline, models, printer })
+}
+
+struct Evaluation<'a> {
+    request: &'a Request,
+    baseline: Option<&'a Checkpoint>,
+    models: &'a [&'a Checkpoint],
+    printer: Printer,
+}
+
+impl WithBackend for Evaluation<'_> {
+    type Output = Report;
+
+    fn run<B: Backend>(self, backend: &B) -> Result<Report> {
+        let Evaluation { request, baseline, models, printer } = self;
+        let load = |checkpoint: &Checkpoint| {
+            Model::load(backend, &checkpoint.config, checkpoint)
+                .with_context(|| format!("{}", checkpoint.path.display()))
+        };
+        let baseline_model = baseline.map(load).transpose()?;
+        let loaded = models.iter().map(|checkpoint| load(checkpoint)).collect::<Result<Vec<_>>>()?;
+        let baseline =
+            baseline.zip(baseline_model.as_ref()).map(|(checkpoint, model)| subject(checkpoint, model));
+        let subjects: Vec<_> =
+            models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
+        let everyone: Vec<&Subject<B>> = baseline.iter().chain(&subjects).collect();
+        let texts = || [&request.text].into_iter().chain(&request.slices);
+        let runs = texts().map(|text| text.protocol.windows).sum::<usize>() * everyone.len();
+        let bar = printer.bar(runs as u64, "measuring", Unit::Count);
+        let measure =
+            |text: &Text| eval::run(backend, baseline.as_ref(), &subjects, text, &|n| bar.inc(n as u64));
+        let samples = measure(&request.text)?;
+        let rows = report::rows(&everyone, &samples, report::Timed::Yes);
+        let mut report = Report::new(request.text.protocol.clone(), rows);
+        report.positions = report::positions(&everyone, &samples, &request.text);
+        for slice in &request.slices {
+            let samples = measure(slice).with_context(|| format!("slice `{}`", slice.name))?;
+            let rows = report::rows(&everyone, &samples, report::Timed::No);
+            report.slices.push(Part { name: slice.name.clone(), protocol: slice.protocol.clone(), rows });
+        }
+        bar.finish_and_clear();
+        Ok(report)
     }
-    bar.finish_and_clear();
-    Ok(report)
 }
 
 fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {

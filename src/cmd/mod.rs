@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod measure;
 mod plan_report;
+mod sensitivity;
 mod show;
 
 use std::path::PathBuf;
@@ -40,6 +41,7 @@ pub fn run(cli: Cli) -> Result<Outcome> {
     match cli.command {
         Command::Convert(args) => convert::run(&args, printer),
         Command::Eval(args) => eval::run(&args, printer),
+        Command::Sensitivity(args) => sensitivity::run(&args, printer),
         Command::Inspect(args) => inspect::run(&args, printer),
         Command::Completions(args) => completions::run(&args, printer),
     }

@@ -1,6 +1,6 @@
 //! The table of everything that is measured on a text: one row is a column of reports and something a gate can limit.
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// A number about one model on one text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,7 +173,7 @@ impl Serialize for Metric {
 }
 
 /// A measured value with its uncertainty.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The measured value.
     pub value: f64,

@@ -12,6 +12,7 @@ pub mod metric;
 pub mod protocol;
 pub mod report;
 pub mod samples;
+pub mod sensitivity;
 pub mod slices;
 pub mod speed;
 pub mod statistics;
@@ -26,6 +27,7 @@ pub use self::report::{Report, Row};
 pub use self::samples::Samples;
 use crate::backend::{Backend, Batch};
 use crate::model::Model;
+use crate::model::config::Config;
 
 /// A loaded model and what its row says of it.
 pub struct Subject<'a, B: Backend> {
@@ -99,7 +101,6 @@ pub fn run<B: Backend>(
 }
 
 fn check<B: Backend>(subject: &Subject<B>, baseline: Option<&Subject<B>>, text: &Text) -> Result<()> {
-    let Text { tokens, protocol, .. } = text;
     let config = &subject.model.config;
     if let Some(baseline) = baseline {
         let (found, wanted) = (config.vocab_size, baseline.model.config.vocab_size);
@@ -109,6 +110,12 @@ fn check<B: Backend>(subject: &Subject<B>, baseline: Option<&Subject<B>>, text: 
             baseline.name
         );
     }
+    check_fits(config, text)
+}
+
+/// Refuses a text whose windows a model cannot take.
+fn check_fits(config: &Config, text: &Text) -> Result<()> {
+    let Text { tokens, protocol, .. } = text;
     ensure!(
         protocol.n_ctx <= config.max_position_embeddings,
         "windows of {} tokens exceed its context of {}; use a smaller `--ctx`",
@@ -142,9 +149,7 @@ fn measure<B: Backend>(
     samples: &mut Samples,
 ) -> Result<B::Tensor> {
     let batch = Batch { sequences: ids.len() / protocol.n_ctx, tokens: protocol.n_ctx };
-    let positions: Vec<usize> = (0..batch.sequences)
-        .flat_map(|sequence| protocol.scored().map(move |position| sequence * batch.tokens + position))
-        .collect();
+    let positions = protocol.scored_rows(batch.sequences);
     let targets: Vec<u32> = positions.iter().map(|&position| ids[position + 1]).collect();
     backend.wait()?;
     let started = Instant::now();

@@ -4,11 +4,11 @@ use std::fmt;
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 /// Which positions of a window are scored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scored {
     /// The second half, as llama-perplexity does: positions `n_ctx / 2 .. n_ctx - 1` predict their next token.
     #[default]
@@ -36,7 +36,7 @@ impl fmt::Display for Scored {
 }
 
 /// Everything a number depends on beside the model; recorded with every result.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Protocol {
     /// Which positions of each window count.
     pub name: Scored,
@@ -85,6 +85,11 @@ impl Protocol {
             Scored::SecondHalf => self.n_ctx / 2..self.n_ctx - 1,
             Scored::All => 0..self.n_ctx - 1,
         }
+    }
+
+    /// Returns the rows of the scored positions where that many windows follow one another.
+    pub fn scored_rows(&self, windows: usize) -> Vec<usize> {
+        (0..windows).flat_map(|window| self.scored().map(move |at| window * self.n_ctx + at)).collect()
     }
 
     /// Returns the tokens of window `index`.

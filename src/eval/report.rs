@@ -1,10 +1,8 @@
 //! What an evaluation says, as data: rows, JSON, CSV.
 
-use std::io::Write;
-
 use anyhow::Result;
 use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::answers::{Answer, SuiteScore};
@@ -12,6 +10,7 @@ use super::gate::Verdict;
 use super::metric::{METRICS, Measures, Metric};
 use super::protocol::Protocol;
 use super::samples::{Samples, StandardErrors};
+use super::sensitivity::Sensitivity;
 use super::{Subject, Text};
 use crate::backend::Backend;
 
@@ -119,6 +118,19 @@ pub struct Part {
     pub rows: Vec<Row>,
 }
 
+/// How fast a model is at something.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpeedRow {
+    /// The model's name.
+    pub model: String,
+    /// What was timed, `decode, batch 1`.
+    pub what: String,
+    /// The rate or time.
+    pub value: f64,
+    /// Its unit, `tok/s` or `ms`.
+    pub unit: String,
+}
+
 /// Rows that share a protocol and so may be compared.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
@@ -138,6 +150,12 @@ pub struct Report {
     /// Answers to prompts, side by side.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub answers: Vec<Answer>,
+    /// Rates and latencies of generation.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub speed: Vec<SpeedRow>,
+    /// What each tensor costs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<Sensitivity>,
     /// What the gates say of each model.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<Verdict>,
@@ -153,6 +171,8 @@ impl Report {
             positions: Vec::new(),
             suites: Vec::new(),
             answers: Vec::new(),
+            speed: Vec::new(),
+            sensitivity: None,
             gates: Vec::new(),
         }
     }
@@ -169,16 +189,15 @@ impl Report {
         self.gates.iter().all(|verdict| verdict.passed)
     }
 
-    /// Writes one JSON object: `{"protocol": …, "rows": […], …}`.
-    pub fn write_json(&self, mut out: impl Write) -> Result<()> {
-        serde_json::to_writer_pretty(&mut out, self)?;
-        Ok(writeln!(out)?)
+    /// Returns one JSON object: `{"protocol": …, "rows": […], …}`; `eval/report.schema.json` describes it.
+    pub fn json(&self) -> Result<String> {
+        Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 
-    /// Writes a header line and one line per row, with the columns of [`Row`] and `slice`: empty for the whole text, else
+    /// Returns a header line and one line per row, with the columns of [`Row`] and `slice`: empty for the whole text, else
     /// the name of the slice or the positions.
-    pub fn write_csv(&self, out: impl Write) -> Result<()> {
-        let mut writer = csv::Writer::from_writer(out);
+    pub fn csv(&self) -> Result<String> {
+        let mut writer = csv::Writer::from_writer(Vec::new());
         let names = Row::default().columns().into_iter().map(|(name, _)| name);
         writer.write_record(names.chain(["slice".to_string()]))?;
         let parts = self.slices.iter().chain(&self.positions);
@@ -191,7 +210,7 @@ impl Report {
             });
             writer.write_record(fields.chain([slice.to_string()]))?;
         }
-        Ok(writer.flush()?)
+        Ok(String::from_utf8(writer.into_inner()?)?)
     }
 }
 
@@ -279,9 +298,7 @@ mod tests {
 
     #[test]
     fn csv_starts_with_the_contract_columns_and_quotes_names() {
-        let mut out = Vec::new();
-        report().write_csv(&mut out).unwrap();
-        let out = String::from_utf8(out).unwrap();
+        let out = report().csv().unwrap();
         let lines: Vec<&str> = out.lines().collect();
         assert!(lines[0].starts_with(&format!("{CONTRACT},delta_ppl_pct,kld_median,")), "{}", lines[0]);
         assert!(lines[0].ends_with(",tok_s_ratio_low,tok_s_ratio_high,slice"), "{}", lines[0]);
@@ -292,9 +309,7 @@ mod tests {
 
     #[test]
     fn json_has_the_protocol_and_the_same_columns() {
-        let mut out = Vec::new();
-        report().write_json(&mut out).unwrap();
-        let json: Value = serde_json::from_slice(&out).unwrap();
+        let json: Value = serde_json::from_str(&report().json().unwrap()).unwrap();
         assert_eq!(json["protocol"]["name"], "llama.cpp");
         assert_eq!(json["protocol"]["windows"], 1);
         let columns: Vec<&str> = json["rows"][0].as_object().unwrap().keys().map(String::as_str).collect();

@@ -116,8 +116,22 @@ impl<B: Backend> Model<B> {
     /// Returns the final hidden states of some rows, `[rows.len(), hidden]`, bit for bit those of [`Model::hidden`]: the
     /// last layer's feed-forward part leaves the other rows out.
     pub fn hidden_at(&self, backend: &B, ids: &[u32], batch: Batch, rows: &[usize]) -> Result<B::Tensor> {
+        self.hidden_from(backend, 0, self.embed(backend, ids)?, batch, rows)
+    }
+
+    /// Returns the same for a residual stream `x` `[n, hidden]` that layer `first` takes.
+    pub fn hidden_from(
+        &self,
+        backend: &B,
+        first: usize,
+        mut x: B::Tensor,
+        batch: Batch,
+        rows: &[usize],
+    ) -> Result<B::Tensor> {
         let last = self.layers.len() - 1;
-        let x = self.residual(backend, ids, batch, last)?;
+        for layer in first..last {
+            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
+        }
         let x = self.layers[last].forward_at(backend, &self.constants, &x, batch, rows)?;
         backend.rms_norm(&x, &self.output_norm, self.constants.eps)
     }
