@@ -142,6 +142,9 @@ pub struct EvalArgs {
     /// Also measure these kinds of content, one or several: all, prose, code, json, digits, chat, german, NAME=FILE
     #[arg(long, value_delimiter = ',', value_name = "SLICE")]
     pub slices: Vec<String>,
+    /// Keep the baseline's last hidden states in this folder and compare with them; models are loaded one at a time
+    #[arg(long, value_name = "FOLDER", requires = "baseline")]
+    pub chunks_cache: Option<PathBuf>,
     /// Where results go.
     #[command(flatten)]
     pub outputs: OutputArgs,

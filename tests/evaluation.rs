@@ -184,3 +184,44 @@ fn sensitivity_ranks_by_divergence_per_byte_and_its_groups_add_up() {
     let refused = run(&FOLDER, "sensitivity --format q9");
     assert_eq!(refused.status.code(), Some(2));
 }
+
+#[test]
+fn a_cached_baseline_gives_the_same_numbers_and_is_not_run_again() {
+    let _ = fs::remove_dir_all(FOLDER.join("states"));
+    let live = json("--kld --slices json");
+    for _ in 0..2 {
+        let cached = json("--kld --slices json --chunks-cache states");
+        for (live, cached) in
+            [(&live["rows"], &cached["rows"]), (&live["slices"][0]["rows"], &cached["slices"][0]["rows"])]
+        {
+            for name in ["ppl", "delta_ppl", "kld", "kld_low", "kld_p99", "top1", "rms_dp"] {
+                assert_eq!((&live[0][name], &live[1][name]), (&cached[0][name], &cached[1][name]), "{name}");
+            }
+        }
+    }
+    let files: Vec<_> = fs::read_dir(FOLDER.join("states")).unwrap().map(|entry| entry.unwrap()).collect();
+    assert_eq!(files.len(), 2, "one for the text, one for the slice");
+    assert!(files.iter().any(|file| file.metadata().unwrap().len() == 4 * 255 * 256 * 4));
+    let refused = eval("--chunks-cache states --min-tok-s-ratio 1");
+    assert_eq!(refused.status.code(), Some(2));
+}
+
+#[test]
+fn the_ci_templates_use_options_that_exist() {
+    for (name, template) in [
+        ("GitHub", include_str!("../scripts/ci/github-actions.yml")),
+        ("GitLab", include_str!("../scripts/ci/gitlab-ci.yml")),
+    ] {
+        for command in ["convert", "eval"] {
+            let help = text(&run(&FOLDER, &format!("{command} --help")).stdout);
+            let start = template.find(&format!("quant {command} ")).unwrap();
+            let line = template[start..].split("\n\n").next().unwrap();
+            let line = line.split("after_script").next().unwrap().split("- >-").next().unwrap();
+            let options: Vec<&str> = line.split_whitespace().filter(|word| word.starts_with("--")).collect();
+            assert!(options.len() > 2, "{name}: {options:?}");
+            for option in options {
+                assert!(help.contains(option), "{name}: `quant {command}` has no {option}");
+            }
+        }
+    }
+}

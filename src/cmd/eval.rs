@@ -38,6 +38,14 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     let reference = baseline.as_ref().unwrap_or(&models[0]);
     let mut request = Request::new(&args.protocol, &args.source.device, reference)?;
     request.add_slices(slices, reference)?;
+    if let Some(folder) = &args.chunks_cache {
+        let timed = gates.iter().any(Gate::needs_speed);
+        ensure!(
+            !timed,
+            "`--min-tok-s-ratio` times the baseline, which `--chunks-cache` does not run; drop one of them"
+        );
+        request.cache_in(folder);
+    }
     let mut report = measure::run(&request, baseline.as_ref(), &models.iter().collect::<Vec<_>>(), printer)?;
     report.gates = gate::judge(&gates, &report)?;
     if !args.kld && !gates.iter().any(Gate::needs_divergence) {

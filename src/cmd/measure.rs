@@ -1,8 +1,10 @@
 //! Runs an evaluation on the device that was asked for.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use rayon::prelude::*;
 
 use crate::artifact::file_name;
 use crate::backend::Backend;
@@ -11,9 +13,12 @@ use crate::backend::cuda::{Cuda, Precision};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
-use crate::eval::report::{self, Part, Report};
+use crate::eval::cache::{self, Cache};
+use crate::eval::report::{self, Part, Report, Timed};
+use crate::eval::samples::Samples;
 use crate::eval::slices::{self, Slice};
-use crate::eval::{self, Protocol, Scored, Subject, Text};
+use crate::eval::{self, About, Protocol, Scored, Subject, Text};
+use crate::manifest;
 use crate::model::Model;
 use crate::output::{Printer, Unit};
 
@@ -28,6 +33,7 @@ const MIN_WINDOWS: u64 = 4;
 pub struct Request {
     text: Text,
     slices: Vec<Text>,
+    cache: Option<PathBuf>,
     device: String,
     precise: bool,
 }
@@ -52,12 +58,32 @@ impl Request {
         let windows = args.windows.map(|n| n as usize).or(all).unwrap_or(DEFAULT_WINDOWS);
         let protocol = Protocol::new(scored, n_ctx, Some(windows), &text, &tokens, bos)?;
         let text = Text { name: "text".to_string(), tokens, protocol };
-        Ok(Request { text, slices: Vec::new(), device: device.to_string(), precise: args.precise })
+        Ok(Request {
+            text,
+            slices: Vec::new(),
+            cache: None,
+            device: device.to_string(),
+            precise: args.precise,
+        })
     }
 
     /// Returns the main text.
     pub fn text(&self) -> &Text {
         &self.text
+    }
+
+    /// Keeps the baseline's last hidden states in a folder.
+    pub fn cache_in(&mut self, folder: &Path) {
+        self.cache = Some(folder.to_path_buf());
+    }
+
+    fn texts(&self) -> impl Iterator<Item = &Text> {
+        [&self.text].into_iter().chain(&self.slices)
+    }
+
+    /// Returns how many windows that many models run.
+    fn runs(&self, models: usize) -> u64 {
+        (self.texts().map(|text| text.protocol.windows).sum::<usize>() * models) as u64
     }
 
     /// Adds texts of one kind of content each, tokenized as the main text is.
@@ -142,42 +168,127 @@ impl WithBackend for Evaluation<'_> {
 
     fn run<B: Backend>(self, backend: &B) -> Result<Report> {
         let Evaluation { request, baseline, models, printer } = self;
-        let load = |checkpoint: &Checkpoint| {
-            Model::load(backend, &checkpoint.config, checkpoint)
-                .with_context(|| format!("{}", checkpoint.path.display()))
+        let bar = printer.bar(request.runs(baseline.iter().len() + models.len()), "measuring", Unit::Count);
+        let progress = |windows: usize| bar.inc(windows as u64);
+        let samples = match (&request.cache, baseline) {
+            (Some(folder), Some(baseline)) => {
+                let cache = Cache::open(folder)?;
+                against_states(backend, request, &cache, baseline, models, &progress)?
+            }
+            _ => side_by_side(backend, request, baseline, models, &progress)?,
         };
-        let baseline_model = baseline.map(load).transpose()?;
-        let loaded = models.iter().map(|checkpoint| load(checkpoint)).collect::<Result<Vec<_>>>()?;
-        let baseline =
-            baseline.zip(baseline_model.as_ref()).map(|(checkpoint, model)| subject(checkpoint, model));
-        let subjects: Vec<_> =
-            models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
-        let everyone: Vec<&Subject<B>> = baseline.iter().chain(&subjects).collect();
-        let texts = || [&request.text].into_iter().chain(&request.slices);
-        let runs = texts().map(|text| text.protocol.windows).sum::<usize>() * everyone.len();
-        let bar = printer.bar(runs as u64, "measuring", Unit::Count);
-        let measure =
-            |text: &Text| eval::run(backend, baseline.as_ref(), &subjects, text, &|n| bar.inc(n as u64));
-        let samples = measure(&request.text)?;
-        let rows = report::rows(&everyone, &samples, report::Timed::Yes);
-        let mut report = Report::new(request.text.protocol.clone(), rows);
-        report.positions = report::positions(&everyone, &samples, &request.text);
-        for slice in &request.slices {
-            let samples = measure(slice).with_context(|| format!("slice `{}`", slice.name))?;
-            let rows = report::rows(&everyone, &samples, report::Timed::No);
-            report.slices.push(Part { name: slice.name.clone(), protocol: slice.protocol.clone(), rows });
-        }
         bar.finish_and_clear();
+        let everyone: Vec<About> =
+            baseline.iter().chain(models).map(|checkpoint| about(checkpoint)).collect();
+        let (main, slices) = samples.split_first().context("nothing was measured")?;
+        let rows = report::rows(&everyone, main, Timed::Yes);
+        let mut report = Report::new(request.text.protocol.clone(), rows);
+        report.positions = report::positions(&everyone, main, &request.text);
+        report.slices = request
+            .slices
+            .iter()
+            .zip(slices)
+            .map(|(Text { name, protocol, .. }, samples)| Part {
+                name: name.clone(),
+                protocol: protocol.clone(),
+                rows: report::rows(&everyone, samples, Timed::No),
+            })
+            .collect();
         Ok(report)
     }
 }
 
-fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {
-    Subject {
+/// Samples of every text, and for each of every model, the baseline first.
+type Found = Vec<Vec<Samples>>;
+
+/// Loads all models at once and runs them in lock step.
+fn side_by_side<B: Backend>(
+    backend: &B,
+    request: &Request,
+    baseline: Option<&Checkpoint>,
+    models: &[&Checkpoint],
+    progress: &dyn Fn(usize),
+) -> Result<Found> {
+    let baseline_model = baseline.map(|checkpoint| load(backend, checkpoint)).transpose()?;
+    let loaded = models.iter().map(|checkpoint| load(backend, checkpoint)).collect::<Result<Vec<_>>>()?;
+    let baseline =
+        baseline.zip(baseline_model.as_ref()).map(|(checkpoint, model)| subject(checkpoint, model));
+    let subjects: Vec<_> =
+        models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
+    let run = |text: &Text| {
+        eval::run(backend, baseline.as_ref(), &subjects, text, progress).with_context(|| text.name.clone())
+    };
+    request.texts().map(run).collect()
+}
+
+/// Loads one model at a time and runs it against the baseline's stored states; the baseline runs only where they lack.
+fn against_states<B: Backend>(
+    backend: &B,
+    request: &Request,
+    cache: &Cache,
+    baseline: &Checkpoint,
+    models: &[&Checkpoint],
+    progress: &dyn Fn(usize),
+) -> Result<Found> {
+    let device = backend.describe();
+    let hash = content_hash(baseline)?;
+    let keys: Vec<String> =
+        request.texts().map(|text| Cache::key(&hash, text, &device)).collect::<Result<_>>()?;
+    let find = |text, key: &String| cache.find(key, text, baseline.config.hidden_size);
+    let mut states =
+        request.texts().zip(&keys).map(|(text, key)| find(text, key)).collect::<Result<Vec<_>>>()?;
+    if states.iter().any(Option::is_none) {
+        let model = load(backend, baseline)?;
+        let subject = subject(baseline, &model);
+        for ((text, key), states) in request.texts().zip(&keys).zip(&mut states) {
+            if states.is_none() {
+                *states = Some(cache.record(key, backend, &subject, text, progress)?);
+            }
+        }
+    }
+    let head = Model::load_head(backend, &baseline.config, baseline)
+        .with_context(|| format!("{}", baseline.path.display()))?;
+    let mut found: Found = request.texts().map(|_| Vec::new()).collect();
+    for checkpoint in models {
+        eval::check_vocabulary(&checkpoint.config, &about(baseline), &baseline.config)
+            .with_context(|| about(checkpoint).name)?;
+        let model = load(backend, checkpoint)?;
+        let subject = subject(checkpoint, &model);
+        for ((text, states), found) in request.texts().zip(states.iter().flatten()).zip(&mut found) {
+            let samples = cache::run(backend, (states, &head), &subject, text, progress)
+                .with_context(|| text.name.clone())?;
+            if found.is_empty() {
+                found.push(samples.of_baseline());
+            }
+            found.push(samples);
+        }
+    }
+    Ok(found)
+}
+
+fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Result<Model<B>> {
+    Model::load(backend, &checkpoint.config, checkpoint)
+        .with_context(|| format!("{}", checkpoint.path.display()))
+}
+
+/// Returns the SHA-256 of everything that decides what a model computes.
+fn content_hash(checkpoint: &Checkpoint) -> Result<String> {
+    let files: Vec<&Path> = checkpoint.weight_files().collect();
+    let mut hashes = files.par_iter().map(|file| manifest::hash_file(file)).collect::<Result<Vec<_>>>()?;
+    hashes.extend(checkpoint.config_json().map(str::to_string));
+    Ok(hashes.join("\n"))
+}
+
+fn about(checkpoint: &Checkpoint) -> About {
+    About {
         name: file_name(&checkpoint.path),
         format: checkpoint.format_name(),
         bytes: checkpoint.total_bytes(),
         bits_per_weight: checkpoint.bits_per_weight(),
-        model,
     }
+}
+
+fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {
+    let About { name, format, bytes, bits_per_weight } = about(checkpoint);
+    Subject { name, format, bytes, bits_per_weight, model }
 }

@@ -63,7 +63,9 @@ fn part_table(title: &str, parts: &[Part]) -> String {
         output::table([title, "model", "tokens", "PPL", "ΔPPL %", "KLD", "95 % interval", "same top-1"]);
     output::right_align(&mut table, 2);
     for part in parts {
-        for row in &part.rows {
+        // What is compared speaks for the baseline too.
+        let own = if part.rows.len() > 1 && part.rows[1].value(Metric::DeltaPpl).is_some() { 1 } else { 0 };
+        for row in &part.rows[own..] {
             table.add_row([
                 part.name.clone(),
                 row.model.clone(),

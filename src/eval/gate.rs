@@ -216,6 +216,11 @@ impl Gate {
         matches!(self.rule.quantity, Quantity::Text(metric) if !matches!(metric, DeltaPpl | DeltaPplPct | TokSRatio))
     }
 
+    /// Whether it needs the baseline's speed.
+    pub fn needs_speed(&self) -> bool {
+        self.rule.quantity == Quantity::Text(Metric::TokSRatio)
+    }
+
     /// Returns what reports call it: `max-kld code`.
     pub fn name(&self) -> String {
         match &self.part {
@@ -357,6 +362,12 @@ mod tests {
         assert_eq!(from_file, from_options);
         assert_eq!(from_file[1].slice(), Some("code"));
         assert_eq!(from_file[2].slice(), None);
+    }
+
+    #[test]
+    fn the_example_file_is_valid() {
+        let text = include_str!("../../scripts/ci/quant-gate.toml");
+        assert_eq!(Gate::from_table(&text.parse().unwrap()).unwrap().len(), 5);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 pub mod answers;
 pub mod bootstrap;
+pub mod cache;
 pub mod gate;
 pub mod metric;
 pub mod protocol;
@@ -17,6 +18,7 @@ pub mod slices;
 pub mod speed;
 pub mod statistics;
 
+use std::ops::Range;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -41,6 +43,28 @@ pub struct Subject<'a, B: Backend> {
     pub bits_per_weight: f64,
     /// The weights.
     pub model: &'a Model<B>,
+}
+
+/// What rows say of a model.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub struct About {
+    pub name: String,
+    pub format: String,
+    pub bytes: u64,
+    pub bits_per_weight: f64,
+}
+
+impl<B: Backend> Subject<'_, B> {
+    /// Returns what rows say of the model.
+    pub fn about(&self) -> About {
+        About {
+            name: self.name.clone(),
+            format: self.format.clone(),
+            bytes: self.bytes,
+            bits_per_weight: self.bits_per_weight,
+        }
+    }
 }
 
 /// A tokenized text and how it is cut.
@@ -77,16 +101,12 @@ pub fn run<B: Backend>(
     let compared = |at: usize| baseline.is_some() && at > 0;
     let mut samples: Vec<Samples> =
         subjects().enumerate().map(|(at, _)| Samples::new(per_window, compared(at))).collect();
-    let at_once = (backend.tokens_at_once() / protocol.n_ctx).max(1);
-    for first in (0..protocol.windows).step_by(at_once) {
-        let windows = first..protocol.windows.min(first + at_once);
-        let ids: Vec<u32> =
-            windows.clone().flat_map(|window| protocol.window(&text.tokens, window)).collect();
+    for Pass { windows, ids } in passes(backend, text) {
         let mut reference = None;
         for (at, subject) in subjects().enumerate() {
             let context = || match windows.len() {
                 1 => format!("{}, window {}", subject.name, windows.end),
-                _ => format!("{}, windows {} to {}", subject.name, first + 1, windows.end),
+                _ => format!("{}, windows {} to {}", subject.name, windows.start + 1, windows.end),
             };
             let found = if compared(at) { reference.as_ref() } else { None };
             let hidden =
@@ -100,17 +120,40 @@ pub fn run<B: Backend>(
     Ok(samples)
 }
 
+/// Windows that run at once, and their tokens.
+struct Pass {
+    windows: Range<usize>,
+    ids: Vec<u32>,
+}
+
+/// Returns the windows of a text in groups that keep the device busy.
+fn passes<B: Backend>(backend: &B, text: &Text) -> impl Iterator<Item = Pass> {
+    let protocol = &text.protocol;
+    let at_once = (backend.tokens_at_once() / protocol.n_ctx).max(1);
+    (0..protocol.windows).step_by(at_once).map(move |first| {
+        let windows = first..protocol.windows.min(first + at_once);
+        let ids = windows.clone().flat_map(|window| protocol.window(&text.tokens, window)).collect();
+        Pass { windows, ids }
+    })
+}
+
 fn check<B: Backend>(subject: &Subject<B>, baseline: Option<&Subject<B>>, text: &Text) -> Result<()> {
     let config = &subject.model.config;
     if let Some(baseline) = baseline {
-        let (found, wanted) = (config.vocab_size, baseline.model.config.vocab_size);
-        ensure!(
-            found == wanted,
-            "its vocabulary has {found} tokens and the baseline's ({}) {wanted}; a divergence needs one vocabulary",
-            baseline.name
-        );
+        check_vocabulary(config, &baseline.about(), &baseline.model.config)?;
     }
     check_fits(config, text)
+}
+
+/// Refuses a model whose vocabulary is not the baseline's.
+pub fn check_vocabulary(config: &Config, baseline: &About, baseline_config: &Config) -> Result<()> {
+    let (found, wanted) = (config.vocab_size, baseline_config.vocab_size);
+    ensure!(
+        found == wanted,
+        "its vocabulary has {found} tokens and the baseline's ({}) {wanted}; a divergence needs one vocabulary",
+        baseline.name
+    );
+    Ok(())
 }
 
 /// Refuses a text whose windows a model cannot take.
@@ -175,21 +218,21 @@ mod tests {
     use crate::backend::cpu::Cpu;
     use crate::checkpoint::Checkpoint;
 
-    fn model(name: &str) -> Model<Cpu> {
+    pub fn model(name: &str) -> Model<Cpu> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/logits").join(name);
         let checkpoint = Checkpoint::open(&folder).unwrap();
         Model::load(&Cpu, &checkpoint.config, &checkpoint).unwrap()
     }
 
-    fn subject<'a>(name: &str, model: &'a Model<Cpu>) -> Subject<'a, Cpu> {
+    pub fn subject<'a>(name: &str, model: &'a Model<Cpu>) -> Subject<'a, Cpu> {
         Subject { name: name.into(), format: "bf16".into(), bytes: 1, bits_per_weight: 16.0, model }
     }
 
-    fn tokens() -> Vec<u32> {
+    pub fn tokens() -> Vec<u32> {
         (0..100u32).map(|i| i.wrapping_mul(2_654_435_761) >> 26).collect()
     }
 
-    fn text(name: Scored, tokens: Vec<u32>) -> Text {
+    pub fn text(name: Scored, tokens: Vec<u32>) -> Text {
         let protocol = Protocol::new(name, 16, Some(6), "text", &[0; 100], None).unwrap();
         Text { name: "text".into(), tokens, protocol }
     }

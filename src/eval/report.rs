@@ -11,8 +11,7 @@ use super::metric::{METRICS, Measures, Metric};
 use super::protocol::Protocol;
 use super::samples::{Samples, StandardErrors};
 use super::sensitivity::Sensitivity;
-use super::{Subject, Text};
-use crate::backend::Backend;
+use super::{About, Text};
 
 /// One model's results on one text. Columns that need a baseline are absent (null, empty) without one and in the
 /// baseline's own row.
@@ -41,12 +40,12 @@ const FIRST: [Metric; 5] = [Metric::Ppl, Metric::DeltaPpl, Metric::Kld, Metric::
 
 impl Row {
     /// Describes a model by its samples.
-    pub fn new<B: Backend>(subject: &Subject<B>, samples: &Samples, measures: Measures) -> Self {
+    pub fn new(about: &About, samples: &Samples, measures: Measures) -> Self {
         Row {
-            model: subject.name.clone(),
-            format: subject.format.clone(),
-            bytes: subject.bytes,
-            bits_per_weight: subject.bits_per_weight,
+            model: about.name.clone(),
+            format: about.format.clone(),
+            bytes: about.bytes,
+            bits_per_weight: about.bits_per_weight,
             measures,
             errors: samples.standard_errors(),
             tokens: samples.tokens(),
@@ -225,21 +224,21 @@ pub enum Timed {
     No,
 }
 
-/// Returns the rows of a text: one per subject, the baseline first.
-pub fn rows<B: Backend>(subjects: &[&Subject<B>], samples: &[Samples], timed: Timed) -> Vec<Row> {
-    let rows = subjects.iter().zip(samples).enumerate();
-    rows.map(|(at, (subject, own))| {
+/// Returns the rows of a text: one per model, the baseline first.
+pub fn rows(models: &[About], samples: &[Samples], timed: Timed) -> Vec<Row> {
+    let rows = models.iter().zip(samples).enumerate();
+    rows.map(|(at, (about, own))| {
         let mut measures = own.measures();
         if timed == Timed::Yes && at > 0 && measures.get(Metric::Kld).is_some() {
             measures.0[Metric::TokSRatio as usize] = own.speed_ratio(&samples[0]);
         }
-        Row::new(subject, own, measures)
+        Row::new(about, own, measures)
     })
     .collect()
 }
 
 /// Returns the rows of every position bucket; none if all scored positions lie in one.
-pub fn positions<B: Backend>(subjects: &[&Subject<B>], samples: &[Samples], text: &Text) -> Vec<Part> {
+pub fn positions(models: &[About], samples: &[Samples], text: &Text) -> Vec<Part> {
     let scored = text.protocol.scored();
     let ends = BUCKETS[1..].iter().copied().chain([usize::MAX]);
     let buckets: Vec<_> = BUCKETS
@@ -253,11 +252,11 @@ pub fn positions<B: Backend>(subjects: &[&Subject<B>], samples: &[Samples], text
     }
     let part = |bucket: &std::ops::Range<usize>| {
         let within = bucket.start - scored.start..bucket.end - scored.start;
-        let rows = subjects.iter().zip(samples).map(|(subject, samples)| Row {
+        let rows = models.iter().zip(samples).map(|(about, samples)| Row {
             tokens: within.len() * text.protocol.windows,
             errors: StandardErrors::default(),
             tok_per_s: None,
-            ..Row::new(subject, samples, samples.measures_of(within.clone()))
+            ..Row::new(about, samples, samples.measures_of(within.clone()))
         });
         Part {
             name: format!("{}-{}", bucket.start, bucket.end - 1),

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::samples::Samples;
-use super::{Estimate, Metric, Protocol, Text};
+use super::{Estimate, Metric, Pass, Protocol, Text, passes};
 use crate::backend::{Backend, Batch};
 use crate::model::Model;
 use crate::names::{Role, TensorId};
@@ -128,13 +128,9 @@ impl Group {
 
 fn embark<B: Backend>(backend: &B, model: &Model<B>, text: &Text) -> Result<Vec<Convoy<B>>> {
     let protocol = &text.protocol;
-    let at_once = (backend.tokens_at_once() / protocol.n_ctx).max(1);
-    let starts = (0..protocol.windows).step_by(at_once);
-    starts
-        .map(|first| {
-            let windows = first..protocol.windows.min(first + at_once);
+    passes(backend, text)
+        .map(|Pass { windows, ids }| {
             let batch = Batch { sequences: windows.len(), tokens: protocol.n_ctx };
-            let ids: Vec<u32> = windows.flat_map(|window| protocol.window(&text.tokens, window)).collect();
             let rows = protocol.scored_rows(batch.sequences);
             let targets = rows.iter().map(|&row| ids[row + 1]).collect();
             let baseline = model.hidden_at(backend, &ids, batch, &rows)?;

@@ -87,6 +87,15 @@ impl<B: Backend> Model<B> {
         self.untied_head.as_ref().unwrap_or(&self.embed)
     }
 
+    /// Reads the output head `[vocab, hidden]` alone and hands it to the backend.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_head(backend: &B, config: &Config, source: &impl TensorSource) -> Result<B::Weight> {
+        let role = if config.tie_word_embeddings { Role::Embed } else { Role::Head };
+        read_weight(backend, source, TensorId::global(role), [config.vocab_size, config.hidden_size])
+    }
+
     /// Returns the embeddings of `ids` `[n, hidden]`: what the first layer takes.
     pub fn embed(&self, backend: &B, ids: &[u32]) -> Result<B::Tensor> {
         backend.embed(&self.embed, ids)

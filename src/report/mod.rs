@@ -4,6 +4,8 @@ pub mod junit;
 mod plot;
 mod view;
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, escape_formatter};
@@ -46,7 +48,10 @@ fn template_value(json: &serde_json::Value) -> minijinja::Value {
         },
         Value::String(text) => text.as_str().into(),
         Value::Array(values) => values.iter().map(template_value).collect::<Vec<_>>().into(),
-        Value::Object(map) => map.iter().map(|(key, value)| (key.as_str(), template_value(value))).collect(),
+        Value::Object(map) => {
+            let entries = map.iter().map(|(key, value)| (key.clone(), template_value(value)));
+            entries.collect::<BTreeMap<String, minijinja::Value>>().into()
+        }
     }
 }
 
