@@ -263,7 +263,8 @@ pub fn hash_folder(folder: &Path) -> Result<Hashes> {
     hash_files(folder, &names)
 }
 
-fn hash_file(path: &Path) -> Result<String> {
+/// Returns the hash of a file, `blake3:` and lower-case hexadecimal.
+pub fn hash_file(path: &Path) -> Result<String> {
     let read = || -> std::io::Result<String> {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(File::open(path)?)?;

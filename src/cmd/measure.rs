@@ -271,7 +271,7 @@ fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Result<Model<B>> {
         .with_context(|| format!("{}", checkpoint.path.display()))
 }
 
-/// Returns the SHA-256 of everything that decides what a model computes.
+/// Returns a hash of everything that decides what a model computes.
 fn content_hash(checkpoint: &Checkpoint) -> Result<String> {
     let files: Vec<&Path> = checkpoint.weight_files().collect();
     let mut hashes = files.par_iter().map(|file| manifest::hash_file(file)).collect::<Result<Vec<_>>>()?;

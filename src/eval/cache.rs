@@ -42,12 +42,12 @@ impl Cache {
         Ok(Cache { folder: folder.to_path_buf(), limit: LIMIT })
     }
 
-    /// Returns what the states of a baseline are stored under. `model_sha256` is that of all its bytes.
-    pub fn key(model_sha256: &str, text: &Text, device: &str) -> Result<String> {
+    /// Returns what the states of a baseline are stored under. `model_hash` is that of all its bytes.
+    pub fn key(model_hash: &str, text: &Text, device: &str) -> Result<String> {
         let tokens: Vec<u8> = text.tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
         let hash = Sha256::new()
             .chain_update(b"quant states 1\n")
-            .chain_update(format!("{model_sha256}\n{device}\n{}\n", serde_json::to_string(&text.protocol)?))
+            .chain_update(format!("{model_hash}\n{device}\n{}\n", serde_json::to_string(&text.protocol)?))
             .chain_update(&tokens)
             .finalize();
         Ok(hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
