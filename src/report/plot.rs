@@ -116,7 +116,7 @@ pub fn scatter(points: &[Point], x_shown: fn(f64) -> String, y_shown: fn(f64) ->
     }
     _ = write!(svg, r#"<path class="axis" d="M{left:.1} {top:.1}V{bottom:.1}H{right:.1}"/>"#);
     svg += &text(right, HEIGHT - 4.0, "end", "tick", "size");
-    let labels = spread(points.iter().map(|point| y_at(point.y.value) + 4.0).collect(), 13.0, bottom);
+    let labels = spread(points.iter().map(|point| y_at(point.y.value) + 4.0).collect(), 15.0, bottom);
     for (point, label) in points.iter().zip(labels) {
         let (x, y, class) = (x_at(point.x), y_at(point.y.value), point.series % COLOURS);
         if let Some([low, high]) = point.y.interval {

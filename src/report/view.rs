@@ -12,7 +12,7 @@ use crate::output;
 
 /// Metrics of the summary table.
 const SUMMARY: [Metric; 6] =
-    [Metric::Ppl, Metric::DeltaPplPct, Metric::Kld, Metric::KldP99, Metric::Top1, Metric::RmsDp];
+    [Metric::Kld, Metric::DeltaPplPct, Metric::Top1, Metric::Ppl, Metric::KldP99, Metric::RmsDp];
 /// Tensor groups that are listed by name.
 const LISTED_GROUPS: usize = 15;
 /// Answers that are shown side by side.
@@ -33,7 +33,7 @@ pub fn of(report: &Report) -> Value {
         "gates": report.gates,
         "parts": [
             parts("By content", "slice", &report.slices),
-            parts("By position in the window", "tokens", &report.positions),
+            parts("By position in the window", "position", &report.positions),
         ],
         "speed": speed(&report.speed, &series),
         "sensitivity": report.sensitivity.as_ref().map(sensitivity),
