@@ -320,6 +320,23 @@ mod tests {
     }
 
     #[test]
+    fn long_windows_are_cut_into_buckets_up_to_their_end() {
+        let protocol = Protocol::new(Scored::All, 40_000, None, "text", &[1; 40_000], None).unwrap();
+        let mut samples = Samples::new(39_999, false);
+        let nll = |at: usize| if at < 32_768 { 1.0 } else { 2.0 };
+        let scores: Vec<_> = (0..39_999).map(|at| crate::backend::Score { nll: nll(at), top: 0 }).collect();
+        samples.add_scores(&scores).unwrap();
+        let model = About { name: "m".into(), format: "f".into(), bytes: 1, bits_per_weight: 1.0 };
+        let text = Text { name: "text".into(), tokens: vec![1; 40_000], protocol };
+        let parts = positions(&[model], &[samples], &text);
+        let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
+        assert_eq!((names[0], names[7], names[8]), ("0-255", "16384-32767", "32768-39998"));
+        let ppl = |at: usize| parts[at].rows[0].value(Metric::Ppl).unwrap();
+        assert!((ppl(7) - 1f64.exp()).abs() < 1e-9 && (ppl(8) - 2f64.exp()).abs() < 1e-9);
+        assert_eq!(parts[8].rows[0].tokens, 39_999 - 32_768);
+    }
+
+    #[test]
     fn columns_are_unique() {
         let mut names: Vec<String> = Row::default().columns().into_iter().map(|(name, _)| name).collect();
         let count = names.len();

@@ -17,8 +17,8 @@ const BUNDLED: [(&str, &str); 6] = [
     ("german", include_str!("../../eval/slices/german.txt")),
 ];
 
-/// Tokens in a window: the texts are small and an interval needs windows.
-pub const N_CTX: usize = 256;
+/// Tokens in a window: the texts are small, and an interval needs ten windows or more.
+pub const N_CTX: usize = 128;
 
 /// One kind of content.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Reports for people and CI servers. [`view`] says what they contain, once; the templates say how it looks.
+//! Reports for people and CI servers. `view.rs` says what they contain, once; the templates say how it looks.
 
 pub mod junit;
 mod plot;
