@@ -74,10 +74,15 @@ impl Samples {
         self.positions.len()
     }
 
-    /// Returns the tokens per second of all forward passes together; `None` if none was timed.
+    /// Returns the passes that say something about speed: the first one also compiles kernels and fills caches.
+    fn timed(&self) -> &[(usize, Duration)] {
+        &self.passes[usize::from(self.passes.len() > 1)..]
+    }
+
+    /// Returns the tokens per second of all forward passes but the first; `None` if none was timed.
     pub fn tok_per_s(&self) -> Option<f64> {
         let (tokens, elapsed) =
-            self.passes.iter().fold((0, Duration::ZERO), |(n, t), pass| (n + pass.0, t + pass.1));
+            self.timed().iter().fold((0, Duration::ZERO), |(n, t), pass| (n + pass.0, t + pass.1));
         (tokens > 0).then(|| tokens as f64 / elapsed.as_secs_f64())
     }
 
@@ -86,7 +91,7 @@ impl Samples {
         let ratio = |(own, other): (&(usize, Duration), &(usize, Duration))| {
             (own.0 as f64 / own.1.as_secs_f64()) / (other.0 as f64 / other.1.as_secs_f64())
         };
-        let ratios: Vec<f64> = self.passes.iter().zip(&baseline.passes).map(ratio).collect();
+        let ratios: Vec<f64> = self.timed().iter().zip(baseline.timed()).map(ratio).collect();
         let value = self.tok_per_s()? / baseline.tok_per_s()?;
         Some(Estimate { value, interval: bootstrap::of_mean(&ratios).interval })
     }
@@ -359,6 +364,23 @@ mod tests {
         let shares = [0.0, 0.31, 0.9, 1.0];
         let expected = shares.map(|share| super::super::statistics::quantile(&mut repeated, share));
         assert_eq!(quantiles(&weights, 40, &sorted, shares), expected);
+    }
+
+    #[test]
+    fn the_first_pass_does_not_count_for_speed() {
+        let samples = |milliseconds: [u64; 3]| {
+            let mut samples = Samples::new(1, true);
+            milliseconds.iter().for_each(|&ms| samples.add_pass(100, Duration::from_millis(ms)));
+            samples
+        };
+        let (slow, fast) = (samples([9000, 100, 100]), samples([1, 50, 50]));
+        assert_eq!(slow.tok_per_s(), Some(1000.0));
+        let ratio = fast.speed_ratio(&slow).unwrap();
+        assert!((ratio.value - 2.0).abs() < 1e-9 && ratio.interval.is_some());
+        let mut one = Samples::new(1, true);
+        assert_eq!(one.tok_per_s(), None);
+        one.add_pass(10, Duration::from_secs(1));
+        assert_eq!(one.tok_per_s(), Some(10.0));
     }
 
     #[test]

@@ -125,6 +125,11 @@ fn a_page_of_little_has_no_empty_sections() {
     for words in ["<h2>Gates", "By content", "Speed", "Answers"] {
         assert!(!page.contains(words), "{words}");
     }
+    let found = full();
+    let page = html(&Report { sensitivity: found.sensitivity, ..Report::new(found.protocol, Vec::new()) });
+    let page = page.unwrap();
+    assert!(page.contains("<h1>quant sensitivity") && page.contains("layer 1 down"));
+    assert!(!page.contains("gates") && !page.contains("Summary"));
 }
 
 #[test]

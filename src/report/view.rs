@@ -24,6 +24,7 @@ pub fn of(report: &Report) -> Value {
     let series = |model: &str| models.iter().position(|name| *name == model).unwrap_or(0);
     json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "title": if report.rows.is_empty() { "quant sensitivity" } else { "quant eval" },
         "verdict": verdict(report),
         "models": models.iter().enumerate().map(|(at, name)| json!({ "name": name, "colour": at % COLOURS })).collect::<Vec<_>>(),
         "headings": SUMMARY.map(|metric| metric.describe().label),
@@ -35,7 +36,7 @@ pub fn of(report: &Report) -> Value {
             parts("By content", "slice", &report.slices),
             parts("By position in the window", "position", &report.positions),
         ],
-        "speed": speed(&report.speed, &series),
+        "speed": speed(report, &series),
         "sensitivity": report.sensitivity.as_ref().map(sensitivity),
         "suites": report.suites.iter().map(|score| json!({
             "score": score,
@@ -162,9 +163,14 @@ fn parts(title: &str, heading: &str, parts: &[Part]) -> Option<Value> {
 }
 
 /// One set of bars for each quantity, because units differ.
-fn speed(rows: &[SpeedRow], series: &dyn Fn(&str) -> usize) -> Value {
+fn speed(report: &Report, series: &dyn Fn(&str) -> usize) -> Value {
+    let forward = report.rows.iter().filter_map(|row| {
+        let (what, unit) = ("forward pass".to_string(), "tok/s".to_string());
+        Some(SpeedRow { model: row.model.clone(), what, value: row.tok_per_s?, unit })
+    });
+    let rows: Vec<SpeedRow> = report.speed.iter().cloned().chain(forward).collect();
     let mut quantities: Vec<(&str, &str)> = Vec::new();
-    for row in rows {
+    for row in &rows {
         if !quantities.contains(&(&row.what, &row.unit)) {
             quantities.push((&row.what, &row.unit));
         }
