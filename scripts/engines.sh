@@ -31,7 +31,7 @@ gguf=(q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s q4_0)
 llama_cpp() {
     local ppl
     for _ in 1 2 3 4 5; do
-        ppl=$("$peers/bin/llama-perplexity" -m "$1" -f "$2" -c 512 -b 512 --chunks "$windows" 2>&1 |
+        ppl=$("$peers/bin/llama-perplexity" -m "$1" -f "$2" -c 512 -b 512 --no-escape --chunks "$windows" 2>&1 |
             sed -n 's/.*Final estimate: PPL = \([0-9.]*\).*/\1/p')
         [ -z "$ppl" ] || break
     done
@@ -44,7 +44,7 @@ for model in "$@"; do
     name=$(basename "$model")
     out=$work/$name
     mkdir -p "$out"
-    convert() { "$QUANT" convert "$model" --no-validate --force --quiet "$@" >&2; }
+    convert() { "$QUANT" convert "$model" --method rtn --no-validate --force --quiet "$@" >&2; }
     for format in "${compressed_tensors[@]}"; do convert --format "$format" -o "$out/$format"; done
     for format in "${gguf[@]}"; do convert --format "$format" -o "$out/$format.gguf"; done
     convert --format mxfp4 --dialect gguf -o "$out/mxfp4.gguf"

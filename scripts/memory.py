@@ -87,7 +87,7 @@ def main():
     failed = False
     for name in FORMATS:
         out = work / f"out-{name}"
-        command = [quant, "convert", str(model), "--format", name, "--no-validate", "--quiet", "--force", "--out", str(out)]
+        command = [quant, "convert", str(model), "--format", name, "--method", "rtn", "--no-validate", "--quiet", "--force", "--out", str(out)]
         process = subprocess.Popen(command)
         _, status, usage = os.wait4(process.pid, 0)
         peak = usage.ru_maxrss * 1024

@@ -55,12 +55,12 @@ echo "| | quant | llama.cpp | faster by |"
 echo "|---|---|---|---|"
 for format in q4_k_m q8_0; do
   compare "$format,1_thread" \
-    "$QUANT convert $model --format $format --no-validate --quiet --force --threads 1 -o $work/ours.gguf" \
+    "$QUANT convert $model --format $format --method rtn --no-validate --quiet --force --threads 1 -o $work/ours.gguf" \
     "$peers/bin/llama-quantize $bf16 $work/theirs.gguf $format 1"
 done
 compare "perplexity_bf16,${threads}_threads" \
   "$QUANT eval $model --ppl --device cpu --text $text --windows $windows --threads $threads --quiet" \
-  "$peers/bin/llama-perplexity -m $bf16 -f $text -c 512 -b 512 --chunks $windows -t $threads"
+  "$peers/bin/llama-perplexity -m $bf16 -f $text -c 512 -b 512 --no-escape --chunks $windows -t $threads"
 
 # Ours alone: bytes of BF16 weights per second and core.
 echo
@@ -68,7 +68,7 @@ size=$(du -cbL "$model"/*.safetensors | tail -1 | cut -f1)
 for format in mxfp4 int8 q8_0; do
   rm -f "$work/alone"
   for _ in $(seq "$runs"); do
-    seconds "$QUANT" convert "$model" --format $format --no-validate --quiet --force --threads 1 -o "$work/alone-$format" >>"$work/alone"
+    seconds "$QUANT" convert "$model" --format $format --method rtn --no-validate --quiet --force --threads 1 -o "$work/alone-$format" >>"$work/alone"
   done
   sort -n "$work/alone" | awk -v size="$size" -v format=$format \
     '{ v[NR] = $1 } END { t = v[int((NR + 1) / 2)]; printf "%s, 1 thread: %.2f s, %.2f GB/s of weights read\n", format, t, size / t / 1e9 }'

@@ -17,7 +17,7 @@ count = int(count)
 for candidate in (natural, " ".join(natural.split())):
     pathlib.Path(out).write_text(candidate, encoding="utf-8")
     ours = tokenizer.encode(candidate).ids[:count]
-    command = [llama_tokenize, "-m", model, "-f", out, "--ids", "--no-parse-special", "--log-disable"]
+    command = [llama_tokenize, "-m", model, "-f", out, "--ids", "--no-parse-special", "--no-escape", "--log-disable"]
     theirs = ast.literal_eval(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())[:count]
     if ours == theirs:
         what = "as it is" if candidate is natural else "with single spaces"
