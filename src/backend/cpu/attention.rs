@@ -4,6 +4,7 @@
 //! the product in the layout that the next product, outᵀ\[d, query\] = vᵀ · scores, takes in. Keys and values are packed
 //! once per head and shared by all queries and by all query heads of their group.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use multiversion::multiversion;
@@ -126,21 +127,36 @@ fn attend(
     let first_block = oldest / ROWS;
     let seen = first_block * ROWS..queries.end.next_multiple_of(ROWS).min(keys.rows());
 
-    let mut panel = vec![[0.0; COLS]; shape.head_dim];
-    transpose(q.slice(s![queries.clone(), ..]), &mut panel);
-    let mut scores = vec![[0.0; COLS]; seen.len().next_multiple_of(ROWS)];
-    multiply_to_panel(keys, first_block, 0..shape.head_dim, &panel, &mut scores);
-    mask(&mut scores[..seen.len()], seen.start, queries.start, shape.window);
-    let sums = softmax(&mut scores[..seen.len()], shape.scale);
+    SCRATCH.with_borrow_mut(|Scratch { panel, scores, transposed }| {
+        panel.resize(shape.head_dim, [0.0; COLS]);
+        transpose(q.slice(s![queries.clone(), ..]), panel);
+        scores.resize(seen.len().next_multiple_of(ROWS), [0.0; COLS]);
+        multiply_to_panel(keys, first_block, 0..shape.head_dim, panel, scores);
+        let scores = &mut scores[..seen.len()];
+        mask(scores, seen.start, queries.start, shape.window);
+        let sums = softmax(scores, shape.scale);
 
-    let mut transposed = vec![[0.0; COLS]; shape.head_dim.next_multiple_of(ROWS)];
-    multiply_to_panel(values, 0, seen.clone(), &scores[..seen.len()], &mut transposed);
-    for (query, mut out) in out.rows_mut().into_iter().enumerate() {
-        let share = 1.0 / sums[query];
-        for (out, value) in out.iter_mut().zip(&transposed) {
-            *out = value[query] * share;
+        transposed.resize(shape.head_dim.next_multiple_of(ROWS), [0.0; COLS]);
+        multiply_to_panel(values, 0, seen.clone(), scores, transposed);
+        for (query, mut out) in out.rows_mut().into_iter().enumerate() {
+            let share = 1.0 / sums[query];
+            for (out, value) in out.iter_mut().zip(transposed.iter()) {
+                *out = value[query] * share;
+            }
         }
-    }
+    });
+}
+
+/// What [`attend`] writes over before it reads; kept by each thread, so that nothing is zeroed or allocated anew.
+#[derive(Default)]
+struct Scratch {
+    panel: Vec<[f32; COLS]>,
+    scores: Vec<[f32; COLS]>,
+    transposed: Vec<[f32; COLS]>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// Sets the scores of keys that a query does not see to -∞. Row `i` of `scores` is key `first_key + i`.

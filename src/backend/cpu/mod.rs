@@ -29,6 +29,11 @@ impl Backend for Cpu {
         format!("CPU, {} threads, F32", rayon::current_num_threads())
     }
 
+    /// Two windows of 512: every weight is decoded and packed once for both.
+    fn tokens_at_once(&self) -> usize {
+        1024
+    }
+
     fn upload(&self, weight: Matrix) -> Result<Matrix> {
         Ok(weight)
     }

@@ -204,9 +204,11 @@ fn multiply_panel(
         let sums = tile(left.block(block, depth.clone()), panel);
         for (row, sums) in (block * ROWS..left.rows).zip(&sums) {
             let y = y.row_mut(row - first_block * ROWS).into_slice().expect("rows are contiguous");
-            match previous {
-                Previous::Replaced => y.copy_from_slice(&sums[..y.len()]),
-                Previous::Kept => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += *sum),
+            // A known length becomes two vector stores instead of a call.
+            match (previous, <&mut [f32; COLS]>::try_from(&mut *y)) {
+                (Previous::Replaced, Ok(y)) => *y = *sums,
+                (Previous::Replaced, Err(_)) => y.copy_from_slice(&sums[..y.len()]),
+                (Previous::Kept, _) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += *sum),
             }
         }
     }
