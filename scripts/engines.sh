@@ -27,12 +27,13 @@ fi
 compressed_tensors=(mxfp4 int8 int8-w8a8)
 gguf=(q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s q4_0)
 
-# Prints what llama-perplexity measures. On a busy machine its log thread loses the last lines at exit: ask again.
+# Prints what llama-perplexity measures: the estimate after the last window. On a busy machine its log thread loses the
+# last lines at exit: ask again.
 llama_cpp() {
     local ppl
     for _ in 1 2 3 4 5; do
         ppl=$("$peers/bin/llama-perplexity" -m "$1" -f "$2" -c 512 -b 512 --no-escape --chunks "$windows" 2>&1 |
-            sed -n 's/.*Final estimate: PPL = \([0-9.]*\).*/\1/p')
+            sed -n "s/.*\[$windows\]\([0-9.]*\),.*/\1/p")
         [ -z "$ppl" ] || break
     done
     echo "${ppl:-nan}"
