@@ -3,6 +3,7 @@
 //! ids → embeddings → layers ([`block`]) → final norm; the loss head is [`Backend::score`] and [`Backend::compare`].
 
 pub mod block;
+pub mod chat_template;
 pub mod config;
 pub mod tokenizer;
 

@@ -78,6 +78,20 @@ impl TokenizerFiles {
         added.or_else(|| self.tokenizer["model"]["vocab"].get(text))?.as_u64().map(|id| id as u32)
     }
 
+    /// Returns the text of a token by its id.
+    pub fn token_text(&self, id: u32) -> Option<&str> {
+        if let Some(token) = self.added_tokens().iter().find(|token| token["id"] == id) {
+            return token["content"].as_str();
+        }
+        match &self.tokenizer["model"]["vocab"] {
+            Value::Object(vocab) => {
+                vocab.iter().find(|(_, value)| **value == id).map(|(text, _)| text.as_str())
+            }
+            Value::Array(pieces) => pieces.get(id as usize)?[0].as_str(),
+            _ => None,
+        }
+    }
+
     /// Returns the `added_tokens` entries of `tokenizer.json`.
     pub fn added_tokens(&self) -> &[Value] {
         self.tokenizer["added_tokens"].as_array().map_or(&[], Vec::as_slice)
