@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::eval::gate::{self, Rule};
+use crate::model::kv_cache::KvCache;
 use crate::scheme::fit::ScaleRule;
 
 const EXAMPLES: &str = "Examples:
@@ -52,7 +53,7 @@ pub enum Command {
     /// Quantize a model, load the result back and measure what it lost
     Convert(ConvertArgs),
     /// Measure perplexity and divergence from a baseline
-    Eval(EvalArgs),
+    Eval(Box<EvalArgs>),
     /// Quantize one group of tensors at a time and rank them by what they cost
     Sensitivity(SensitivityArgs),
     /// Print a model's tensors, formats and sizes
@@ -145,6 +146,12 @@ pub struct EvalArgs {
     /// Keep the baseline's last hidden states in this folder and compare with them; models are loaded one at a time
     #[arg(long, value_name = "FOLDER", requires = "baseline")]
     pub chunks_cache: Option<PathBuf>,
+    /// Also measure with keys and values kept so: bf16, fp8, int8 or int8,group=N; may be given several times
+    #[arg(long, value_name = "CACHE")]
+    pub kv_cache: Vec<KvCache>,
+    /// What models are asked.
+    #[command(flatten)]
+    pub questions: QuestionArgs,
     /// Where results go.
     #[command(flatten)]
     pub outputs: OutputArgs,
@@ -288,6 +295,27 @@ pub struct InspectArgs {
 pub struct CompletionsArgs {
     /// The shell to print for
     pub shell: clap_complete::Shell,
+}
+
+/// What models are asked.
+#[derive(Args, Clone, Debug)]
+pub struct QuestionArgs {
+    /// Let models answer prompt suites: all, arithmetic, chat, code, instructions, json, reasoning, retrieval, tools,
+    /// retrieval-long, or files of your own that end in .jsonl [default without a value: all]
+    #[arg(long, value_name = "SUITE", num_args = 0..=1, default_missing_value = "all", value_delimiter = ',')]
+    pub suites: Vec<String>,
+    /// Score benchmarks from local files: mmlu, hellaswag, arc or gsm8k, each as NAME=FILE
+    #[arg(long, value_name = "NAME=FILE", value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Solved examples before each question of a benchmark: the first of the file, which are not scored then
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub shots: u32,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// Run the Python that models write for the suite code; see eval/suites/README.md for the limits it runs under
+    #[arg(long)]
+    pub allow_exec: bool,
 }
 
 /// Where models come from and where they run.

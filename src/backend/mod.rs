@@ -7,6 +7,7 @@ pub mod cuda;
 
 use anyhow::Result;
 
+use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
@@ -142,6 +143,10 @@ pub trait Backend: Sync {
         shape: &AttentionShape,
         batch: Batch,
     ) -> Result<Self::Tensor>;
+
+    /// Rounds keys or values `[n, kv_heads · head_dim]` as a cache keeps them; `scale` is the layer's
+    /// ([`KvCache::round`]). Devices without a kernel of their own leave it to the CPU.
+    fn round_cache(&self, x: &mut Self::Tensor, kind: KvCache, head_dim: usize, scale: f32) -> Result<()>;
 
     /// y = silu(gate) · up, elementwise.
     fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::measure::{self, Request};
+use super::questions::Questions;
 use super::{ModelRef, Outcome, show};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{EvalArgs, GateArgs, OutputArgs};
@@ -46,7 +47,10 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
         );
         request.cache_in(folder);
     }
-    let mut report = measure::run(&request, baseline.as_ref(), &models.iter().collect::<Vec<_>>(), printer)?;
+    let models: Vec<&Checkpoint> = models.iter().collect();
+    request.add_kv_caches(&args.kv_cache, reference)?;
+    request.ask(Questions::new(&args.questions, reference, &models)?);
+    let mut report = measure::run(&request, baseline.as_ref(), &models, printer)?;
     report.gates = gate::judge(&gates, &report)?;
     if !args.kld && !gates.iter().any(Gate::needs_divergence) {
         report.without_divergence();
@@ -61,6 +65,8 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     for verdict in report.gates.iter().filter(|verdict| !verdict.passed) {
         printer.failure(format!("gate failed: {}", verdict.line()));
     }
+    let errors = report.errors();
+    ensure!(errors.is_empty(), "{}", errors.join("; "));
     Ok(if report.passed() { Outcome::Ok } else { Outcome::GateFailed })
 }
 

@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
+use super::questions::Questions;
 use crate::artifact::file_name;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
@@ -18,8 +19,10 @@ use crate::eval::report::{self, Part, Report, Timed};
 use crate::eval::samples::Samples;
 use crate::eval::slices::{self, Slice};
 use crate::eval::{self, About, Protocol, Scored, Subject, Text};
+use crate::generate::Generate;
 use crate::manifest;
 use crate::model::Model;
+use crate::model::kv_cache::KvCache;
 use crate::output::{Printer, Unit};
 
 /// Windows of the embedded text that are evaluated unless told otherwise.
@@ -34,6 +37,8 @@ pub struct Request {
     text: Text,
     slices: Vec<Text>,
     cache: Option<PathBuf>,
+    kv_caches: Vec<KvCache>,
+    questions: Option<Questions>,
     device: String,
     precise: bool,
 }
@@ -62,6 +67,8 @@ impl Request {
             text,
             slices: Vec::new(),
             cache: None,
+            kv_caches: Vec::new(),
+            questions: None,
             device: device.to_string(),
             precise: args.precise,
         })
@@ -75,6 +82,25 @@ impl Request {
     /// Keeps the baseline's last hidden states in a folder.
     pub fn cache_in(&mut self, folder: &Path) {
         self.cache = Some(folder.to_path_buf());
+    }
+
+    /// Measures every model again with each of these caches.
+    ///
+    /// # Errors
+    /// Groups that do not divide a head of `reference`; stored baselines, which have no cache.
+    pub fn add_kv_caches(&mut self, kinds: &[KvCache], reference: &Checkpoint) -> Result<()> {
+        ensure!(
+            kinds.is_empty() || self.cache.is_none(),
+            "`--kv-cache` runs the baseline with other caches, which `--chunks-cache` does not store; drop one of them"
+        );
+        kinds.iter().try_for_each(|kind| kind.check(&reference.config))?;
+        self.kv_caches = kinds.to_vec();
+        Ok(())
+    }
+
+    /// Lets every model answer questions as well.
+    pub fn ask(&mut self, questions: Option<Questions>) {
+        self.questions = questions;
     }
 
     fn texts(&self) -> impl Iterator<Item = &Text> {
@@ -116,7 +142,7 @@ pub trait WithBackend {
     type Output;
 
     /// Does it.
-    fn run<B: Backend>(self, backend: &B) -> Result<Self::Output>;
+    fn run<B: Generate>(self, backend: &B) -> Result<Self::Output>;
 }
 
 /// Runs work on the device that was asked for.
@@ -141,7 +167,7 @@ pub fn on_device<W: WithBackend>(request: &Request, printer: Printer, work: W) -
     }
 }
 
-fn announced<W: WithBackend>(backend: &impl Backend, printer: Printer, work: W) -> Result<W::Output> {
+fn announced<W: WithBackend>(backend: &impl Generate, printer: Printer, work: W) -> Result<W::Output> {
     printer.note(format!("measuring on {}", backend.describe()));
     work.run(backend)
 }
@@ -166,9 +192,10 @@ struct Evaluation<'a> {
 impl WithBackend for Evaluation<'_> {
     type Output = Report;
 
-    fn run<B: Backend>(self, backend: &B) -> Result<Report> {
+    fn run<B: Generate>(self, backend: &B) -> Result<Report> {
         let Evaluation { request, baseline, models, printer } = self;
-        let bar = printer.bar(request.runs(baseline.iter().len() + models.len()), "measuring", Unit::Count);
+        let variants = (baseline.iter().len() + models.len()) * (1 + request.kv_caches.len());
+        let bar = printer.bar(request.runs(variants), "measuring", Unit::Count);
         let progress = |windows: usize| bar.inc(windows as u64);
         let samples = match (&request.cache, baseline) {
             (Some(folder), Some(baseline)) => {
@@ -178,8 +205,11 @@ impl WithBackend for Evaluation<'_> {
             _ => side_by_side(backend, request, baseline, models, &progress)?,
         };
         bar.finish_and_clear();
-        let everyone: Vec<About> =
-            baseline.iter().chain(models).map(|checkpoint| about(checkpoint)).collect();
+        let everyone: Vec<About> = baseline
+            .iter()
+            .chain(models)
+            .flat_map(|checkpoint| kinds(request).map(|kind| about(checkpoint).with_cache(kind)))
+            .collect();
         let (main, slices) = samples.split_first().context("nothing was measured")?;
         let rows = report::rows(&everyone, main, Timed::Yes);
         let mut report = Report::new(request.text.protocol.clone(), rows);
@@ -194,6 +224,11 @@ impl WithBackend for Evaluation<'_> {
                 rows: report::rows(&everyone, samples, Timed::No),
             })
             .collect();
+        let config = &baseline.unwrap_or(models[0]).config;
+        report.kv_caches = request.kv_caches.iter().map(|kind| kind.memory(config)).collect();
+        if let Some(questions) = &request.questions {
+            questions.ask(backend, baseline, models, printer, &mut report)?;
+        }
         Ok(report)
     }
 }
@@ -211,10 +246,13 @@ fn side_by_side<B: Backend>(
 ) -> Result<Found> {
     let baseline_model = baseline.map(|checkpoint| load(backend, checkpoint)).transpose()?;
     let loaded = models.iter().map(|checkpoint| load(backend, checkpoint)).collect::<Result<Vec<_>>>()?;
-    let baseline =
-        baseline.zip(baseline_model.as_ref()).map(|(checkpoint, model)| subject(checkpoint, model));
-    let subjects: Vec<_> =
-        models.iter().zip(&loaded).map(|(checkpoint, model)| subject(checkpoint, model)).collect();
+    let baseline = baseline.zip(baseline_model.as_ref());
+    let subjects =
+        baseline.iter().flat_map(|&(checkpoint, model)| variants(request, checkpoint, model)).skip(1);
+    let others = models.iter().zip(&loaded);
+    let others = others.flat_map(|(checkpoint, model)| variants(request, checkpoint, model));
+    let subjects: Vec<Subject<B>> = subjects.chain(others).collect();
+    let baseline = baseline.map(|(checkpoint, model)| subject(checkpoint, model));
     let run = |text: &Text| {
         eval::run(backend, baseline.as_ref(), &subjects, text, progress).with_context(|| text.name.clone())
     };
@@ -266,7 +304,7 @@ fn against_states<B: Backend>(
     Ok(found)
 }
 
-fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Result<Model<B>> {
+pub fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Result<Model<B>> {
     Model::load(backend, &checkpoint.config, checkpoint)
         .with_context(|| format!("{}", checkpoint.path.display()))
 }
@@ -288,7 +326,24 @@ fn about(checkpoint: &Checkpoint) -> About {
     }
 }
 
-fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {
+pub fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {
     let About { name, format, bytes, bits_per_weight } = about(checkpoint);
-    Subject { name, format, bytes, bits_per_weight, model }
+    Subject { name, format, bytes, bits_per_weight, model, kv_cache: KvCache::Exact }
+}
+
+/// The exact cache, and those that were asked for.
+fn kinds(request: &Request) -> impl Iterator<Item = KvCache> {
+    [KvCache::Exact].into_iter().chain(request.kv_caches.iter().copied())
+}
+
+/// Returns a model with every cache.
+fn variants<'a, B: Backend>(
+    request: &Request,
+    checkpoint: &Checkpoint,
+    model: &'a Model<B>,
+) -> impl Iterator<Item = Subject<'a, B>> {
+    kinds(request).map(move |kv_cache| {
+        let About { name, format, bytes, bits_per_weight } = about(checkpoint).with_cache(kv_cache);
+        Subject { name, format, bytes, bits_per_weight, model, kv_cache }
+    })
 }

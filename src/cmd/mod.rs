@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod measure;
 mod plan_report;
+mod questions;
 mod sensitivity;
 mod show;
 

@@ -8,11 +8,11 @@ use rayon::prelude::*;
 
 use super::measure::{self, Request, WithBackend};
 use super::{ModelRef, Outcome};
-use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{GroupArg, SensitivityArgs};
 use crate::eval::sensitivity::{self, Group, Sensitivity, TensorGroup};
 use crate::eval::{Metric, Report};
+use crate::generate::Generate;
 use crate::model::Model;
 use crate::names::{Role, TensorId};
 use crate::output::{self, Printer, Unit};
@@ -60,7 +60,7 @@ struct Trial<'a> {
 impl WithBackend for Trial<'_> {
     type Output = Sensitivity;
 
-    fn run<B: Backend>(self, backend: &B) -> Result<Sensitivity> {
+    fn run<B: Generate>(self, backend: &B) -> Result<Sensitivity> {
         let Trial { request, source, plan, groups, printer } = self;
         let text = request.text();
         let mut model = Model::load(backend, &source.config, source)

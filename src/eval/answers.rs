@@ -24,6 +24,8 @@ pub struct Answer {
     pub baseline_passed: Option<bool>,
     /// Whether the model's answer passes its check.
     pub model_passed: Option<bool>,
+    /// Why it does not pass.
+    pub reason: String,
     /// Index of the first token that differs; `None` if none does.
     pub first_difference: Option<usize>,
     /// Mean KL(baseline ‖ model) over the tokens of the baseline's answer, nats.
@@ -42,8 +44,8 @@ pub struct SuiteScore {
     pub prompts: usize,
     /// Answers of the model that pass.
     pub passed: usize,
-    /// Answers of the baseline that pass.
-    pub baseline_passed: usize,
+    /// Answers of the baseline that pass; `None` without one.
+    pub baseline_passed: Option<usize>,
     /// Prompts that the baseline passes and the model does not.
     pub lost: usize,
     /// Prompts that the model passes and the baseline does not.
@@ -56,6 +58,8 @@ pub struct SuiteScore {
     pub length_ratio: Option<f64>,
     /// Mean KL(baseline ‖ model) over the tokens of the baseline's answers, nats.
     pub kld: Option<f64>,
+    /// Generated tokens per second, prompts included in the time.
+    pub tok_per_s: Option<f64>,
 }
 
 impl SuiteScore {

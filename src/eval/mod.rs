@@ -17,6 +17,8 @@ pub mod sensitivity;
 pub mod slices;
 pub mod speed;
 pub mod statistics;
+pub mod suite;
+pub mod task;
 
 use std::ops::Range;
 use std::time::Instant;
@@ -30,6 +32,7 @@ pub use self::samples::Samples;
 use crate::backend::{Backend, Batch};
 use crate::model::Model;
 use crate::model::config::Config;
+use crate::model::kv_cache::KvCache;
 
 /// A loaded model and what its row says of it.
 pub struct Subject<'a, B: Backend> {
@@ -43,6 +46,8 @@ pub struct Subject<'a, B: Backend> {
     pub bits_per_weight: f64,
     /// The weights.
     pub model: &'a Model<B>,
+    /// How it keeps keys and values.
+    pub kv_cache: KvCache,
 }
 
 /// What rows say of a model.
@@ -53,6 +58,16 @@ pub struct About {
     pub format: String,
     pub bytes: u64,
     pub bits_per_weight: f64,
+}
+
+impl About {
+    /// Says that keys and values are kept in another way.
+    pub fn with_cache(self, kv_cache: KvCache) -> Self {
+        match kv_cache {
+            KvCache::Exact => self,
+            kind => About { name: format!("{}, kv {kind}", self.name), ..self },
+        }
+    }
 }
 
 impl<B: Backend> Subject<'_, B> {
@@ -196,7 +211,7 @@ fn measure<B: Backend>(
     let targets: Vec<u32> = positions.iter().map(|&position| ids[position + 1]).collect();
     backend.wait()?;
     let started = Instant::now();
-    let hidden = subject.model.hidden_at(backend, ids, batch, &positions)?;
+    let hidden = subject.model.hidden_at_with(backend, ids, batch, &positions, subject.kv_cache)?;
     backend.wait()?;
     samples.add_pass(ids.len(), started.elapsed());
     let head = subject.model.head();
@@ -225,7 +240,14 @@ mod tests {
     }
 
     pub fn subject<'a>(name: &str, model: &'a Model<Cpu>) -> Subject<'a, Cpu> {
-        Subject { name: name.into(), format: "bf16".into(), bytes: 1, bits_per_weight: 16.0, model }
+        Subject {
+            name: name.into(),
+            format: "bf16".into(),
+            bytes: 1,
+            bits_per_weight: 16.0,
+            model,
+            kv_cache: KvCache::Exact,
+        }
     }
 
     pub fn tokens() -> Vec<u32> {

@@ -11,7 +11,10 @@ use super::metric::{METRICS, Measures, Metric};
 use super::protocol::Protocol;
 use super::samples::{Samples, StandardErrors};
 use super::sensitivity::Sensitivity;
+use super::suite::result::Asked;
+use super::task::result::TaskResult;
 use super::{About, Text};
+use crate::model::kv_cache::KvMemory;
 
 /// One model's results on one text. Columns that need a baseline are absent (null, empty) without one and in the
 /// baseline's own row.
@@ -149,6 +152,15 @@ pub struct Report {
     /// Answers to prompts, side by side.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub answers: Vec<Answer>,
+    /// How suites were run.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub asked: Vec<Asked>,
+    /// What benchmarks say, question by question.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<TaskResult>,
+    /// Memory of the caches that were compared.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub kv_caches: Vec<KvMemory>,
     /// Rates and latencies of generation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub speed: Vec<SpeedRow>,
@@ -170,6 +182,9 @@ impl Report {
             positions: Vec::new(),
             suites: Vec::new(),
             answers: Vec::new(),
+            asked: Vec::new(),
+            tasks: Vec::new(),
+            kv_caches: Vec::new(),
             speed: Vec::new(),
             sensitivity: None,
             gates: Vec::new(),
@@ -181,6 +196,14 @@ impl Report {
         let parts = self.slices.iter_mut().chain(&mut self.positions);
         let rows = parts.flat_map(|part| &mut part.rows);
         self.rows.iter_mut().chain(rows).for_each(Row::without_divergence);
+    }
+
+    /// Returns what could not be finished: suites and benchmarks that ended early.
+    pub fn errors(&self) -> Vec<String> {
+        let suites = self.asked.iter().map(|asked| ("suite", &asked.suite, &asked.error));
+        let tasks = self.tasks.iter().map(|task| ("task", &task.task, &task.error));
+        let all = suites.chain(tasks);
+        all.filter_map(|(kind, name, error)| Some(format!("{kind} `{name}`: {}", error.as_ref()?))).collect()
     }
 
     /// Whether every gate lets every model pass.

@@ -219,6 +219,7 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::eval::{self, Scored, Subject};
     use crate::model::TensorSource;
+    use crate::model::kv_cache::KvCache;
     use crate::tensor::Dense;
 
     fn open(name: &str) -> Checkpoint {
@@ -282,6 +283,7 @@ mod tests {
                     bytes: 1,
                     bits_per_weight: 1.0,
                     model,
+                    kv_cache: KvCache::Exact,
                 };
                 let samples =
                     eval::run(&Cpu, Some(&subject(&model)), &[subject(&other)], &text(), &|_| ()).unwrap();

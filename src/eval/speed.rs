@@ -171,7 +171,19 @@ pub fn random_model(
     let layer = || {
         let [q, k, v, o, gate, up, down] =
             weights.clone().map(|weight| Linear { weight, bias: None, activations: Activations::Full });
-        Layer { attn_norm: gain.clone(), q, k, v, o, qk_norm: None, ffn_norm: gain.clone(), gate, up, down }
+        Layer {
+            attn_norm: gain.clone(),
+            q,
+            k,
+            v,
+            o,
+            qk_norm: None,
+            kv_scales: [1.0; 2],
+            ffn_norm: gain.clone(),
+            gate,
+            up,
+            down,
+        }
     };
     Ok(Model {
         constants: LayerConstants::new(&config),

@@ -84,9 +84,19 @@ pub struct Generated {
     pub finish: Finish,
 }
 
+/// A text to be continued.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Request {
+    /// The text's tokens, at least one.
+    pub ids: Vec<u32>,
+    /// Most new tokens.
+    pub max_new_tokens: usize,
+}
+
 /// A prompt, its tokens so far and its own random numbers, so that neighbours do not change its text.
 struct Running<'a> {
     prompt: usize,
+    limit: usize,
     new: Vec<u32>,
     chooser: sampling::Chooser<'a>,
 }
@@ -94,11 +104,11 @@ struct Running<'a> {
 /// Continues every prompt; `done` is called with each as it ends, in any order.
 ///
 /// # Errors
-/// Those of the decoder; prompts with no room for `stop.max_new_tokens` more.
+/// Those of the decoder; prompts with no room for their new tokens, or that want none.
 pub fn generate(
     decoder: &mut dyn Decoder,
     tokenizer: &Tokenizer,
-    prompts: &[Vec<u32>],
+    prompts: &[Request],
     sampling: &Sampling,
     stop: &Stop,
     done: &mut dyn FnMut(usize, Generated) -> Result<()>,
@@ -106,20 +116,21 @@ pub fn generate(
     sampling.check()?;
     for prompt in prompts {
         ensure!(
-            prompt.len() + stop.max_new_tokens <= decoder.capacity(),
-            "a prompt of {} tokens and {} new ones exceed the room for {}",
-            prompt.len(),
-            stop.max_new_tokens,
+            prompt.max_new_tokens > 0 && prompt.ids.len() + prompt.max_new_tokens <= decoder.capacity(),
+            "a prompt of {} tokens and {} new ones for a capacity of {}",
+            prompt.ids.len(),
+            prompt.max_new_tokens,
             decoder.capacity()
         );
     }
-    let mut waiting = 0..if stop.max_new_tokens == 0 { 0 } else { prompts.len() };
+    let mut waiting = prompts.iter().enumerate();
     let mut running: Vec<Option<Running>> = (0..decoder.sequences()).map(|_| None).collect();
     loop {
         for (sequence, slot) in running.iter_mut().enumerate().filter(|(_, slot)| slot.is_none()) {
-            let Some(prompt) = waiting.next() else { break };
-            decoder.prefill(sequence, &prompts[prompt])?;
-            *slot = Some(Running { prompt, new: Vec::new(), chooser: sampling.chooser(prompt as u64) });
+            let Some((prompt, request)) = waiting.next() else { break };
+            decoder.prefill(sequence, &request.ids)?;
+            let (limit, chooser) = (request.max_new_tokens, sampling.chooser(prompt as u64));
+            *slot = Some(Running { prompt, limit, new: Vec::new(), chooser });
         }
         if running.iter().all(Option::is_none) {
             return Ok(());
@@ -127,7 +138,7 @@ pub fn generate(
         append_next(decoder, sampling, &mut running)?;
         for slot in &mut running {
             let Some(run) = slot else { continue };
-            if let Some(generated) = stop.ended(&run.new, tokenizer)? {
+            if let Some(generated) = stop.ended(&run.new, run.limit, tokenizer)? {
                 done(run.prompt, generated)?;
                 *slot = None;
             }

@@ -5,20 +5,18 @@ use anyhow::Result;
 use super::{Finish, Generated};
 use crate::model::tokenizer::Tokenizer;
 
-/// When a text ends: whichever comes first.
+/// What ends a text before its limit of tokens: whichever comes first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stop {
     /// Tokens that end a text, usually the end-of-sequence and end-of-turn tokens.
     pub tokens: Vec<u32>,
     /// Texts that end a text and are left out of it.
     pub strings: Vec<String>,
-    /// Most new tokens.
-    pub max_new_tokens: usize,
 }
 
 impl Stop {
-    /// Returns what was generated if the newest token ends it.
-    pub fn ended(&self, new: &[u32], tokenizer: &Tokenizer) -> Result<Option<Generated>> {
+    /// Returns what was generated if the newest token ends it, by itself or as token number `limit`.
+    pub fn ended(&self, new: &[u32], limit: usize, tokenizer: &Tokenizer) -> Result<Option<Generated>> {
         let end = |tokens: &[u32], text: String, finish| {
             Ok(Some(Generated { tokens: tokens.to_vec(), text, finish }))
         };
@@ -27,7 +25,7 @@ impl Stop {
         {
             return end(new, tokenizer.decode(before)?, Finish::Stop);
         }
-        let at_limit = new.len() >= self.max_new_tokens;
+        let at_limit = new.len() >= limit;
         if self.strings.is_empty() && !at_limit {
             return Ok(None);
         }

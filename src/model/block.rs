@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::config::Config;
+use super::kv_cache::KvCache;
 use super::{TensorSource, read_vector, read_weight};
 use crate::backend::{AttentionShape, Backend, Batch, Rope};
 use crate::names::{Role, TensorId};
@@ -17,6 +18,8 @@ pub struct LayerConstants {
     pub rope: Rope,
     /// Added to the mean square in every norm.
     pub eps: f32,
+    /// How keys and values are kept.
+    pub kv_cache: KvCache,
 }
 
 impl LayerConstants {
@@ -29,7 +32,7 @@ impl LayerConstants {
             window: config.sliding_window,
             scale: (config.head_dim as f64).powf(-0.5) as f32,
         };
-        LayerConstants { attention, rope: config.rope(), eps: config.rms_norm_eps }
+        LayerConstants { attention, rope: config.rope(), eps: config.rms_norm_eps, kv_cache: KvCache::Exact }
     }
 }
 
@@ -83,6 +86,8 @@ pub struct Layer<B: Backend> {
     pub o: Linear<B>,
     /// Norms of each head of q and k, for models that have them.
     pub qk_norm: Option<(B::Tensor, B::Tensor)>,
+    /// Scales of keys and values in an FP8 cache.
+    pub kv_scales: [f32; 2],
     pub ffn_norm: B::Tensor,
     pub gate: Linear<B>,
     pub up: Linear<B>,
@@ -107,6 +112,7 @@ impl<B: Backend> Layer<B> {
                 true => Some((norm(Role::QNorm, config.head_dim)?, norm(Role::KNorm, config.head_dim)?)),
                 false => None,
             },
+            kv_scales: source.kv_scales(layer)?,
             ffn_norm: norm(Role::FfnNorm, hidden)?,
             gate: linear(Role::Gate, [ffn, hidden], config.mlp_bias)?,
             up: linear(Role::Up, [ffn, hidden], config.mlp_bias)?,
@@ -198,7 +204,8 @@ impl<B: Backend> Layer<B> {
         backend.attention(&q, &k, &v, &constants.attention, batch)
     }
 
-    /// Returns what attention takes, rotated: queries `[n, heads · head_dim]`, keys and values `[n, kv_heads · head_dim]`.
+    /// Returns what attention takes, rotated, keys and values as a cache gives them back: queries `[n, heads · head_dim]`,
+    /// keys and values `[n, kv_heads · head_dim]`.
     pub fn queries_keys_values(
         &self,
         backend: &B,
@@ -206,9 +213,12 @@ impl<B: Backend> Layer<B> {
         normed: &B::Tensor,
         batch: Batch,
     ) -> Result<[B::Tensor; 3]> {
-        let [mut q, mut k, v] = self.projections(backend, constants, normed)?;
+        let [mut q, mut k, mut v] = self.projections(backend, constants, normed)?;
         backend.rope(&mut q, &constants.rope, batch)?;
         backend.rope(&mut k, &constants.rope, batch)?;
+        let LayerConstants { kv_cache, attention, .. } = constants;
+        backend.round_cache(&mut k, *kv_cache, attention.head_dim, self.kv_scales[0])?;
+        backend.round_cache(&mut v, *kv_cache, attention.head_dim, self.kv_scales[1])?;
         Ok([q, k, v])
     }
 

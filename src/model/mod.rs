@@ -5,12 +5,14 @@
 pub mod block;
 pub mod chat_template;
 pub mod config;
+pub mod kv_cache;
 pub mod tokenizer;
 
 use anyhow::{Context, Result, ensure};
 
 use self::block::{Layer, LayerConstants};
 use self::config::Config;
+use self::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
 use crate::checkpoint::{Checkpoint, Stored};
 use crate::names::{Role, TensorId};
@@ -24,6 +26,11 @@ pub trait TensorSource {
 
     /// Returns what the engine does to the inputs of that linear.
     fn activations(&self, id: TensorId) -> Activations;
+
+    /// Returns the scales of a layer's keys and values in an FP8 cache; 1 where none were calibrated.
+    fn kv_scales(&self, _layer: usize) -> Result<[f32; 2]> {
+        Ok([1.0; 2])
+    }
 }
 
 impl TensorSource for Checkpoint {
@@ -119,35 +126,66 @@ impl<B: Backend> Model<B> {
     /// Returns the final hidden states `[n, hidden]`, normed: what the head takes. `ids` holds `batch`'s sequences one
     /// after another.
     pub fn hidden(&self, backend: &B, ids: &[u32], batch: Batch) -> Result<B::Tensor> {
-        let x = self.residual(backend, ids, batch, self.layers.len())?;
+        let mut x = self.embed_batch(backend, ids, batch)?;
+        for layer in 0..self.layers.len() {
+            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
+        }
         backend.rms_norm(&x, &self.output_norm, self.constants.eps)
     }
 
     /// Returns the final hidden states of some rows, `[rows.len(), hidden]`, bit for bit those of [`Model::hidden`]: the
     /// last layer's feed-forward part leaves the other rows out.
     pub fn hidden_at(&self, backend: &B, ids: &[u32], batch: Batch, rows: &[usize]) -> Result<B::Tensor> {
-        self.hidden_from(backend, 0, self.embed(backend, ids)?, batch, rows)
+        self.hidden_at_with(backend, ids, batch, rows, self.constants.kv_cache)
     }
 
-    /// Returns the same for a residual stream `x` `[n, hidden]` that layer `first` takes.
+    /// Returns the same with keys and values as `kv_cache` keeps them.
+    pub fn hidden_at_with(
+        &self,
+        backend: &B,
+        ids: &[u32],
+        batch: Batch,
+        rows: &[usize],
+        kv_cache: KvCache,
+    ) -> Result<B::Tensor> {
+        let constants = LayerConstants { kv_cache, ..self.constants.clone() };
+        self.finish(backend, &constants, 0, self.embed_batch(backend, ids, batch)?, batch, rows)
+    }
+
+    /// Returns what [`Model::hidden_at`] does for a residual stream `x` `[n, hidden]` that layer `first` takes.
     pub fn hidden_from(
         &self,
         backend: &B,
+        first: usize,
+        x: B::Tensor,
+        batch: Batch,
+        rows: &[usize],
+    ) -> Result<B::Tensor> {
+        self.finish(backend, &self.constants, first, x, batch, rows)
+    }
+
+    /// Carries a residual stream through the layers from `first` on, the last at some rows only, and the final norm.
+    fn finish(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
         first: usize,
         mut x: B::Tensor,
         batch: Batch,
         rows: &[usize],
     ) -> Result<B::Tensor> {
         let last = self.layers.len() - 1;
-        for layer in first..last {
-            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
+        for at in first..last {
+            self.layers[at]
+                .forward(backend, constants, &mut x, batch, &mut |_, _| Ok(()))
+                .with_context(|| format!("layer {at}"))?;
         }
-        let x = self.layers[last].forward_at(backend, &self.constants, &x, batch, rows)?;
-        backend.rms_norm(&x, &self.output_norm, self.constants.eps)
+        let x = self.layers[last].forward_at(backend, constants, &x, batch, rows)?;
+        backend.rms_norm(&x, &self.output_norm, constants.eps)
     }
 
-    /// Returns the residual stream `[n, hidden]` after the first `layers` layers.
-    fn residual(&self, backend: &B, ids: &[u32], batch: Batch, layers: usize) -> Result<B::Tensor> {
+    /// Returns the embeddings of a batch, if there are as many ids as it says.
+    fn embed_batch(&self, backend: &B, ids: &[u32], batch: Batch) -> Result<B::Tensor> {
         ensure!(
             ids.len() == batch.sequences * batch.tokens,
             "{} ids for {} sequences of {}",
@@ -155,11 +193,7 @@ impl<B: Backend> Model<B> {
             batch.sequences,
             batch.tokens
         );
-        let mut x = self.embed(backend, ids)?;
-        for layer in 0..layers {
-            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
-        }
-        Ok(x)
+        self.embed(backend, ids)
     }
 }
 

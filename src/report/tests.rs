@@ -48,6 +48,7 @@ pub fn full() -> Report {
         model_answer: "größe 4".into(),
         baseline_passed: Some(true),
         model_passed: Some(false),
+        reason: "no JSON".into(),
         first_difference: Some(2),
         kld: None,
     };
@@ -56,7 +57,7 @@ pub fn full() -> Report {
         model: "q8".into(),
         prompts: 20,
         passed: 15,
-        baseline_passed: 16,
+        baseline_passed: Some(16),
         lost: 2,
         won: 1,
         p_value: Some(1.0),

@@ -42,7 +42,9 @@ pub fn of(report: &Report) -> Value {
             "score": score,
             "rate": share(score.pass_rate()),
             "numbers": numbers([score.p_value, score.length_ratio, score.kld]),
-            "baseline_rate": format!("{:.1} %", 100.0 * score.baseline_passed as f64 / score.prompts.max(1) as f64),
+            "baseline_rate": score.baseline_passed.map_or("–".to_string(), |passed| {
+                format!("{:.1} %", 100.0 * passed as f64 / score.prompts.max(1) as f64)
+            }),
         })).collect::<Vec<_>>(),
         "answers": answers(&report.answers),
         "hidden_answers": report.answers.len().saturating_sub(SHOWN_ANSWERS),

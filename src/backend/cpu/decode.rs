@@ -106,12 +106,15 @@ impl Decoder for CpuDecoder<'_> {
         let mut x = model.embed(&Cpu, &ids)?;
         for (at, layer) in model.layers.iter().enumerate() {
             let normed = Cpu.rms_norm(&x, &layer.attn_norm, model.constants.eps)?;
-            let [mut q, mut k, v] = layer.projections(&Cpu, &model.constants, &normed)?;
+            let [mut q, mut k, mut v] = layer.projections(&Cpu, &model.constants, &normed)?;
             for (row, &sequence) in running.iter().enumerate() {
                 let position = self.caches[sequence].tokens;
                 self.rotations.turn(&mut q, row, position);
                 self.rotations.turn(&mut k, row, position);
             }
+            let (kind, head_dim) = (model.constants.kv_cache, model.constants.attention.head_dim);
+            Cpu.round_cache(&mut k, kind, head_dim, layer.kv_scales[0])?;
+            Cpu.round_cache(&mut v, kind, head_dim, layer.kv_scales[1])?;
             let mixed = self.attend(at, &running, &q, &k, &v);
             layer.finish(&Cpu, &model.constants, &mut x, &mixed)?;
         }

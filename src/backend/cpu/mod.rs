@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use self::product::{Left, Previous, Wanted, multiply_transposed};
 use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score, SecondMoments};
+use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
@@ -123,6 +124,14 @@ impl Backend for Cpu {
         batch: Batch,
     ) -> Result<Array2<f32>> {
         Ok(attention::attention(q, k, v, shape, batch))
+    }
+
+    fn round_cache(&self, x: &mut Array2<f32>, kind: KvCache, head_dim: usize, scale: f32) -> Result<()> {
+        if kind != KvCache::Exact {
+            let width = x.ncols().max(1);
+            slice_mut(x)?.par_chunks_mut(width).for_each(|row| kind.round(row, head_dim, scale));
+        }
+        Ok(())
     }
 
     fn swiglu(&self, gate: &Array2<f32>, up: &Array2<f32>) -> Result<Array2<f32>> {

@@ -12,9 +12,25 @@ use super::device::{Arg, Buffer, Geometry};
 use super::weight::Weight;
 use super::{Cuda, Float, Tensor, u32_bytes};
 use crate::backend::{Backend, Batch};
+use crate::generate::Generate;
 use crate::model::Model;
 use crate::model::block::Linear;
 use crate::scheme::Activations;
+
+impl Generate for Cuda {
+    fn sequences_at_once(&self) -> usize {
+        32
+    }
+
+    fn decoder<'a>(
+        &'a self,
+        _: &'a Model<Cuda>,
+        _: usize,
+        _: usize,
+    ) -> Result<Box<dyn crate::generate::Decoder + 'a>> {
+        anyhow::bail!("sequences of different lengths are not continued on the GPU yet; use `--device cpu`")
+    }
+}
 
 /// Sequences of equal length that a model continues together.
 pub struct Decoder<'a> {

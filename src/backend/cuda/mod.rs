@@ -45,6 +45,7 @@ use self::gemm::Gemm;
 pub use self::tensor::{Float, Tensor};
 pub use self::weight::{Stored, Weight, scheme_defines};
 use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score};
+use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
@@ -361,6 +362,15 @@ impl Backend for Cuda {
             ],
         )?;
         Ok(y)
+    }
+
+    fn round_cache(&self, x: &mut Tensor, kind: KvCache, head_dim: usize, scale: f32) -> Result<()> {
+        if kind != KvCache::Exact {
+            let mut values = self.read(x)?;
+            values.chunks_mut(x.cols.max(1)).for_each(|row| kind.round(row, head_dim, scale));
+            *x = self.tensor(x.rows, x.cols, &values)?;
+        }
+        Ok(())
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
