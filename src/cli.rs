@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use crate::calib::choose::Effort;
 use crate::eval::gate::{self, Rule};
 use crate::model::kv_cache::KvCache;
 use crate::scheme::fit::ScaleRule;
@@ -88,6 +89,9 @@ pub struct ConvertArgs {
     /// Calibration text, or conversations in .jsonl [default: the embedded text]
     #[arg(long, value_name = "FILE")]
     pub calib: Option<PathBuf>,
+    /// How much time to spend on finding settings that suit the model
+    #[arg(long, value_enum, default_value_t = EffortArg::Balanced)]
+    pub effort: EffortArg,
     /// Calibration tokens
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..))]
     pub calib_tokens: u32,
@@ -368,6 +372,27 @@ pub enum MethodArg {
     Rtn,
     /// Choose codes layer by layer against the errors they cause on calibration text; slow for large models on a CPU
     Gptq,
+}
+
+/// `--effort`
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EffortArg {
+    /// Fixed settings, fewer sweeps
+    Fast,
+    /// Tries a few strengths on a part of the text: up to twice the time
+    Balanced,
+    /// Tries damping and smoothing as well: several times as long
+    Best,
+}
+
+impl From<EffortArg> for Effort {
+    fn from(effort: EffortArg) -> Self {
+        match effort {
+            EffortArg::Fast => Effort::Fast,
+            EffortArg::Balanced => Effort::Balanced,
+            EffortArg::Best => Effort::Best,
+        }
+    }
 }
 
 /// `--scale-rule`

@@ -76,6 +76,9 @@ pub struct Calibration {
     pub n_ctx: usize,
     /// Seed that chose the windows.
     pub seed: u64,
+    /// The settings codes were chosen with, and what was tried to find them.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub settings: Value,
 }
 
 /// How one tensor is stored.
@@ -95,6 +98,9 @@ pub enum TensorRecord {
         /// The same for nearest codes on the same scales, where the method chose others.
         #[serde(skip_serializing_if = "Option::is_none")]
         error_nearest: Option<f64>,
+        /// How strongly its input was smoothed: the α of SmoothQuant or AWQ.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        smoothing: Option<f32>,
         /// The scheme that was asked for and does not fit this tensor.
         #[serde(skip_serializing_if = "Option::is_none")]
         fallback_from: Option<String>,
@@ -346,6 +352,7 @@ mod tests {
             scale_rule: "search".into(),
             error: 0.0125,
             error_nearest: None,
+            smoothing: None,
             fallback_from: None,
         };
         let hashes = |names: &[&str]| names.iter().map(|name| (name.to_string(), "ab".repeat(32))).collect();

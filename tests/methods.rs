@@ -8,7 +8,7 @@ use anyhow::Result;
 use quant::backend::cpu::Cpu;
 use quant::backend::{Backend, Batch};
 use quant::calib::corpus::{Corpus, WindowShape};
-use quant::calib::driver::{Request, calibrate};
+use quant::calib::driver::{Finished, Request, calibrate};
 use quant::calib::settings::Settings;
 use quant::checkpoint::Checkpoint;
 use quant::embedded;
@@ -69,6 +69,7 @@ fn calibrated(format: &str, held_out: usize) -> (Vec<(TensorId, QTensor)>, Optio
     };
     let mut tensors = Vec::new();
     let kld = calibrate(&Cpu, &source.config, &source, &request, &mut |done| {
+        let Finished::Quantized(done) = done else { return Ok(()) };
         assert!(done.tokens == 0 || done.solved.error < done.solved.error_nearest, "{}", done.id);
         tensors.push((done.id, done.solved.q));
         Ok(())

@@ -11,6 +11,7 @@
 use anyhow::{Context, Result};
 
 use super::settings::Settings;
+use super::smoothing::{Factors, Linears, Smoothing, divide_columns, divide_rows, multiply_columns};
 use crate::backend::{Batch, SecondMoments};
 use crate::method::solve::{Solved, Solver};
 use crate::method::statistics::Moments;
@@ -24,6 +25,8 @@ use crate::tensor::Matrix;
 
 /// Tokens that pass through a layer together.
 const CHUNK_TOKENS: usize = 4096;
+/// Tokens whose inputs a search for smoothing factors sees, of every chunk at most.
+const SAMPLED_TOKENS: usize = 512;
 
 /// What to calibrate, and on what.
 pub struct Request<'a> {
@@ -40,6 +43,14 @@ pub struct Request<'a> {
 }
 
 /// A finished tensor.
+pub enum Finished {
+    /// Codes and scales.
+    Quantized(Calibrated),
+    /// A norm's gain, into which smoothing factors were folded.
+    Rewritten(TensorId, Vec<f32>),
+}
+
+/// A quantized tensor.
 pub struct Calibrated {
     /// Which one.
     pub id: TensorId,
@@ -47,10 +58,19 @@ pub struct Calibrated {
     pub solved: Solved,
     /// Tokens its statistics come from; 0 for tensors rounded without.
     pub tokens: usize,
+    /// How strongly its input was smoothed.
+    pub smoothing: Option<f32>,
+}
+
+impl Request<'_> {
+    /// Whether that tensor, though kept, comes from [`calibrate`], since it may be rewritten.
+    pub fn rewrites(&self, id: TensorId) -> bool {
+        self.settings.smoothing != Smoothing::Off && matches!(id.role, Role::AttnNorm | Role::FfnNorm)
+    }
 }
 
 /// Receives every tensor of the request as it is finished, in the order of a forward pass.
-pub type Emit<'a> = &'a mut dyn FnMut(Calibrated) -> Result<()>;
+pub type Emit<'a> = &'a mut dyn FnMut(Finished) -> Result<()>;
 
 /// Quantizes every weight of `request` and hands it to `emit`. Returns the mean KL divergence, in nats, of the quantized
 /// model from the full one over the second halves of the held-out windows; `None` without such windows.
@@ -109,7 +129,7 @@ fn quantized_embeddings<B: SecondMoments>(
     let [rows, cols] = weight.dims();
     let q = fit(scheme, &weight.to_f32(), rows, cols, None, run.request.settings.scale_rule);
     let solved = Solved { q: q.clone(), error_nearest: f64::NAN, error: f64::NAN };
-    (run.emit)(Calibrated { id, solved, tokens: 0 })?;
+    (run.emit)(Finished::Quantized(Calibrated { id, solved, tokens: 0, smoothing: None }))?;
     Ok(Some(q))
 }
 
@@ -152,43 +172,48 @@ impl<B: SecondMoments> Run<'_, B> {
         let (backend, config, constants) = (self.backend, self.config, self.constants.clone());
         let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
         let norm = |x: &B::Tensor, gain: &B::Tensor| backend.rms_norm(x, gain, constants.eps);
+        let counted = self.chunks.iter().filter(|chunk| chunk.counted).count().max(1);
+        let smooth = self.request.settings.smoothing != Smoothing::Off;
+        let sampled = if smooth { (2 * SAMPLED_TOKENS).div_ceil(counted) } else { 0 };
 
-        let mut sums = Sums::new(backend, hidden, None)?;
+        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled);
         for chunk in &mut self.chunks {
             let input = norm(&chunk.full, &full.attn_norm)?;
             sums.add(chunk, &input, &norm(&chunk.quantized, &full.attn_norm)?)?;
         }
-        self.stage(source, index, &[Role::Q, Role::K, Role::V], sums, quantized)?;
+        self.stage(source, index, &[Role::Q, Role::K, Role::V], sums, None, quantized)?;
 
         let mut sums = Sums::new(backend, config.num_attention_heads * config.head_dim, Some(hidden))?;
         for chunk in &mut self.chunks {
             let (input, input_q) =
-                (norm(&chunk.full, &full.attn_norm)?, norm(&chunk.quantized, &full.attn_norm)?);
+                (norm(&chunk.full, &full.attn_norm)?, norm(&chunk.quantized, &quantized.attn_norm)?);
             let mixed = full.attend(backend, &constants, &input, chunk.batch)?;
             let mixed_q = quantized.attend(backend, &constants, &input_q, chunk.batch)?;
             sums.add(chunk, &mixed, &mixed_q)?;
             full.o.add_forward(backend, &mut chunk.full, &mixed)?;
             chunk.pending = Some(mixed_q);
         }
-        self.stage(source, index, &[Role::O], sums, quantized)?;
+        self.stage(source, index, &[Role::O], sums, None, quantized)?;
         self.add_pending(&quantized.o)?;
 
-        let mut sums = Sums::new(backend, hidden, None)?;
+        let inner = self.inner_factors(source, index, quantized)?;
+
+        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled);
         for chunk in &mut self.chunks {
             let input = norm(&chunk.full, &full.ffn_norm)?;
             sums.add(chunk, &input, &norm(&chunk.quantized, &full.ffn_norm)?)?;
         }
-        self.stage(source, index, &[Role::Gate, Role::Up], sums, quantized)?;
+        self.stage(source, index, &[Role::Gate, Role::Up], sums, inner.as_ref(), quantized)?;
 
         let mut sums = Sums::new(backend, ffn, Some(hidden))?;
         for chunk in &mut self.chunks {
             let gated = full.gated(backend, &norm(&chunk.full, &full.ffn_norm)?)?;
-            let gated_q = quantized.gated(backend, &norm(&chunk.quantized, &full.ffn_norm)?)?;
+            let gated_q = quantized.gated(backend, &norm(&chunk.quantized, &quantized.ffn_norm)?)?;
             sums.add(chunk, &gated, &gated_q)?;
             full.down.add_forward(backend, &mut chunk.full, &gated)?;
             chunk.pending = Some(gated_q);
         }
-        self.stage(source, index, &[Role::Down], sums, quantized)?;
+        self.stage(source, index, &[Role::Down], sums, inner.as_ref(), quantized)?;
         self.add_pending(&quantized.down)
     }
 
@@ -202,37 +227,144 @@ impl<B: SecondMoments> Run<'_, B> {
         Ok(())
     }
 
-    /// Quantizes linears that share an input, emits them and exchanges them in the quantized layer.
+    /// Returns the weights of a layer's linears of these roles with their schemes, those that are quantized.
+    fn wanted(&self, layer: usize, roles: &[Role]) -> Vec<(TensorId, Scheme)> {
+        let ids = roles.iter().map(|&role| TensorId::in_layer(layer, role));
+        ids.filter_map(|id| Some((id, (self.request.scheme)(id)?))).collect()
+    }
+
+    /// Returns the factors that move size between up and down, from what `down` of this layer sees before gate and up are
+    /// quantized; `None` without smoothing, or where up has a bias, which would have to follow.
+    fn inner_factors(
+        &self,
+        source: &impl TensorSource,
+        layer: usize,
+        quantized: &Layer<B>,
+    ) -> Result<Option<Factors>> {
+        let (smoothing, wanted) = (self.request.settings.smoothing, self.wanted(layer, &[Role::Down]));
+        let up = (self.request.scheme)(TensorId::in_layer(layer, Role::Up));
+        if smoothing == Smoothing::Off || wanted.is_empty() || up.is_none() || self.config.mlp_bias {
+            return Ok(None);
+        }
+        let mut inputs = Vec::new();
+        for chunk in self.chunks.iter().filter(|chunk| chunk.counted).take(2) {
+            let normed = self.backend.rms_norm(&chunk.quantized, &quantized.ffn_norm, self.constants.eps)?;
+            let rows = sampled_rows(chunk.ids.len(), SAMPLED_TOKENS);
+            let normed = self.backend.select_rows(&normed, &rows)?;
+            inputs.extend(self.backend.read(&quantized.gated(self.backend, &normed)?)?);
+        }
+        let weights = [(source.read(wanted[0].0)?.to_f32(), wanted[0].1)];
+        let cols = self.config.intermediate_size;
+        let activations = self.request.activations;
+        let linears = Linears { inputs: &inputs, cols, weights: &weights, activations };
+        linears.factors(self.backend, smoothing).map(Some)
+    }
+
+    /// Folds smoothing factors for the linears behind a norm into its gain. `inputs` are rows of what they read.
+    fn norm_factors(
+        &mut self,
+        source: &impl TensorSource,
+        norm: TensorId,
+        inputs: &[f32],
+        wanted: &[(TensorId, Scheme)],
+        gain: &mut B::Tensor,
+    ) -> Result<Factors> {
+        let weights = wanted.iter().map(|&(id, scheme)| Ok((source.read(id)?.to_f32(), scheme)));
+        let weights = weights.collect::<Result<Vec<_>>>()?;
+        let (cols, activations) = (self.config.hidden_size, self.request.activations);
+        let linears = Linears { inputs, cols, weights: &weights, activations };
+        let factors = linears.factors(self.backend, self.request.settings.smoothing)?;
+        let mut values = source.read(norm)?.to_f32();
+        divide_columns(&mut values, &factors.scales);
+        *gain = self.backend.tensor(1, cols, &values)?;
+        (self.emit)(Finished::Rewritten(norm, values))?;
+        Ok(factors)
+    }
+
+    /// Quantizes linears that share an input, emits them and exchanges them in the quantized layer. `inner` moves size
+    /// between up and down.
     fn stage(
         &mut self,
         source: &impl TensorSource,
         layer: usize,
         roles: &[Role],
-        sums: Sums<B>,
+        mut sums: Sums<B>,
+        inner: Option<&Factors>,
         quantized: &mut Layer<B>,
     ) -> Result<()> {
-        let ids = roles.iter().map(|&role| TensorId::in_layer(layer, role));
-        let wanted: Vec<_> = ids.filter_map(|id| Some((id, (self.request.scheme)(id)?))).collect();
-        if wanted.is_empty() {
-            return Ok(());
+        let wanted = self.wanted(layer, roles);
+        let norm = match roles[0] {
+            Role::Q => Some((Role::AttnNorm, &mut quantized.attn_norm)),
+            Role::Gate => Some((Role::FfnNorm, &mut quantized.ffn_norm)),
+            _ => None,
+        };
+        let norm = norm.map(|(role, gain)| (TensorId::in_layer(layer, role), gain));
+        let norm = norm.filter(|(id, _)| self.request.rewrites(*id));
+        if wanted.len() < roles.len() {
+            if let Some((norm, _)) = norm {
+                // Something behind it stays as it is, and so does the norm.
+                (self.emit)(Finished::Rewritten(norm, source.read(norm)?.to_f32()))?;
+            }
+            if wanted.is_empty() {
+                return Ok(());
+            }
+            return self.solve(source, wanted, sums.moments()?, None, None, quantized);
         }
-        let moments = sums.moments()?;
+        let inputs = std::mem::take(&mut sums.sample);
+        let mut moments = sums.moments()?;
+        let mut factors = None;
+        if let Some((norm, gain)) = norm {
+            let found = self.norm_factors(source, norm, &inputs, &wanted, gain)?;
+            moments.rescale(&found.scales);
+            factors = Some(found);
+        } else if let (Role::Down, Some(inner)) = (roles[0], inner) {
+            moments.rescale_full(&inner.scales);
+            factors = Some(inner.clone());
+        }
+        self.solve(source, wanted, moments, factors.as_ref(), inner, quantized)
+    }
+
+    /// Quantizes, emits and exchanges the linears of a stage: `factors` are those of their input, `inner` those between up
+    /// and down.
+    fn solve(
+        &mut self,
+        source: &impl TensorSource,
+        wanted: Vec<(TensorId, Scheme)>,
+        moments: Moments,
+        factors: Option<&Factors>,
+        inner: Option<&Factors>,
+        quantized: &mut Layer<B>,
+    ) -> Result<()> {
+        let roles = [wanted[0].0.role];
         let tokens = moments.tokens;
+        let prepared = |id: TensorId| -> Result<Vec<f32>> {
+            let mut weights = source.read(id)?.to_f32();
+            if let Some(factors) = factors {
+                multiply_columns(&mut weights, &factors.scales);
+            }
+            if let (Role::Up, Some(inner)) = (id.role, inner) {
+                divide_rows(&mut weights, &inner.scales);
+            }
+            Ok(weights)
+        };
         let solver = Solver::new(moments, self.request.settings.knobs(roles[0]))
             .with_context(|| format!("{}", wanted[0].0))?;
         // What engines join into one matrix gets one factor.
         let joined = wanted.iter().any(|(_, scheme)| fit::global_scale(scheme, 1.0).is_some());
-        let amax = joined.then(|| shared_amax(source, &wanted)).transpose()?;
+        let mut amax = None;
+        for (id, _) in wanted.iter().filter(|_| joined) {
+            amax = Some(fit::amax(&prepared(*id)?).max(amax.unwrap_or(0.0)));
+        }
         for (id, scheme) in wanted {
-            let weight = source.read(id)?;
+            let weights = prepared(id)?;
+            let rows = weights.len() / solver.cols();
             let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
-            let solved = solver
-                .quantize(&weight.to_f32(), weight.dims()[0], scheme, global)
-                .with_context(|| format!("{id}"))?;
+            let solved = solver.quantize(&weights, rows, scheme, global).with_context(|| format!("{id}"))?;
             let linear = quantized.linear_mut(id.role).context("stages list linears only")?;
             linear.weight = self.backend.upload(Matrix::Quantized(solved.q.clone()))?;
             linear.activations = self.request.activations;
-            (self.emit)(Calibrated { id, solved, tokens })?;
+            let smoothing = factors.map(|factors| factors.strength);
+            (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing }))?;
         }
         Ok(())
     }
@@ -264,7 +396,7 @@ impl<B: SecondMoments> Run<'_, B> {
                 let solver = Solver::new(moments, self.request.settings.knobs(Role::Head))?;
                 let solved = solver.quantize(&weight.to_f32(), weight.dims()[0], scheme, None)?;
                 let q = solved.q.clone();
-                (self.emit)(Calibrated { id, solved, tokens })?;
+                (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing: None }))?;
                 Some(q)
             }
         };
@@ -289,10 +421,9 @@ impl<B: SecondMoments> Run<'_, B> {
     }
 }
 
-/// Returns the largest magnitude of several weights.
-fn shared_amax(source: &impl TensorSource, tensors: &[(TensorId, Scheme)]) -> Result<f32> {
-    let amax = |&(id, _): &(TensorId, Scheme)| Ok(fit::amax(&source.read(id)?.to_f32()));
-    tensors.iter().map(amax).try_fold(0f32, |largest, amax: Result<f32>| Ok(largest.max(amax?)))
+/// Returns rows spread evenly over `rows`, the first among them, about `count`.
+fn sampled_rows(rows: usize, count: usize) -> Vec<usize> {
+    (0..rows).step_by(rows.div_ceil(count).max(1)).collect()
 }
 
 /// Moments while they are summed, with the backend.
@@ -304,6 +435,10 @@ struct Sums<'a, B: SecondMoments> {
     cross: B::Tensor,
     /// Only for linears that add to the residual stream.
     drift: Option<B::Tensor>,
+    /// Some rows of X̃, where smoothing factors are searched.
+    sample: Vec<f32>,
+    /// Rows to take from each chunk.
+    sampled: usize,
 }
 
 impl<'a, B: SecondMoments> Sums<'a, B> {
@@ -311,13 +446,23 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
     fn new(backend: &'a B, cols: usize, hidden: Option<usize>) -> Result<Self> {
         let zeros = |rows: usize| backend.tensor(rows, cols, &vec![0.0; rows * cols]);
         let drift = hidden.map(zeros).transpose()?;
-        Ok(Sums { backend, cols, tokens: 0, hessian: zeros(cols)?, cross: zeros(cols)?, drift })
+        let (hessian, cross) = (zeros(cols)?, zeros(cols)?);
+        Ok(Sums { backend, cols, tokens: 0, hessian, cross, drift, sample: Vec::new(), sampled: 0 })
+    }
+
+    /// Returns sums that also keep about `tokens` rows of X̃ of every chunk.
+    fn with_sample(self, tokens: usize) -> Self {
+        Sums { sampled: tokens, ..self }
     }
 
     /// Adds a chunk's inputs of the next linears in both models.
     fn add(&mut self, chunk: &Chunk<B::Tensor>, full: &B::Tensor, quantized: &B::Tensor) -> Result<()> {
         if !chunk.counted {
             return Ok(());
+        }
+        if self.sampled > 0 {
+            let rows = sampled_rows(chunk.ids.len(), self.sampled);
+            self.sample.extend(self.backend.read(&self.backend.select_rows(quantized, &rows)?)?);
         }
         self.backend.add_moment(&mut self.hessian, quantized, quantized)?;
         self.backend.add_moment(&mut self.cross, full, quantized)?;

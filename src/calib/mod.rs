@@ -1,9 +1,13 @@
 //! Calibration: text → token windows → statistics of every linear's input → calibrated codes.
 //!
 //! - [`corpus`]: the text, as a named, hashed object, and the token windows drawn from it.
+//! - [`mod@choose`]: which settings suit a model, by the divergence on windows kept out.
 //! - [`settings`]: strengths, damping, sweeps, and which linear gets what.
+//! - [`smoothing`]: exact rewrites that make inputs or weights easier to round.
 //! - [`driver`]: layer by layer, both models side by side.
 
+pub mod choose;
 pub mod corpus;
 pub mod driver;
 pub mod settings;
+pub mod smoothing;

@@ -1,8 +1,10 @@
 //! The settings of a calibrated run, and what each linear gets of them.
 
+use super::smoothing::Smoothing;
 use crate::method::mismatch::Strength;
 use crate::method::solve::Knobs;
 use crate::names::Role;
+use crate::scheme::Activations;
 use crate::scheme::fit::ScaleRule;
 
 /// How a model is calibrated.
@@ -20,6 +22,8 @@ pub struct Settings {
     pub sweeps: usize,
     /// How power-of-two scales are chosen.
     pub scale_rule: ScaleRule,
+    /// Rescaling of input channels, folded into what comes before.
+    pub smoothing: Smoothing,
 }
 
 impl Default for Settings {
@@ -33,11 +37,18 @@ impl Default for Settings {
             damp: 0.05,
             sweeps: 4,
             scale_rule: ScaleRule::Search,
+            smoothing: Smoothing::Off,
         }
     }
 }
 
 impl Settings {
+    /// Returns the default settings for linears whose inputs are treated that way: smoothed where they are rounded too.
+    pub fn of(activations: Activations) -> Self {
+        let smoothing = if activations == Activations::Full { Smoothing::Off } else { Smoothing::Search };
+        Settings { smoothing, ..Settings::default() }
+    }
+
     /// Returns what the linears of a stage get; `role` is any of them.
     pub fn knobs(&self, role: Role) -> Knobs {
         let inputs = match role {

@@ -1,15 +1,19 @@
 //! Calibration text as the command line names it → token windows of a model, and which method is worth its time.
 
 use anyhow::{Result, ensure};
+use serde_json::Value;
 
 use crate::artifact::file_name;
+use crate::backend::cpu::Cpu;
+use crate::calib::choose::{Choice, Effort, Trial};
 use crate::calib::corpus::{Corpus, WindowShape};
 use crate::calib::settings::Settings;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ConvertArgs, MethodArg};
-use crate::convert::Calibration;
+use crate::convert::{Calibration, choose_settings};
 use crate::manifest;
 use crate::output::Printer;
+use crate::plan::Plan;
 use crate::recipe::Method;
 
 /// Weights times calibration tokens up to which `auto` calibrates: about ten minutes on two cores.
@@ -64,6 +68,7 @@ impl Windows {
             windows: tokens.len(),
             n_ctx: context,
             seed: SEED,
+            settings: Value::Null,
         };
         Ok(Windows { tokens, record })
     }
@@ -73,8 +78,48 @@ impl Windows {
         self.record.clone()
     }
 
-    /// Returns the calibration with the default settings.
-    pub fn calibration(&self) -> Calibration<'_> {
-        Calibration { windows: &self.tokens, held_out: 0, settings: Settings::default() }
+    /// Returns the calibration with those settings.
+    pub fn calibration(&self, settings: Settings) -> Calibration<'_> {
+        Calibration { windows: &self.tokens, held_out: 0, settings }
+    }
+
+    /// Finds the settings for a plan, as `--effort` says, and tells what was tried.
+    ///
+    /// # Errors
+    /// If calibration fails.
+    pub fn choose(
+        &self,
+        args: &ConvertArgs,
+        source: &Checkpoint,
+        plan: &Plan,
+        printer: Printer,
+    ) -> Result<Choice> {
+        let effort = Effort::from(args.effort);
+        let mut start =
+            Settings { scale_rule: plan.recipe.scale_rule, ..Settings::of(plan.recipe.format.activations) };
+        if effort == Effort::Fast {
+            start.sweeps = 1;
+        }
+        let tell = |trial: &Trial| {
+            printer.detail(format!(
+                "{}: {}: KLD {:.5} on text kept out",
+                plan.recipe.format.name, trial.change, trial.kld
+            ));
+        };
+        let choice = choose_settings(&Cpu, source, plan, self.calibration(start), effort, &tell)?;
+        if let Some(first) = choice.trials.first()
+            && choice.settings != first.settings
+        {
+            let best = choice.trials.iter().min_by(|a, b| a.kld.total_cmp(&b.kld)).unwrap_or(first);
+            printer.note(&format!(
+                "{}: chose {} of {} settings tried: KLD {:.5} on calibration text kept out, {:.5} by default",
+                plan.recipe.format.name,
+                best.change,
+                choice.trials.len(),
+                best.kld,
+                first.kld
+            ));
+        }
+        Ok(choice)
     }
 }

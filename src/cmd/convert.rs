@@ -175,7 +175,11 @@ fn write(
     let costs = match windows {
         None => convert::convert(source, &task.plan, sink.as_ref(), &progress)?,
         Some(windows) => {
-            let calibration = windows.calibration();
+            let choice = windows.choose(args, source, &task.plan, printer)?;
+            if let Some(calibration) = &mut task.manifest.calibration {
+                calibration.settings = choice.record();
+            }
+            let calibration = windows.calibration(choice.settings);
             convert::convert_calibrated(&Cpu, source, &task.plan, sink.as_ref(), calibration, &progress)?.0
         }
     };
@@ -216,6 +220,7 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
             },
             error: cost.error,
             error_nearest: cost.error_nearest,
+            smoothing: cost.smoothing,
             fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.name.to_string()),
         },
     }

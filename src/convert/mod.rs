@@ -15,7 +15,7 @@ use crate::plan::{Plan, Step};
 use crate::scheme::QTensor;
 use crate::tensor::{Dtype, bytes_from_floats};
 
-pub use calibrated::{Calibration, convert_calibrated};
+pub use calibrated::{Calibration, choose_settings, convert_calibrated};
 pub use stream::{convert, peak_bytes};
 
 /// What rounding cost one tensor.
@@ -25,6 +25,8 @@ pub struct Cost {
     pub error: f64,
     /// The same for codes rounded to nearest on the same scales, where the method chose others.
     pub error_nearest: Option<f64>,
+    /// How strongly its input was smoothed (the α of [`crate::calib::smoothing`]).
+    pub smoothing: Option<f32>,
 }
 
 /// Writes what the plan alone decides: computed tensors and parts of fixed content.

@@ -64,7 +64,7 @@ pub(super) fn stream(
     for (job, distortion) in jobs.iter().zip(done) {
         distortions[job.step] += distortion;
     }
-    Ok(distortions.iter().map(|d| Cost { error: d.relative(), error_nearest: None }).collect())
+    Ok(distortions.iter().map(|d| Cost { error: d.relative(), ..Cost::default() }).collect())
 }
 
 /// Returns the factors of schemes that have one for a whole tensor: one for all linears that engines join.

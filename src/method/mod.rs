@@ -23,4 +23,4 @@ pub mod rtn;
 pub mod solve;
 pub mod statistics;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

@@ -54,6 +54,11 @@ impl Solver {
         Ok(Solver { importances: moments.importances(), feedback, damped, moments, knobs })
     }
 
+    /// Returns the number of input features.
+    pub fn cols(&self) -> usize {
+        self.moments.cols
+    }
+
     /// Returns the quantized form of `weights` `[rows, cols]`, under the factor `global` where the scheme has one for the
     /// whole tensor (`None`: its own).
     ///

@@ -1,0 +1,161 @@
+//! Chooses settings for a model by measuring: each candidate quantizes the whole model on few windows, and the KL
+//! divergence on windows kept out of its statistics decides.
+//!
+//! The best strengths differ from model to model, and full-strength correction can hurt. Candidates change one setting at a
+//! time and the best is kept before the next setting is tried. How many there are depends on the effort and the model's
+//! size, never on a clock: the same inputs make the same choice on every machine.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use super::driver::{Request, calibrate};
+use super::settings::Settings;
+use super::smoothing::Smoothing;
+use crate::backend::SecondMoments;
+use crate::model::TensorSource;
+use crate::model::config::Config;
+use crate::scheme::Activations;
+
+/// How much time choosing may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// The default settings, fewer sweeps: nothing is tried.
+    Fast,
+    /// About as long again as the calibration itself.
+    Balanced,
+    /// Several times as long.
+    Best,
+}
+
+/// Windows that a trial's statistics come from, and windows its divergence is measured on.
+const TRIAL_WINDOWS: (usize, usize) = (24, 12);
+/// A candidate must be better by this much, relative, to replace what came before it: less is chance.
+const MARGIN: f64 = 0.005;
+
+/// One candidate and what came of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trial {
+    /// What it changed.
+    pub change: String,
+    /// All its settings.
+    pub settings: Settings,
+    /// Mean KL divergence on the windows kept out, nats.
+    pub kld: f64,
+}
+
+/// The settings found, and all that were tried.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    /// The best.
+    pub settings: Settings,
+    /// In the order they were tried.
+    pub trials: Vec<Trial>,
+}
+
+type Change = (&'static str, fn(&mut Settings));
+
+fn scale_strengths(settings: &mut Settings, factor: f32) {
+    settings.mismatch *= factor;
+    settings.mismatch_later *= factor;
+    settings.residual *= factor;
+}
+
+/// Candidates by the setting they change.
+const STRENGTHS: [Change; 2] =
+    [("correction × 0.6", |s| scale_strengths(s, 0.6)), ("correction × 1.4", |s| scale_strengths(s, 1.4))];
+const DAMPING: [Change; 2] = [("damping 0.02", |s| s.damp = 0.02), ("damping 0.1", |s| s.damp = 0.1)];
+const SMOOTHING: [Change; 2] = [
+    ("smoothing 0.25", |s| s.smoothing = Smoothing::Fixed(0.25)),
+    ("smoothing 0.4", |s| s.smoothing = Smoothing::Fixed(0.4)),
+];
+
+impl Effort {
+    /// Returns the candidates, grouped by setting.
+    fn candidates(self, activations: Activations) -> Vec<&'static [Change]> {
+        match self {
+            Effort::Fast => vec![],
+            Effort::Balanced => vec![&STRENGTHS],
+            Effort::Best if activations == Activations::Full => vec![&STRENGTHS, &DAMPING, &SMOOTHING],
+            Effort::Best => vec![&STRENGTHS, &DAMPING],
+        }
+    }
+}
+
+/// Tries candidates for `request`, whose settings are where the search starts and whose windows are divided into counted
+/// and kept out. `tell` hears of each trial.
+///
+/// # Errors
+/// If calibration fails.
+pub fn choose<B: SecondMoments>(
+    backend: &B,
+    config: &Config,
+    source: &impl TensorSource,
+    request: &Request,
+    effort: Effort,
+    tell: &dyn Fn(&Trial),
+) -> Result<Choice> {
+    let mut choice = Choice { settings: request.settings, trials: Vec::new() };
+    let (counted, held_out) = TRIAL_WINDOWS;
+    let available = request.windows.len();
+    let candidates = effort.candidates(request.activations);
+    if candidates.is_empty() || available < 2 * held_out {
+        return Ok(choice);
+    }
+    // Spread over the text: its parts differ in kind.
+    let picked = (counted + held_out).min(available);
+    let spread = |i: usize| request.windows[i * available / picked].clone();
+    let (mut windows, mut last) = (Vec::new(), Vec::new());
+    for i in 0..picked {
+        if i % 3 == 2 { last.push(spread(i)) } else { windows.push(spread(i)) }
+    }
+    let held_out = last.len();
+    windows.append(&mut last);
+    let measure = |change: &str, settings: Settings| -> Result<Trial> {
+        let trial = Settings { sweeps: settings.sweeps.min(1), ..settings };
+        let request =
+            Request { windows: &windows, held_out, settings: trial, scheme: request.scheme, ..*request };
+        let kld = calibrate(backend, config, source, &request, &mut |_| Ok(()))?;
+        let kld = kld.unwrap_or(f64::NAN);
+        ensure!(kld.is_finite(), "the divergence on calibration text is {kld}");
+        Ok(Trial { change: change.to_string(), settings, kld })
+    };
+    let first = measure("defaults", choice.settings)?;
+    tell(&first);
+    let mut least = first.kld;
+    choice.trials.push(first);
+    for group in candidates {
+        let from = choice.settings;
+        for (name, change) in group {
+            let mut settings = from;
+            change(&mut settings);
+            let trial = measure(name, settings)?;
+            tell(&trial);
+            if trial.kld < least * (1.0 - MARGIN) {
+                (least, choice.settings) = (trial.kld, settings);
+            }
+            choice.trials.push(trial);
+        }
+    }
+    Ok(choice)
+}
+
+impl Choice {
+    /// Returns what the manifest says of it.
+    pub fn record(&self) -> Value {
+        let trials = self.trials.iter().map(|trial| json!({ "tried": trial.change, "kld": trial.kld }));
+        let s = &self.settings;
+        // As F32 prints itself: 0.4, not 0.4000000059604645.
+        let number = |x: f32| x.to_string().parse::<f64>().unwrap_or(f64::NAN);
+        json!({
+            "mismatch": number(s.mismatch), "mismatch_later": number(s.mismatch_later),
+            "residual": number(s.residual), "damp": number(s.damp), "sweeps": s.sweeps,
+            "scale_rule": s.scale_rule.to_string(),
+            "smoothing": match s.smoothing {
+                Smoothing::Off => json!("off"),
+                Smoothing::Search => json!("search"),
+                Smoothing::Fixed(strength) => json!(number(strength)),
+            },
+            "trials": trials.collect::<Vec<_>>(),
+        })
+    }
+}

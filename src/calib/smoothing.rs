@@ -1,0 +1,227 @@
+//! Moves size from a linear's inputs to its weights, channel by channel, and takes it back where the inputs come from:
+//!
+//! ```text
+//! x Wᵀ = (x / s) (W · s)ᵀ        s: one factor per input channel
+//! norm → q, k, v and norm → gate, up:  the norm's gain is divided by s
+//! up → down:                           up's rows are divided by s (what silu(gate) multiplies)
+//! ```
+//!
+//! Where inputs are quantized, channels far larger than the others cost all others their resolution: SmoothQuant
+//! (Xiao et al., arXiv 2211.10438) sets `s = max|x|^α / max|w|^(1-α)`. Where only weights are, larger factors for channels
+//! with larger inputs give their weights finer steps: AWQ (Lin et al., arXiv 2306.00978), `s = mean|x|^α`.
+//!
+//! Here every factor is rounded to a power of two, so that the rewritten full-precision model computes the same bits in any
+//! number type, and α is searched per linear by the output's error with inputs and weights rounded as the engine will.
+
+use anyhow::Result;
+
+use crate::backend::Backend;
+use crate::scheme::fit::{ScaleRule, fit};
+use crate::scheme::{Activations, Scheme};
+use crate::tensor::{Dense, Matrix};
+
+/// Whether and how strongly.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Smoothing {
+    /// Not at all.
+    Off,
+    /// With this α everywhere.
+    Fixed(f32),
+    /// With the best α of each linear.
+    Search,
+}
+
+/// What [`Smoothing::Search`] tries; 0 is no smoothing.
+const STRENGTHS: [f32; 9] = [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9];
+
+/// The factors of one input.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Factors {
+    /// α.
+    pub strength: f32,
+    /// A power of two per channel.
+    pub scales: Vec<f32>,
+}
+
+/// The linears that read one input, with rows of it.
+pub struct Linears<'a> {
+    /// `[tokens, cols]`
+    pub inputs: &'a [f32],
+    /// Input channels.
+    pub cols: usize,
+    /// Weights `[rows, cols]` and what they become.
+    pub weights: &'a [(Vec<f32>, Scheme)],
+    /// What the engine does to the inputs.
+    pub activations: Activations,
+}
+
+impl Linears<'_> {
+    /// Returns the factors that `smoothing` asks for.
+    ///
+    /// # Errors
+    /// If the backend fails.
+    pub fn factors<B: Backend>(&self, backend: &B, smoothing: Smoothing) -> Result<Factors> {
+        let of = |strength| Factors { strength, scales: self.scales(strength) };
+        match smoothing {
+            Smoothing::Off => Ok(of(0.0)),
+            Smoothing::Fixed(strength) => Ok(of(strength)),
+            Smoothing::Search => {
+                let inputs = backend.tensor(self.inputs.len() / self.cols, self.cols, self.inputs)?;
+                let wanted = self.weights.iter().map(|(weights, _)| {
+                    let weight = backend.upload(self.dense(weights))?;
+                    backend.read(&backend.linear(&inputs, &weight, None, Activations::Full)?)
+                });
+                let wanted = wanted.collect::<Result<Vec<_>>>()?;
+                let mut best: Option<(f64, Factors)> = None;
+                for factors in STRENGTHS.map(of) {
+                    let error = self.error(backend, &factors.scales, &wanted)?;
+                    if best.as_ref().is_none_or(|(least, _)| error < *least) {
+                        best = Some((error, factors));
+                    }
+                }
+                Ok(best.map_or_else(|| of(0.0), |(_, factors)| factors))
+            }
+        }
+    }
+
+    fn dense(&self, weights: &[f32]) -> Matrix {
+        Matrix::Dense(Dense::from_f32(vec![weights.len() / self.cols, self.cols], weights))
+    }
+
+    /// Returns the factors for a strength, of geometric mean about one.
+    fn scales(&self, strength: f32) -> Vec<f32> {
+        let exponents: Vec<f32> = match (strength, self.activations) {
+            (0.0, _) => return vec![1.0; self.cols],
+            (_, Activations::Full) => {
+                let size = column_sizes(self.inputs, self.cols, |sum, x| sum + x);
+                size.iter().map(|x| strength * x.log2()).collect()
+            }
+            _ => {
+                let inputs = column_sizes(self.inputs, self.cols, f32::max);
+                let mut weights = vec![0f32; self.cols];
+                for (values, _) in self.weights {
+                    let sizes = column_sizes(values, self.cols, f32::max);
+                    weights.iter_mut().zip(sizes).for_each(|(w, size)| *w = w.max(size));
+                }
+                let pairs = inputs.iter().zip(&weights);
+                pairs.map(|(x, w)| strength * x.log2() - (1.0 - strength) * w.log2()).collect()
+            }
+        };
+        let finite = || exponents.iter().filter(|e| e.is_finite());
+        let mean = finite().sum::<f32>() / finite().count().max(1) as f32;
+        // Channels that are never used keep their size.
+        exponents.iter().map(|e| if e.is_finite() { (e - mean).round().exp2() } else { 1.0 }).collect()
+    }
+
+    /// Returns the squared error of the outputs with inputs and weights rounded after rescaling.
+    fn error<B: Backend>(&self, backend: &B, scales: &[f32], wanted: &[Vec<f32>]) -> Result<f64> {
+        let mut inputs = self.inputs.to_vec();
+        divide_columns(&mut inputs, scales);
+        let inputs = backend.tensor(inputs.len() / self.cols, self.cols, &inputs)?;
+        let mut error = 0.0;
+        for ((weights, scheme), wanted) in self.weights.iter().zip(wanted) {
+            let mut weights = weights.clone();
+            multiply_columns(&mut weights, scales);
+            let rows = weights.len() / self.cols;
+            let q = fit(*scheme, &weights, rows, self.cols, None, ScaleRule::Search);
+            let weight = backend.upload(Matrix::Quantized(q))?;
+            let found = backend.read(&backend.linear(&inputs, &weight, None, self.activations)?)?;
+            error += found.iter().zip(wanted).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>();
+        }
+        Ok(error)
+    }
+}
+
+fn column_sizes(values: &[f32], cols: usize, combine: impl Fn(f32, f32) -> f32) -> Vec<f32> {
+    let mut sizes = vec![0f32; cols];
+    for row in values.chunks_exact(cols) {
+        sizes.iter_mut().zip(row).for_each(|(size, x)| *size = combine(*size, x.abs()));
+    }
+    sizes
+}
+
+/// Multiplies column j of `values` `[_, scales.len()]` with `scales[j]`.
+pub fn multiply_columns(values: &mut [f32], scales: &[f32]) {
+    values
+        .chunks_exact_mut(scales.len())
+        .for_each(|row| row.iter_mut().zip(scales).for_each(|(x, s)| *x *= s));
+}
+
+/// Divides column j of `values` `[_, scales.len()]` by `scales[j]`.
+pub fn divide_columns(values: &mut [f32], scales: &[f32]) {
+    values
+        .chunks_exact_mut(scales.len())
+        .for_each(|row| row.iter_mut().zip(scales).for_each(|(x, s)| *x /= s));
+}
+
+/// Divides row i of `values` `[scales.len(), cols]` by `scales[i]`.
+pub fn divide_rows(values: &mut [f32], scales: &[f32]) {
+    let cols = values.len() / scales.len();
+    values.chunks_exact_mut(cols).zip(scales).for_each(|(row, s)| row.iter_mut().for_each(|x| *x /= s));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::method::testing::Random;
+    use crate::scheme::schemes::INT8;
+
+    /// Inputs some of whose channels are a hundred times larger than the rest.
+    fn outliers(random: &mut Random, tokens: usize, cols: usize) -> Vec<f32> {
+        let mut inputs = random.normal(tokens * cols);
+        for row in inputs.chunks_mut(cols) {
+            row[3] *= 100.0;
+            row[17] *= 60.0;
+        }
+        inputs
+    }
+
+    #[test]
+    fn factors_are_powers_of_two_and_products_do_not_change() {
+        let (tokens, cols) = (24, 64);
+        let mut random = Random::new(21);
+        let inputs = outliers(&mut random, tokens, cols);
+        let weights = [(random.normal(8 * cols), INT8)];
+        let linears =
+            Linears { inputs: &inputs, cols, weights: &weights, activations: Activations::Int8PerToken };
+        let factors = linears.factors(&Cpu, Smoothing::Fixed(0.6)).unwrap();
+        assert!(factors.scales.iter().all(|s| s.log2().fract() == 0.0));
+        assert!(factors.scales[3] > 4.0 * factors.scales[0]);
+        let (mut scaled, mut scaled_weights) = (inputs.clone(), weights[0].0.clone());
+        divide_columns(&mut scaled, &factors.scales);
+        multiply_columns(&mut scaled_weights, &factors.scales);
+        // Each product of two numbers is the same bits; so is their sum in the same order.
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        for (x, y) in inputs.chunks(cols).zip(scaled.chunks(cols)) {
+            for (w, v) in weights[0].0.chunks(cols).zip(scaled_weights.chunks(cols)) {
+                assert_eq!(dot(x, w), dot(y, v));
+            }
+        }
+    }
+
+    #[test]
+    fn the_search_smooths_outliers_away() {
+        let (tokens, cols) = (64, 64);
+        let mut random = Random::new(22);
+        let inputs = outliers(&mut random, tokens, cols);
+        let weights = [(random.normal(16 * cols), INT8)];
+        let linears =
+            Linears { inputs: &inputs, cols, weights: &weights, activations: Activations::Int8PerToken };
+        let wanted = [Cpu
+            .read(
+                &Cpu.linear(
+                    &Cpu.tensor(tokens, cols, &inputs).unwrap(),
+                    &linears.dense(&weights[0].0),
+                    None,
+                    Activations::Full,
+                )
+                .unwrap(),
+            )
+            .unwrap()];
+        let chosen = linears.factors(&Cpu, Smoothing::Search).unwrap();
+        let plain = linears.error(&Cpu, &vec![1.0; cols], &wanted).unwrap();
+        let smoothed = linears.error(&Cpu, &chosen.scales, &wanted).unwrap();
+        assert!(smoothed < 0.2 * plain, "{smoothed} of {plain} with {}", chosen.strength);
+    }
+}
