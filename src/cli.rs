@@ -57,6 +57,8 @@ pub enum Command {
     Eval(Box<EvalArgs>),
     /// Quantize one group of tensors at a time and rank them by what they cost
     Sensitivity(SensitivityArgs),
+    /// Write llama.cpp's importance matrix of a model: mean squared inputs over a text
+    Calibrate(CalibrateArgs),
     /// Print a model's tensors, formats and sizes
     Inspect(InspectArgs),
     /// Print a shell completion script
@@ -86,18 +88,15 @@ pub struct ConvertArgs {
     /// One scheme for every matrix instead of the format's mix (GGUF)
     #[arg(long)]
     pub pure: bool,
-    /// Calibration text, or conversations in .jsonl [default: the embedded text]
+    /// What codes are chosen on.
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
+    /// Importance matrix of llama.cpp (GGUF or .dat) that weighs the errors of round-to-nearest
     #[arg(long, value_name = "FILE")]
-    pub calib: Option<PathBuf>,
+    pub imatrix: Option<PathBuf>,
     /// How much time to spend on finding settings that suit the model
     #[arg(long, value_enum, default_value_t = EffortArg::Balanced)]
     pub effort: EffortArg,
-    /// Calibration tokens
-    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..))]
-    pub calib_tokens: u32,
-    /// Tokens in a calibration window
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
-    pub calib_ctx: u32,
     /// Where to write: a path ending in .gguf is the file itself, anything else a folder [default: ./MODEL-FORMAT]
     #[arg(long, short, value_name = "PATH")]
     pub out: Option<PathBuf>,
@@ -128,6 +127,42 @@ pub struct ConvertArgs {
     /// How the result is measured.
     #[command(flatten)]
     pub protocol: ProtocolArgs,
+}
+
+/// `quant calibrate`
+#[derive(Args, Debug)]
+pub struct CalibrateArgs {
+    /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
+    pub model: Option<String>,
+    /// Where to write the importance matrix
+    #[arg(long, short, value_name = "FILE", default_value = "imatrix.gguf")]
+    pub out: PathBuf,
+    /// Replace an existing output
+    #[arg(long)]
+    pub force: bool,
+    /// Branch, tag or commit of a hub id
+    #[arg(long, value_name = "REV")]
+    pub revision: Option<String>,
+    /// What the model reads.
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
+}
+
+/// What codes are chosen on.
+#[derive(Args, Clone, Debug)]
+pub struct CalibrationArgs {
+    /// Calibration text: default, general, chat, languages, or files (.jsonl: `text` or `messages`); several with commas
+    #[arg(long, value_name = "NAME|FILE", value_delimiter = ',', default_value = "default")]
+    pub calib: Vec<String>,
+    /// Calibration tokens
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..))]
+    pub calib_tokens: u32,
+    /// Tokens in a calibration window
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
+    pub calib_ctx: u32,
+    /// Which windows of a longer text are taken
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub calib_seed: u64,
 }
 
 /// `quant eval`

@@ -68,8 +68,11 @@ pub struct Source {
 pub struct Calibration {
     /// File name of the text, or the name of the bundled one.
     pub name: String,
-    /// Of the text's bytes.
+    /// Of the text's bytes; of all hashes, where there are several texts.
     pub sha256: String,
+    /// The texts it is made of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub texts: Vec<CalibrationText>,
     /// Number of token windows.
     pub windows: usize,
     /// Tokens in each.
@@ -79,6 +82,20 @@ pub struct Calibration {
     /// The settings codes were chosen with, and what was tried to find them.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub settings: Value,
+}
+
+/// One text of a calibration corpus.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationText {
+    /// File name.
+    pub name: String,
+    /// Of its bytes.
+    pub sha256: String,
+    /// Under which it may be used, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub licence: Option<String>,
+    /// How many tokens of this model it has.
+    pub tokens: usize,
 }
 
 /// How one tensor is stored.

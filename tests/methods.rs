@@ -58,7 +58,7 @@ fn scheme_of(source: &Checkpoint, format: &str) -> impl Fn(TensorId) -> Option<S
 fn calibrated(format: &str, held_out: usize) -> (Vec<(TensorId, QTensor)>, Option<f64>) {
     let (source, tokenizer) = open();
     let corpus = Corpus::bundled();
-    let ids = tokenizer.encode(&corpus.text, false).unwrap();
+    let ids = tokenizer.encode(&corpus.text(), false).unwrap();
     let windows = corpus.windows(&ids, SHAPE, 1).unwrap();
     let request = Request {
         windows: &windows,

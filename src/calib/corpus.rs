@@ -12,8 +12,39 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// The text every calibrated conversion uses unless told otherwise; provenance in `calib-data/README.md`.
-const DEFAULT: &str = include_str!("../../calib-data/default.txt");
+/// A text that comes with the program; provenance in `calib-data/README.md`.
+#[derive(Clone, Copy, Debug)]
+pub struct Bundled {
+    /// File name in `calib-data/`.
+    pub name: &'static str,
+    /// Under which it may be used.
+    pub licence: &'static str,
+    content: &'static str,
+}
+
+const GENERAL: Bundled = Bundled {
+    name: "general.txt",
+    licence: "MIT, Apache-2.0, PSF-2.0, public domain",
+    content: include_str!("../../calib-data/general.txt"),
+};
+const CHAT: Bundled = Bundled {
+    name: "chat.jsonl",
+    licence: "Apache-2.0",
+    content: include_str!("../../calib-data/chat.jsonl"),
+};
+const LANGUAGES: Bundled = Bundled {
+    name: "languages.txt",
+    licence: "Apache-2.0",
+    content: include_str!("../../calib-data/languages.txt"),
+};
+
+/// A named selection of the bundled texts: (what users type after `--calib`, what it holds).
+pub const MIXES: [(&str, &[Bundled]); 4] = [
+    ("default", &[GENERAL, CHAT, LANGUAGES]),
+    ("general", &[GENERAL]),
+    ("chat", &[CHAT]),
+    ("languages", &[LANGUAGES]),
+];
 
 /// Words in a row that must agree before two texts are said to overlap (as in GPT-3's contamination check,
 /// arXiv 2005.14165, appendix C).
@@ -22,39 +53,78 @@ const SHINGLE: usize = 13;
 /// Renders the `messages` of a conversation with the model's chat template.
 pub type RenderChat<'a> = &'a dyn Fn(&Value) -> Result<String>;
 
-/// Calibration text with its provenance.
+/// One text of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Corpus {
-    /// What reports call it: a file's path, or `default`.
+pub struct Part {
+    /// File name.
     pub name: String,
     /// SHA-256 of the file's bytes, hexadecimal.
     pub sha256: String,
-    /// All documents, joined by empty lines.
+    /// Under which it may be used, where that is known.
+    pub licence: Option<String>,
+    /// Its documents, joined by empty lines.
     pub text: String,
 }
 
+/// Calibration text with its provenance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Corpus {
+    /// What reports call it: mixes and files as they were named, joined by commas.
+    pub name: String,
+    /// The texts, in order.
+    pub parts: Vec<Part>,
+}
+
 impl Corpus {
-    /// Returns the text that comes with the program.
+    /// Returns the plain text of the default mix: everything but its conversations.
     pub fn bundled() -> Self {
-        Corpus { name: "default".into(), sha256: hash(DEFAULT.as_bytes()), text: DEFAULT.into() }
+        let parts = [GENERAL, LANGUAGES].map(|text| Part::bundled(&text, text.content.to_string()));
+        Corpus { name: "default".into(), parts: parts.into() }
     }
 
-    /// Reads a text file, or JSON lines where the name ends in `.jsonl`. Conversations need the model's chat template.
+    /// Opens mixes and files by name, in order. Conversations are rendered by the model's chat template; without one,
+    /// those of a mix are left out and those of a file are refused.
     ///
     /// # Errors
-    /// If the file cannot be read, is empty or not UTF-8, or a line is not a JSON object with `text` or `messages`.
-    pub fn open(path: &Path, render: Option<RenderChat>) -> Result<Self> {
-        let name = path.display().to_string();
-        let bytes = std::fs::read(path).with_context(|| format!("{name}: cannot read calibration text"))?;
-        let sha256 = hash(&bytes);
-        let text =
-            String::from_utf8(bytes).with_context(|| format!("{name}: calibration text must be UTF-8"))?;
-        let lines = path.extension().is_some_and(|extension| extension == "jsonl");
-        let text = if lines { documents(&text, &name, render)?.join("\n\n") } else { text };
-        if text.trim().is_empty() {
-            bail!("{name}: the calibration text is empty");
+    /// As [`Part::open`], and if a name is neither a mix nor a file.
+    pub fn open(names: &[String], render: Option<RenderChat>) -> Result<Self> {
+        let mut parts = Vec::new();
+        for name in names {
+            let Some((_, texts)) = MIXES.iter().find(|(mix, _)| mix == name) else {
+                let path = Path::new(name);
+                let mixes: Vec<_> = MIXES.iter().map(|(mix, _)| *mix).collect();
+                if !path.is_file() {
+                    bail!("`--calib {name}`: no such file, and no mix; mixes: {}", mixes.join(", "));
+                }
+                parts.push(Part::open(path, render)?);
+                continue;
+            };
+            for text in *texts {
+                let content = match (text.name.ends_with(".jsonl"), render) {
+                    (false, _) => text.content.to_string(),
+                    (true, Some(_)) => documents(text.content, text.name, render)?.join("\n\n"),
+                    (true, None) => continue,
+                };
+                parts.push(Part::bundled(text, content));
+            }
         }
-        Ok(Corpus { name, sha256, text })
+        if parts.is_empty() {
+            bail!("the calibration text holds conversations only, but this model has no chat template");
+        }
+        Ok(Corpus { name: names.join(","), parts })
+    }
+
+    /// Returns one hash for the whole: a single text's own, else that of all hashes.
+    pub fn sha256(&self) -> String {
+        match &self.parts[..] {
+            [part] => part.sha256.clone(),
+            parts => hash(parts.iter().map(|part| part.sha256.as_str()).collect::<String>().as_bytes()),
+        }
+    }
+
+    /// Returns all texts, joined by empty lines.
+    pub fn text(&self) -> String {
+        self.parts.iter().map(|part| part.text.as_str()).collect::<Vec<_>>().join("\n\n")
     }
 
     /// Returns up to `tokens / context` windows of `context` tokens, each led by `bos` where the model wants one. Which
@@ -84,13 +154,43 @@ impl Corpus {
     /// Returns the share of `evaluation`'s runs of 13 words that also occur here. More than a few percent means that
     /// numbers measured on it flatter the artifact.
     pub fn overlap(&self, evaluation: &str) -> f64 {
-        let known: HashSet<u64> = shingles(&self.text).collect();
+        let known: HashSet<u64> = shingles(&self.text()).collect();
         let (mut common, mut all) = (0usize, 0usize);
         for shingle in shingles(evaluation) {
             all += 1;
             common += known.contains(&shingle) as usize;
         }
         common as f64 / all.max(1) as f64
+    }
+}
+
+impl Part {
+    fn bundled(text: &Bundled, content: String) -> Self {
+        Part {
+            name: text.name.into(),
+            sha256: hash(text.content.as_bytes()),
+            licence: Some(text.licence.into()),
+            text: content,
+        }
+    }
+
+    /// Reads a text file, or JSON lines where the name ends in `.jsonl`. Conversations need the model's chat template.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is empty or not UTF-8, or a line is not a JSON object with `text` or `messages`.
+    pub fn open(path: &Path, render: Option<RenderChat>) -> Result<Self> {
+        let shown = path.display().to_string();
+        let bytes = std::fs::read(path).with_context(|| format!("{shown}: cannot read calibration text"))?;
+        let sha256 = hash(&bytes);
+        let text =
+            String::from_utf8(bytes).with_context(|| format!("{shown}: calibration text must be UTF-8"))?;
+        let lines = path.extension().is_some_and(|extension| extension == "jsonl");
+        let text = if lines { documents(&text, &shown, render)?.join("\n\n") } else { text };
+        if text.trim().is_empty() {
+            bail!("{shown}: the calibration text is empty");
+        }
+        let name = path.file_name().map_or(shown, |name| name.to_string_lossy().into_owned());
+        Ok(Part { name, sha256, licence: None, text })
     }
 }
 
@@ -159,14 +259,15 @@ mod tests {
     const SHAPE: WindowShape = WindowShape { context: 8, tokens: 24, bos: None };
 
     fn corpus(text: &str) -> Corpus {
-        Corpus { name: "test".into(), sha256: String::new(), text: text.into() }
+        let part = Part { name: "test".into(), sha256: String::new(), licence: None, text: text.into() };
+        Corpus { name: "test".into(), parts: vec![part] }
     }
 
     fn written(name: &str, content: &str, render: Option<RenderChat>) -> Result<Corpus> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
-        Corpus::open(&path, render)
+        Corpus::open(&[path.display().to_string()], render)
     }
 
     #[test]
@@ -200,7 +301,7 @@ mod tests {
     fn json_lines_give_documents_and_rendered_conversations() {
         let lines = "{\"text\": \"a\"}\n\n{\"messages\": [{\"role\": \"user\", \"content\": \"b\"}]}\n";
         let render = |messages: &Value| Ok(format!("<{}>", messages[0]["content"].as_str().unwrap()));
-        assert_eq!(written("a.jsonl", lines, Some(&render)).unwrap().text, "a\n\n<b>");
+        assert_eq!(written("a.jsonl", lines, Some(&render)).unwrap().text(), "a\n\n<b>");
         let refused = written("a.jsonl", lines, None).unwrap_err().to_string();
         assert!(refused.contains("line 3") && refused.contains("chat template"), "{refused}");
         assert!(written("a.jsonl", "{\"txt\": 1}", None).unwrap_err().to_string().contains("line 1"));
@@ -218,8 +319,35 @@ mod tests {
     }
 
     #[test]
-    fn the_bundled_text_is_the_one_its_readme_describes() {
+    fn bundled_texts_are_those_their_readme_describes() {
         let readme = include_str!("../../calib-data/README.md");
-        assert!(readme.contains(&Corpus::bundled().sha256));
+        for text in MIXES[0].1 {
+            let row = readme.lines().find(|line| line.contains(&hash(text.content.as_bytes())));
+            let row = row.unwrap_or_else(|| panic!("{} is another text", text.name));
+            assert!(row.contains(text.name) && row.contains(&text.content.len().to_string()), "{row}");
+        }
+    }
+
+    #[test]
+    fn mixes_and_files_are_joined_in_order_and_unknown_names_are_refused() {
+        let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        let render = |messages: &Value| Ok(messages[0]["role"].as_str().unwrap().to_string());
+        let both = Corpus::open(&names(&["languages", "chat"]), Some(&render)).unwrap();
+        assert_eq!(
+            (both.parts[0].name.as_str(), both.parts[1].name.as_str()),
+            ("languages.txt", "chat.jsonl")
+        );
+        assert_eq!(both.parts[1].licence.as_deref(), Some("Apache-2.0"));
+        assert_eq!(both.name, "languages,chat");
+        let plain = Corpus::open(&names(&["default"]), None).unwrap();
+        assert_eq!(plain.parts.len(), 2, "conversations are left out");
+        assert!(Corpus::open(&names(&["chat"]), None).is_err());
+        let message = Corpus::open(&names(&["nowhere"]), None).unwrap_err().to_string();
+        assert!(message.contains("mixes: default, general"), "{message}");
+    }
+
+    #[test]
+    fn bundled_texts_share_nothing_with_the_embedded_evaluation_text() {
+        assert_eq!(Corpus::bundled().overlap(crate::embedded::EVAL_TEXT), 0.0);
     }
 }

@@ -8,10 +8,10 @@
 //! Windows past `held_out` ride along without being counted: comparing both models' outputs on them at the end says how
 //! good these settings are, on text the statistics have not seen.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::settings::Settings;
-use super::smoothing::{Factors, Linears, Smoothing, divide_columns, divide_rows, multiply_columns};
+use super::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_columns};
 use crate::backend::{Batch, SecondMoments};
 use crate::method::solve::{Solved, Solver};
 use crate::method::statistics::Moments;
@@ -273,9 +273,11 @@ impl<B: SecondMoments> Run<'_, B> {
         let weights = weights.collect::<Result<Vec<_>>>()?;
         let (cols, activations) = (self.config.hidden_size, self.request.activations);
         let linears = Linears { inputs, cols, weights: &weights, activations };
-        let factors = linears.factors(self.backend, self.request.settings.smoothing)?;
-        let mut values = source.read(norm)?.to_f32();
-        divide_columns(&mut values, &factors.scales);
+        let mut factors = linears.factors(self.backend, self.request.settings.smoothing)?;
+        let Matrix::Dense(stored) = source.read(norm)? else {
+            bail!("`{norm}` is quantized, wanted plain numbers")
+        };
+        let values = factors.fold(&stored).to_f32();
         *gain = self.backend.tensor(1, cols, &values)?;
         (self.emit)(Finished::Rewritten(norm, values))?;
         Ok(factors)

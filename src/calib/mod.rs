@@ -2,6 +2,7 @@
 //!
 //! - [`corpus`]: the text, as a named, hashed object, and the token windows drawn from it.
 //! - [`mod@choose`]: which settings suit a model, by the divergence on windows kept out.
+//! - [`importance`], [`imatrix`]: mean squared inputs, in memory and as llama.cpp stores them.
 //! - [`settings`]: strengths, damping, sweeps, and which linear gets what.
 //! - [`smoothing`]: exact rewrites that make inputs or weights easier to round.
 //! - [`driver`]: layer by layer, both models side by side.
@@ -9,5 +10,7 @@
 pub mod choose;
 pub mod corpus;
 pub mod driver;
+pub mod imatrix;
+pub mod importance;
 pub mod settings;
 pub mod smoothing;

@@ -10,8 +10,10 @@
 //! (Xiao et al., arXiv 2211.10438) sets `s = max|x|^α / max|w|^(1-α)`. Where only weights are, larger factors for channels
 //! with larger inputs give their weights finer steps: AWQ (Lin et al., arXiv 2306.00978), `s = mean|x|^α`.
 //!
-//! Here every factor is rounded to a power of two, so that the rewritten full-precision model computes the same bits in any
-//! number type, and α is searched per linear by the output's error with inputs and weights rounded as the engine will.
+//! A norm's gain is rounded to its stored number type first, and what it then divides by is the factor
+//! ([`Factors::fold`]): the rewritten full-precision model differs from the original by roundings of F32 alone. α is
+//! searched per linear by the outputs' error with inputs and weights rounded as the engine will, relative token by token:
+//! a few tokens with huge activations would outweigh all others.
 
 use anyhow::Result;
 
@@ -39,8 +41,26 @@ const STRENGTHS: [f32; 9] = [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9];
 pub struct Factors {
     /// α.
     pub strength: f32,
-    /// A power of two per channel.
+    /// One per channel, positive.
     pub scales: Vec<f32>,
+}
+
+impl Factors {
+    /// Returns `gain` divided by the factors, in `gain`'s number type, and makes the factors what it was divided by.
+    pub fn fold(&mut self, gain: &Dense) -> Dense {
+        let values = gain.to_f32();
+        let divided: Vec<f32> = values.iter().zip(&self.scales).map(|(g, s)| g / s).collect();
+        let divided = Dense::from_f32(gain.shape.clone(), &divided).cast(gain.dtype);
+        let mut stored = divided.to_f32();
+        for ((stored, scale), value) in stored.iter_mut().zip(&mut self.scales).zip(values) {
+            *scale = value / *stored;
+            if !(scale.is_finite() && *scale > 0.0) {
+                // A gain of zero, or one that leaves its type's range.
+                (*stored, *scale) = (value, 1.0);
+            }
+        }
+        Dense::from_f32(gain.shape.clone(), &stored).cast(gain.dtype)
+    }
 }
 
 /// The linears that read one input, with rows of it.
@@ -110,10 +130,12 @@ impl Linears<'_> {
         let finite = || exponents.iter().filter(|e| e.is_finite());
         let mean = finite().sum::<f32>() / finite().count().max(1) as f32;
         // Channels that are never used keep their size.
-        exponents.iter().map(|e| if e.is_finite() { (e - mean).round().exp2() } else { 1.0 }).collect()
+        let factor = |e: &f32| if e.is_finite() { (e - mean).clamp(-12.0, 12.0).exp2() } else { 1.0 };
+        exponents.iter().map(factor).collect()
     }
 
-    /// Returns the squared error of the outputs with inputs and weights rounded after rescaling.
+    /// Returns the squared error of the outputs with inputs and weights rounded after rescaling, relative to each token's
+    /// outputs and summed over tokens and linears.
     fn error<B: Backend>(&self, backend: &B, scales: &[f32], wanted: &[Vec<f32>]) -> Result<f64> {
         let mut inputs = self.inputs.to_vec();
         divide_columns(&mut inputs, scales);
@@ -126,7 +148,12 @@ impl Linears<'_> {
             let q = fit(*scheme, &weights, rows, self.cols, None, ScaleRule::Search);
             let weight = backend.upload(Matrix::Quantized(q))?;
             let found = backend.read(&backend.linear(&inputs, &weight, None, self.activations)?)?;
-            error += found.iter().zip(wanted).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>();
+            for (found, wanted) in found.chunks(rows).zip(wanted.chunks(rows)) {
+                let square = |x: f32| (x as f64).powi(2);
+                let difference: f64 = found.iter().zip(wanted).map(|(a, b)| square(a - b)).sum();
+                let energy: f64 = wanted.iter().map(|x| square(*x)).sum();
+                error += if energy > 0.0 { difference / energy } else { 0.0 };
+            }
         }
         Ok(error)
     }
@@ -166,6 +193,7 @@ mod tests {
     use crate::backend::cpu::Cpu;
     use crate::method::testing::Random;
     use crate::scheme::schemes::INT8;
+    use crate::tensor::Dtype;
 
     /// Inputs some of whose channels are a hundred times larger than the rest.
     fn outliers(random: &mut Random, tokens: usize, cols: usize) -> Vec<f32> {
@@ -178,24 +206,33 @@ mod tests {
     }
 
     #[test]
-    fn factors_are_powers_of_two_and_products_do_not_change() {
+    fn folding_leaves_outputs_unchanged_in_every_number_type() {
         let (tokens, cols) = (24, 64);
         let mut random = Random::new(21);
         let inputs = outliers(&mut random, tokens, cols);
         let weights = [(random.normal(8 * cols), INT8)];
         let linears =
             Linears { inputs: &inputs, cols, weights: &weights, activations: Activations::Int8PerToken };
-        let factors = linears.factors(&Cpu, Smoothing::Fixed(0.6)).unwrap();
-        assert!(factors.scales.iter().all(|s| s.log2().fract() == 0.0));
-        assert!(factors.scales[3] > 4.0 * factors.scales[0]);
-        let (mut scaled, mut scaled_weights) = (inputs.clone(), weights[0].0.clone());
-        divide_columns(&mut scaled, &factors.scales);
-        multiply_columns(&mut scaled_weights, &factors.scales);
-        // Each product of two numbers is the same bits; so is their sum in the same order.
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-        for (x, y) in inputs.chunks(cols).zip(scaled.chunks(cols)) {
-            for (w, v) in weights[0].0.chunks(cols).zip(scaled_weights.chunks(cols)) {
-                assert_eq!(dot(x, w), dot(y, v));
+        let gains: Vec<f32> = (0..cols).map(|i| if i == 5 { 0.0 } else { 0.5 + random.uniform() }).collect();
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let gain = Dense::from_f32(vec![cols], &gains).cast(dtype);
+            let mut factors = linears.factors(&Cpu, Smoothing::Fixed(0.6)).unwrap();
+            assert!(factors.scales[3] > 4.0 * factors.scales[0]);
+            let folded = factors.fold(&gain);
+            assert_eq!(folded.dtype, dtype);
+            let mut scaled_weights = weights[0].0.clone();
+            multiply_columns(&mut scaled_weights, &factors.scales);
+            let dot = |x: &[f32], gain: &[f32], w: &[f32]| -> [f64; 2] {
+                let terms = || x.iter().zip(gain).zip(w).map(|((x, g), w)| (x * g) as f64 * *w as f64);
+                [terms().sum(), terms().map(f64::abs).sum()]
+            };
+            let (gain, folded) = (gain.to_f32(), folded.to_f32());
+            for x in inputs.chunks(cols) {
+                for (w, v) in weights[0].0.chunks(cols).zip(scaled_weights.chunks(cols)) {
+                    let ([before, size], [after, _]) = (dot(x, &gain, w), dot(x, &folded, v));
+                    // Three F32 roundings a term on each side.
+                    assert!((before - after).abs() <= 6.0 * f32::EPSILON as f64 * size, "{dtype}");
+                }
             }
         }
     }

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::calibrate::{self, Windows};
+use super::calibration::{self, Windows};
 use super::measure::{self, Request};
 use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
 use crate::backend::cpu::Cpu;
+use crate::calib::imatrix::Imatrix;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
 use crate::convert::{self, Cost};
@@ -34,11 +35,12 @@ struct Task {
 pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
     let source = Checkpoint::open(&model.path)?;
-    let method = calibrate::method(args, &source, printer);
+    let method = calibration::method(args, &source, printer)?;
     let windows = match method {
         Method::Rtn => None,
-        Method::Gptq => Some(Windows::new(args, &source)?),
+        Method::Gptq => Some(Windows::new(&args.calibration, &source)?),
     };
+    let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
     let mut tasks = tasks(args, &model, &source, method, windows.as_ref())?;
     report_losses(&tasks, printer);
     if args.dry_run {
@@ -48,8 +50,14 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
         .then(|| Request::new(&args.protocol, &args.source.device, &source))
         .transpose()?
         .map(|request| request.within_budget(source.total_weights()));
+    if let (Some(windows), Some(request)) = (&windows, &request) {
+        windows.warn_of_overlap(request.content(), printer);
+    }
     for task in &mut tasks {
-        write(args, &source, task, windows.as_ref(), printer)?;
+        if let Some(imatrix) = &imatrix {
+            calibration::report_missing(imatrix, &task.plan, printer)?;
+        }
+        write(args, &source, task, windows.as_ref(), imatrix.as_ref(), printer)?;
     }
     let artifacts = tasks.iter().map(|task| Checkpoint::open(&task.out)).collect::<Result<Vec<_>>>()?;
     let measured = request
@@ -85,7 +93,7 @@ fn tasks(
         let recipe = recipe(args, format, method)?;
         let out = out_path(args, model, &recipe)?;
         let plan = Plan::new(source, &recipe)?;
-        let mut manifest = Manifest::new(recipe_json(&recipe), files.clone());
+        let mut manifest = Manifest::new(recipe_json(args, &recipe)?, files.clone());
         manifest.calibration = windows.map(Windows::record);
         let artifact = Artifact::new(&plan, source, &model.short_name(), &manifest.gguf_keys(), shard_bytes)?;
         tasks.push(Task { plan, artifact, manifest, out });
@@ -167,13 +175,14 @@ fn write(
     source: &Checkpoint,
     task: &mut Task,
     windows: Option<&Windows>,
+    imatrix: Option<&Imatrix>,
     printer: Printer,
 ) -> Result<()> {
     let sink = task.artifact.create(&task.out, args.force)?;
     let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
     let progress = |weights| bar.inc(weights);
     let costs = match windows {
-        None => convert::convert(source, &task.plan, sink.as_ref(), &progress)?,
+        None => convert::convert(source, &task.plan, sink.as_ref(), imatrix, &progress)?,
         Some(windows) => {
             let choice = windows.choose(args, source, &task.plan, printer)?;
             if let Some(calibration) = &mut task.manifest.calibration {
@@ -254,7 +263,7 @@ fn source_record(source: &Checkpoint, model: &ModelRef) -> Result<Source> {
     })
 }
 
-fn recipe_json(recipe: &Recipe) -> Value {
+fn recipe_json(args: &ConvertArgs, recipe: &Recipe) -> Result<Value> {
     let mut json = json!({
         "format": recipe.format.name,
         "dialect": recipe.dialect.name(),
@@ -269,7 +278,13 @@ fn recipe_json(recipe: &Recipe) -> Value {
     if let (Some(object), true) = (json.as_object_mut(), recipe.pure) {
         object.insert("pure".into(), true.into());
     }
-    json
+    if let (Some(object), Some(path)) = (json.as_object_mut(), &args.imatrix) {
+        let name = artifact::file_name(path);
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let hash = manifest::hash_files(folder, std::slice::from_ref(&name))?.remove(&name);
+        object.insert("imatrix".into(), json!({ "name": name, "hash": hash }));
+    }
+    Ok(json)
 }
 
 /// Adds hashes and the measurement, and writes `quant.json` into a folder. A GGUF file carries its provenance inside.

@@ -34,6 +34,7 @@ const MIN_WINDOWS: u64 = 4;
 
 /// What to measure, on what text and where.
 pub struct Request {
+    content: String,
     text: Text,
     slices: Vec<Text>,
     cache: Option<PathBuf>,
@@ -62,8 +63,10 @@ impl Request {
         let all = args.text.is_some().then_some(usize::MAX);
         let windows = args.windows.map(|n| n as usize).or(all).unwrap_or(DEFAULT_WINDOWS);
         let protocol = Protocol::new(scored, n_ctx, Some(windows), &text, &tokens, bos)?;
+        let content = text;
         let text = Text { name: "text".to_string(), tokens, protocol };
         Ok(Request {
+            content,
             text,
             slices: Vec::new(),
             cache: None,
@@ -72,6 +75,11 @@ impl Request {
             device: device.to_string(),
             precise: args.precise,
         })
+    }
+
+    /// Returns the main text as it was read.
+    pub fn content(&self) -> &str {
+        &self.content
     }
 
     /// Returns the main text.

@@ -1,6 +1,7 @@
 //! One file per subcommand; each `run` reads as a table of contents.
 
 mod calibrate;
+mod calibration;
 mod completions;
 mod convert;
 mod eval;
@@ -43,6 +44,7 @@ pub fn run(cli: Cli) -> Result<Outcome> {
         Command::Convert(args) => convert::run(&args, printer),
         Command::Eval(args) => eval::run(&args, printer),
         Command::Sensitivity(args) => sensitivity::run(&args, printer),
+        Command::Calibrate(args) => calibrate::run(&args, printer),
         Command::Inspect(args) => inspect::run(&args, printer),
         Command::Completions(args) => completions::run(&args, printer),
     }

@@ -33,7 +33,7 @@ pub fn convert_calibrated<B: SecondMoments>(
     let scheme = |id| schemes.get(&id).copied();
     let request = calibration.request(plan, &scheme);
     let kept = |step: &Step| matches!(step.action, Action::Keep(_)) && !request.rewrites(step.id);
-    let mut costs = stream(source, plan, sink, progress, kept)?;
+    let mut costs = stream(source, plan, sink, None, progress, kept)?;
     let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |finished| {
         let tensor = match finished {
             Finished::Quantized(tensor) => tensor,

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
 use super::{Cost, pack, write_decided, write_rows};
+use crate::calib::imatrix::Imatrix;
 use crate::checkpoint::Checkpoint;
 use crate::container::Sink;
 use crate::names::TensorId;
@@ -25,16 +26,18 @@ pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
     (threads * CHUNK_WEIGHTS.max(widest) * 12) as u64
 }
 
-/// Converts every tensor of the plan with nearest codes, in parallel over chunks of rows. Returns the cost of each step,
+/// Converts every tensor of the plan with nearest codes, errors weighed by `imatrix` where it has the tensor, in parallel
+/// over chunks of rows. Returns the cost of each step,
 /// in plan order. `progress` is told how many weights were finished.
 pub fn convert(
     source: &Checkpoint,
     plan: &Plan,
     sink: &dyn Sink,
+    imatrix: Option<&Imatrix>,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Vec<Cost>> {
     write_decided(plan, sink)?;
-    stream(source, plan, sink, progress, |_| true)
+    stream(source, plan, sink, imatrix, progress, |_| true)
 }
 
 /// Converts the chosen steps in parallel over chunks of rows, without calibration.
@@ -42,6 +45,7 @@ pub(super) fn stream(
     source: &Checkpoint,
     plan: &Plan,
     sink: &dyn Sink,
+    imatrix: Option<&Imatrix>,
     progress: &(dyn Fn(u64) + Sync),
     chosen: impl Fn(&Step) -> bool,
 ) -> Result<Vec<Cost>> {
@@ -52,8 +56,11 @@ pub(super) fn stream(
         .par_iter()
         .map(|job| {
             let step = &plan.steps[job.step];
-            let global = globals.get(&joined(step.id)).copied();
-            let distortion = run(source, plan, sink, step, job.rows.clone(), global)
+            let given = Given {
+                global: globals.get(&joined(step.id)).copied(),
+                importances: imatrix.map(|m| m.of(step.id, step.cols())).transpose()?.flatten(),
+            };
+            let distortion = run(source, plan, sink, step, job.rows.clone(), given)
                 .with_context(|| format!("{}: `{}`", source.path.display(), step.id))?;
             progress((job.rows.len() * step.cols()) as u64);
             Ok(distortion)
@@ -95,6 +102,15 @@ fn joined(id: TensorId) -> TensorId {
     TensorId { role: id.role.joined(), ..id }
 }
 
+/// What a fit is told beside the weights.
+#[derive(Clone, Copy)]
+struct Given<'a> {
+    /// The factor that the whole tensor shares.
+    global: Option<f32>,
+    /// `[cols]`
+    importances: Option<&'a [f32]>,
+}
+
 /// Some rows of one step.
 struct Job {
     step: usize,
@@ -121,7 +137,7 @@ fn run(
     sink: &dyn Sink,
     step: &Step,
     rows: Range<usize>,
-    global: Option<f32>,
+    given: Given,
 ) -> Result<Distortion> {
     let matrix = source.read_rows(step.id, rows.clone())?;
     let [chunk_rows, cols] = matrix.dims();
@@ -134,8 +150,9 @@ fn run(
             (Distortion::default(), vec![keep(&matrix, &weights, dtype, step)])
         }
         Action::Quantize(scheme) => {
-            let q = fit_under(global, scheme, &weights, chunk_rows, cols, None, plan.recipe.scale_rule);
-            let distortion = q.distortion(&weights, None);
+            let (rule, importances) = (plan.recipe.scale_rule, given.importances);
+            let q = fit_under(given.global, scheme, &weights, chunk_rows, cols, importances, rule);
+            let distortion = q.distortion(&weights, importances);
             // The sum of all squares (in F64, which holds the square of any F32) is finite exactly if all weights are.
             if !distortion.power.is_finite() {
                 ensure_finite(&weights, first_row, cols)?;

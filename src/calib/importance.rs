@@ -1,0 +1,92 @@
+//! Mean squared inputs of every linear of a full-precision model over calibration windows: what an importance matrix holds.
+//!
+//! Layer by layer: in memory are the residual streams of all windows and one layer.
+
+use anyhow::{Context, Result};
+
+use super::imatrix::Importances;
+use crate::backend::{Backend, Batch};
+use crate::model::TensorSource;
+use crate::model::block::{Layer, LayerConstants};
+use crate::model::config::Config;
+use crate::names::{Role, TensorId};
+
+/// Tokens that pass through a layer together.
+const CHUNK_TOKENS: usize = 4096;
+
+/// Returns the mean square of each column's input, for every decoder linear. `windows` are equally long; `progress` hears
+/// of each finished layer.
+///
+/// # Errors
+/// If a tensor cannot be read or the backend fails.
+pub fn mean_squares<B: Backend>(
+    backend: &B,
+    config: &Config,
+    source: &impl TensorSource,
+    windows: &[Vec<u32>],
+    progress: &dyn Fn(),
+) -> Result<Importances> {
+    let constants = LayerConstants::new(config);
+    let table = backend.upload(source.read(TensorId::global(Role::Embed))?)?;
+    let tokens = windows.first().map_or(1, Vec::len);
+    let mut chunks = Vec::new();
+    for windows in windows.chunks((CHUNK_TOKENS / tokens).max(1)) {
+        let batch = Batch { sequences: windows.len(), tokens };
+        chunks.push((backend.embed(&table, &windows.concat())?, batch));
+    }
+    let mut out = Importances::new();
+    for index in 0..config.num_hidden_layers {
+        let layer = Layer::load(backend, config, source, index).with_context(|| format!("layer {index}"))?;
+        let mut sums: Vec<(Role, Vec<f64>)> = Vec::new();
+        for (x, batch) in &mut chunks {
+            layer.forward(backend, &constants, x, *batch, &mut |role, input| {
+                // K and V read what Q reads, up what gate reads.
+                if role.joined() != role {
+                    return Ok(());
+                }
+                let at = match sums.iter().position(|(known, _)| *known == role) {
+                    Some(at) => at,
+                    None => {
+                        sums.push((role, vec![]));
+                        sums.len() - 1
+                    }
+                };
+                add_squares(&mut sums[at].1, &backend.read(input)?, batch.sequences * batch.tokens);
+                Ok(())
+            })?;
+        }
+        let count = (windows.len() * tokens) as f64;
+        let means = |sums: &Vec<f64>| -> Vec<f32> { sums.iter().map(|sum| (sum / count) as f32).collect() };
+        for role in [Role::Q, Role::K, Role::V, Role::O, Role::Gate, Role::Up, Role::Down] {
+            if let Some((_, sums)) = sums.iter().find(|(known, _)| *known == role.joined()) {
+                out.insert(TensorId::in_layer(index, role), means(sums));
+            }
+        }
+        progress();
+    }
+    Ok(out)
+}
+
+/// Adds the squares of `values` `[tokens, cols]` to the sums of their columns.
+fn add_squares(sums: &mut Vec<f64>, values: &[f32], tokens: usize) {
+    let cols = values.len() / tokens.max(1);
+    sums.resize(cols, 0.0);
+    for row in values.chunks_exact(cols.max(1)) {
+        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += (*x as f64) * (*x as f64));
+    }
+}
+
+/// Checks that every quantized weight's importances fit; returns how many of `tensors` have none.
+///
+/// # Errors
+/// As [`super::imatrix::Imatrix::of`].
+pub fn missing(
+    imatrix: &super::imatrix::Imatrix,
+    tensors: impl Iterator<Item = (TensorId, usize)>,
+) -> Result<usize> {
+    let mut missing = 0;
+    for (id, cols) in tensors {
+        missing += imatrix.of(id, cols)?.is_none() as usize;
+    }
+    Ok(missing)
+}

@@ -1,0 +1,189 @@
+//! Calibration text as the command line names it → token windows of a model, and which method is worth its time.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::artifact::file_name;
+use crate::backend::cpu::Cpu;
+use crate::calib::choose::{Choice, Effort, Trial};
+use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
+use crate::calib::imatrix::Imatrix;
+use crate::calib::importance;
+use crate::calib::settings::Settings;
+use crate::checkpoint::Checkpoint;
+use crate::cli::{CalibrationArgs, ConvertArgs, MethodArg};
+use crate::convert::{Calibration, choose_settings};
+use crate::manifest::{self, CalibrationText};
+use crate::model::chat_template::{Chat, ChatTemplate};
+use crate::output::Printer;
+use crate::plan::{Action, Plan};
+use crate::recipe::Method;
+
+/// Weights times calibration tokens up to which `auto` calibrates: about ten minutes on two cores.
+const AUTO_BUDGET: u64 = 10_000_000_000_000;
+/// Share of an evaluation text's runs of words above which numbers measured on it flatter what was calibrated.
+const OVERLAP: f64 = 0.01;
+
+/// A model's calibration windows with their origin.
+pub struct Windows {
+    tokens: Vec<Vec<u32>>,
+    record: manifest::Calibration,
+    corpus: Corpus,
+}
+
+/// Returns the method to use; `auto` is decided here, aloud.
+pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Result<Method> {
+    ensure!(
+        args.imatrix.is_none() || args.method != MethodArg::Gptq,
+        "`--imatrix` weighs the errors of round-to-nearest; `--method gptq` measures its own on `--calib`: give one of them"
+    );
+    Ok(match args.method {
+        MethodArg::Auto if args.imatrix.is_some() => Method::Rtn,
+        MethodArg::Rtn => Method::Rtn,
+        MethodArg::Gptq => Method::Gptq,
+        MethodArg::Auto if source.total_weights() * args.calibration.calib_tokens as u64 <= AUTO_BUDGET => {
+            Method::Gptq
+        }
+        MethodArg::Auto => {
+            printer.note(
+                "note: method rtn: calibrating a model of this size takes hours on a CPU; pass `--method gptq` to do it",
+            );
+            Method::Rtn
+        }
+    })
+}
+
+/// Says how many quantized weights an importance matrix has nothing on.
+///
+/// # Errors
+/// If it is of another model.
+pub fn report_missing(imatrix: &Imatrix, plan: &Plan, printer: Printer) -> Result<()> {
+    let quantized = || plan.steps.iter().filter(|step| matches!(step.action, Action::Quantize(_)));
+    let missing = importance::missing(imatrix, quantized().map(|step| (step.id, step.cols())))?;
+    if missing > 0 {
+        printer.note(format!(
+            "note: the importance matrix has nothing on {missing} of {} weights; their columns count alike",
+            quantized().count()
+        ));
+    }
+    Ok(())
+}
+
+impl Windows {
+    /// Reads, tokenizes and cuts the calibration text.
+    ///
+    /// # Errors
+    /// A text that cannot be read or does not fill a window, windows longer than the model's context.
+    pub fn new(args: &CalibrationArgs, source: &Checkpoint) -> Result<Self> {
+        let template = ChatTemplate::new(&source.tokenizer_files()?)?;
+        let render = |messages: &Value| match &template {
+            Some(template) => {
+                let messages = messages.as_array().cloned().context("`messages` is no list")?;
+                template.render(&Chat { messages, tools: vec![] }, false)
+            }
+            None => bail!("this model has no chat template"),
+        };
+        let render: Option<RenderChat> = template.is_some().then_some(&render);
+        let corpus = Corpus::open(&args.calib, render)?;
+        let context = args.calib_ctx as usize;
+        ensure!(
+            context <= source.config.max_position_embeddings,
+            "`--calib-ctx {context}` exceeds the model's context of {}",
+            source.config.max_position_embeddings
+        );
+        let tokenizer = source.tokenizer()?;
+        let (mut ids, mut texts) = (Vec::new(), Vec::new());
+        for part in &corpus.parts {
+            let found = tokenizer.encode(&part.text, false)?;
+            texts.push(CalibrationText {
+                name: part.name.clone(),
+                sha256: part.sha256.clone(),
+                licence: part.licence.clone(),
+                tokens: found.len(),
+            });
+            ids.extend(found);
+        }
+        let shape = WindowShape { context, tokens: args.calib_tokens as usize, bos: tokenizer.bos() };
+        let tokens = corpus.windows(&ids, shape, args.calib_seed)?;
+        let record = manifest::Calibration {
+            name: args.calib.iter().map(|name| file_name(Path::new(name))).collect::<Vec<_>>().join(","),
+            sha256: corpus.sha256(),
+            texts,
+            windows: tokens.len(),
+            n_ctx: context,
+            seed: args.calib_seed,
+            settings: Value::Null,
+        };
+        Ok(Windows { tokens, record, corpus })
+    }
+
+    /// Returns what the manifest says of them.
+    pub fn record(&self) -> manifest::Calibration {
+        self.record.clone()
+    }
+
+    /// Returns the windows.
+    pub fn tokens(&self) -> &[Vec<u32>] {
+        &self.tokens
+    }
+
+    /// Warns if `text`, on which results will be measured, occurs in the calibration text.
+    pub fn warn_of_overlap(&self, text: &str, printer: Printer) {
+        let overlap = self.corpus.overlap(text);
+        if overlap > OVERLAP {
+            printer.note(format!(
+                "warning: {:.0} % of the evaluation text is in the calibration text `{}`: its numbers will flatter the \
+                 result; evaluate on another text",
+                100.0 * overlap,
+                self.corpus.name
+            ));
+        }
+    }
+
+    /// Returns the calibration with those settings.
+    pub fn calibration(&self, settings: Settings) -> Calibration<'_> {
+        Calibration { windows: &self.tokens, held_out: 0, settings }
+    }
+
+    /// Finds the settings for a plan, as `--effort` says, and tells what was tried.
+    ///
+    /// # Errors
+    /// If calibration fails.
+    pub fn choose(
+        &self,
+        args: &ConvertArgs,
+        source: &Checkpoint,
+        plan: &Plan,
+        printer: Printer,
+    ) -> Result<Choice> {
+        let effort = Effort::from(args.effort);
+        let mut start =
+            Settings { scale_rule: plan.recipe.scale_rule, ..Settings::of(plan.recipe.format.activations) };
+        if effort == Effort::Fast {
+            start.sweeps = 1;
+        }
+        let tell = |trial: &Trial| {
+            printer.detail(format!(
+                "{}: {}: KLD {:.5} on text kept out",
+                plan.recipe.format.name, trial.change, trial.kld
+            ));
+        };
+        let choice = choose_settings(&Cpu, source, plan, self.calibration(start), effort, &tell)?;
+        if let Some(first) = choice.trials.first()
+            && choice.settings != first.settings
+        {
+            let best = choice.trials.iter().min_by(|a, b| a.kld.total_cmp(&b.kld)).unwrap_or(first);
+            printer.note(&format!(
+                "{}: chose {} of {} settings tried: KLD {:.5} on calibration text kept out, {:.5} by default",
+                plan.recipe.format.name,
+                best.change,
+                choice.trials.len(),
+                best.kld,
+                first.kld
+            ));
+        }
+        Ok(choice)
+    }
+}
