@@ -68,15 +68,23 @@ const SMOOTHING: [Change; 2] = [
     ("smoothing 0.25", |s| s.smoothing = Smoothing::Fixed(0.25)),
     ("smoothing 0.4", |s| s.smoothing = Smoothing::Fixed(0.4)),
 ];
+/// For inputs that are rounded too.
+const INPUT_SMOOTHING: [Change; 3] = [
+    ("smoothing searched", |s| s.smoothing = Smoothing::Search),
+    ("smoothing 0.5", |s| s.smoothing = Smoothing::Fixed(0.5)),
+    ("smoothing 0.8", |s| s.smoothing = Smoothing::Fixed(0.8)),
+];
 
 impl Effort {
     /// Returns the candidates, grouped by setting.
     fn candidates(self, activations: Activations) -> Vec<&'static [Change]> {
+        let full = activations == Activations::Full;
         match self {
             Effort::Fast => vec![],
-            Effort::Balanced => vec![&STRENGTHS],
-            Effort::Best if activations == Activations::Full => vec![&STRENGTHS, &DAMPING, &SMOOTHING],
-            Effort::Best => vec![&STRENGTHS, &DAMPING],
+            Effort::Balanced if full => vec![&STRENGTHS],
+            Effort::Balanced => vec![&INPUT_SMOOTHING],
+            Effort::Best if full => vec![&STRENGTHS, &DAMPING, &SMOOTHING],
+            Effort::Best => vec![&INPUT_SMOOTHING, &STRENGTHS, &DAMPING],
         }
     }
 }

@@ -9,9 +9,11 @@
 //! good these settings are, on text the statistics have not seen.
 
 use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
 
 use super::settings::Settings;
 use super::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_columns};
+use crate::backend::cpu::round_rows;
 use crate::backend::{Batch, SecondMoments};
 use crate::method::solve::{Solved, Solver};
 use crate::method::statistics::Moments;
@@ -174,16 +176,19 @@ impl<B: SecondMoments> Run<'_, B> {
         let norm = |x: &B::Tensor, gain: &B::Tensor| backend.rms_norm(x, gain, constants.eps);
         let counted = self.chunks.iter().filter(|chunk| chunk.counted).count().max(1);
         let smooth = self.request.settings.smoothing != Smoothing::Off;
+        // Smoothing changes the units of a norm's outputs before they are rounded, after they are summed.
+        let rounded = if smooth { Activations::Full } else { self.request.activations };
         let sampled = if smooth { (2 * SAMPLED_TOKENS).div_ceil(counted) } else { 0 };
 
-        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled);
+        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled).with_rounding(rounded);
         for chunk in &mut self.chunks {
             let input = norm(&chunk.full, &full.attn_norm)?;
             sums.add(chunk, &input, &norm(&chunk.quantized, &full.attn_norm)?)?;
         }
         self.stage(source, index, &[Role::Q, Role::K, Role::V], sums, None, quantized)?;
 
-        let mut sums = Sums::new(backend, config.num_attention_heads * config.head_dim, Some(hidden))?;
+        let width = config.num_attention_heads * config.head_dim;
+        let mut sums = Sums::new(backend, width, Some(hidden))?.with_rounding(self.request.activations);
         for chunk in &mut self.chunks {
             let (input, input_q) =
                 (norm(&chunk.full, &full.attn_norm)?, norm(&chunk.quantized, &quantized.attn_norm)?);
@@ -198,14 +203,14 @@ impl<B: SecondMoments> Run<'_, B> {
 
         let inner = self.inner_factors(source, index, quantized)?;
 
-        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled);
+        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled).with_rounding(rounded);
         for chunk in &mut self.chunks {
             let input = norm(&chunk.full, &full.ffn_norm)?;
             sums.add(chunk, &input, &norm(&chunk.quantized, &full.ffn_norm)?)?;
         }
         self.stage(source, index, &[Role::Gate, Role::Up], sums, inner.as_ref(), quantized)?;
 
-        let mut sums = Sums::new(backend, ffn, Some(hidden))?;
+        let mut sums = Sums::new(backend, ffn, Some(hidden))?.with_rounding(self.request.activations);
         for chunk in &mut self.chunks {
             let gated = full.gated(backend, &norm(&chunk.full, &full.ffn_norm)?)?;
             let gated_q = quantized.gated(backend, &norm(&chunk.quantized, &quantized.ffn_norm)?)?;
@@ -441,6 +446,8 @@ struct Sums<'a, B: SecondMoments> {
     sample: Vec<f32>,
     /// Rows to take from each chunk.
     sampled: usize,
+    /// What the engine does to X̃ before it multiplies.
+    activations: Activations,
 }
 
 impl<'a, B: SecondMoments> Sums<'a, B> {
@@ -449,7 +456,13 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
         let zeros = |rows: usize| backend.tensor(rows, cols, &vec![0.0; rows * cols]);
         let drift = hidden.map(zeros).transpose()?;
         let (hessian, cross) = (zeros(cols)?, zeros(cols)?);
-        Ok(Sums { backend, cols, tokens: 0, hessian, cross, drift, sample: Vec::new(), sampled: 0 })
+        let (sample, activations) = (Vec::new(), Activations::Full);
+        Ok(Sums { backend, cols, tokens: 0, hessian, cross, drift, sample, sampled: 0, activations })
+    }
+
+    /// Returns sums over inputs as the engine rounds them: what the linear's weights really meet.
+    fn with_rounding(self, activations: Activations) -> Self {
+        Sums { activations, ..self }
     }
 
     /// Returns sums that also keep about `tokens` rows of X̃ of every chunk.
@@ -466,6 +479,15 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
             let rows = sampled_rows(chunk.ids.len(), self.sampled);
             self.sample.extend(self.backend.read(&self.backend.select_rows(quantized, &rows)?)?);
         }
+        let rounded = match round_rows(self.activations) {
+            None => None,
+            Some(round) => {
+                let mut values = self.backend.read(quantized)?;
+                values.par_chunks_mut(self.cols).for_each(round);
+                Some(self.backend.tensor(chunk.ids.len(), self.cols, &values)?)
+            }
+        };
+        let quantized = rounded.as_ref().unwrap_or(quantized);
         self.backend.add_moment(&mut self.hessian, quantized, quantized)?;
         self.backend.add_moment(&mut self.cross, full, quantized)?;
         if let Some(drift) = &mut self.drift {

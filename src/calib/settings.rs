@@ -4,7 +4,6 @@ use super::smoothing::Smoothing;
 use crate::method::mismatch::Strength;
 use crate::method::solve::Knobs;
 use crate::names::Role;
-use crate::scheme::Activations;
 use crate::scheme::fit::ScaleRule;
 
 /// How a model is calibrated.
@@ -43,12 +42,6 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Returns the default settings for linears whose inputs are treated that way: smoothed where they are rounded too.
-    pub fn of(activations: Activations) -> Self {
-        let smoothing = if activations == Activations::Full { Smoothing::Off } else { Smoothing::Search };
-        Settings { smoothing, ..Settings::default() }
-    }
-
     /// Returns what the linears of a stage get; `role` is any of them.
     pub fn knobs(&self, role: Role) -> Knobs {
         let inputs = match role {

@@ -189,6 +189,15 @@ impl SecondMoments for Cpu {
     }
 }
 
+/// Returns what an engine does to each token's inputs, as a function of a row; `None` if it leaves them alone.
+pub(crate) fn round_rows(activations: Activations) -> Option<fn(&mut [f32])> {
+    match activations {
+        Activations::Full => None,
+        Activations::Int8PerToken => Some(elementwise::quantize_int8),
+        Activations::Fp8PerToken => Some(elementwise::quantize_fp8),
+    }
+}
+
 /// y (+)= x · weightᵀ, with `x` as the engine would quantize it.
 fn multiply(
     x: &Array2<f32>,
@@ -206,13 +215,11 @@ fn multiply(
     );
     let left = match activations {
         Activations::Full => Left::pack(x.view()),
-        Activations::Int8PerToken | Activations::Fp8PerToken => {
-            let quantize = match activations {
-                Activations::Fp8PerToken => elementwise::quantize_fp8,
-                _ => elementwise::quantize_int8,
-            };
+        _ => {
             let mut x = x.clone();
-            slice_mut(&mut x)?.par_chunks_mut(in_features).for_each(quantize);
+            if let Some(round) = round_rows(activations) {
+                slice_mut(&mut x)?.par_chunks_mut(in_features).for_each(round);
+            }
             Left::pack(x.view())
         }
     };
