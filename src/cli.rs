@@ -271,6 +271,9 @@ pub struct OutputArgs {
     /// Show these tensor costs in the reports: JSON of `quant sensitivity`
     #[arg(long, value_name = "FILE")]
     pub sensitivity: Option<PathBuf>,
+    /// Show these speeds in the reports, one file or several: JSON of `quant bench`, a file for each model
+    #[arg(long, value_delimiter = ',', value_name = "FILE")]
+    pub bench: Vec<PathBuf>,
 }
 
 /// Quality gates: an option for each of [`gate::RULES`], and a file.

@@ -122,7 +122,10 @@ fn what_cannot_be_judged_is_bad_usage() {
     fs::write(FOLDER.join("bad-gate.toml"), "max-kl = 1\n").unwrap();
     fs::write(FOLDER.join("short.txt"), "too short\n").unwrap();
     let other = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/logits/llama2");
+    fs::write(FOLDER.join("other.json"), "{}").unwrap();
     for (line, words) in [
+        ("eval --bench other.json".to_string(), "is no JSON of `quant bench --json`"),
+        ("eval --sensitivity other.json".to_string(), "is no JSON of `quant sensitivity --json`"),
         ("eval --max-kld 1".to_string(), "--baseline"),
         (format!("eval --baseline {MODEL} --max-kld klein"), "`klein` is no number"),
         (format!("eval --baseline {MODEL} --min-top1 95"), "share from 0 to 1"),
@@ -146,14 +149,19 @@ fn every_kind_of_report_is_written_in_one_run() {
         run(&FOLDER, "sensitivity --format q4_0 --device cpu --windows 1 --by layer --json ranking.json");
     assert!(ranking.status.success(), "{}", text(&ranking.stderr));
     assert_eq!(text(&ranking.stdout).lines().count(), 1 + 7 + 2, "six layers, embeddings, protocol");
+    let bench = r#"{"model": "q4_0.gguf", "format": "q4_0", "rows": [
+        {"what": "generation, 1 at once", "value": 123.0, "unit": "tok/s", "share": 0.5},
+        {"what": "copy, read + write", "value": 3000.0, "unit": "GB/s", "share": null}]}"#;
+    fs::write(FOLDER.join("bench.json"), bench).unwrap();
     let output = eval(
-        "--slices prose,code --max-kld 1 --sensitivity ranking.json --html r.html --markdown r.md --junit r.xml \
+        "--slices prose,code --max-kld 1 --sensitivity ranking.json --bench bench.json --html r.html --markdown r.md --junit r.xml \
          --json r.json --csv r.csv",
     );
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let read = |name: &str| fs::read_to_string(FOLDER.join(name)).unwrap();
     let page = read("r.html");
     assert!(page.contains("The gate is passed") && page.contains("Which tensors cost most"));
+    assert!(page.contains("123 tok/s") && !page.contains("copy, read"));
     assert!(read("r.md").contains("| max-kld | q4_0.gguf | 0."));
     assert!(read("r.xml").contains(r#"tests="2" skipped="0" failures="0""#));
     assert_eq!(read("r.csv").lines().count(), 1 + 2 + 2 * 2);

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::de::DeserializeOwned;
 
 use super::measure::{self, Request};
 use super::questions::Questions;
@@ -12,6 +13,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::{EvalArgs, GateArgs, OutputArgs};
 use crate::eval::Report;
 use crate::eval::gate::{self, Gate};
+use crate::eval::report::Bench;
 use crate::eval::sensitivity::Sensitivity;
 use crate::eval::slices;
 use crate::output::{self, Printer};
@@ -27,7 +29,10 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     );
     let slices =
         slices::by_names(args.slices.iter().map(String::as_str).chain(gates.iter().filter_map(Gate::slice)))?;
-    let sensitivity = args.outputs.sensitivity.as_deref().map(read_sensitivity).transpose()?;
+    let sensitivity: Option<Sensitivity> =
+        args.outputs.sensitivity.as_deref().map(|file| read_json(file, "sensitivity")).transpose()?;
+    let benches = args.outputs.bench.iter().map(|file| read_json::<Bench>(file, "bench"));
+    let speed = benches.collect::<Result<Vec<_>>>()?.into_iter().flat_map(Bench::rows).collect();
     let open = |model: Option<&str>| -> Result<Checkpoint> {
         Checkpoint::open(&ModelRef::resolve(model, args.source.revision.as_deref(), printer)?.path)
     };
@@ -56,6 +61,7 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
         report.without_divergence();
     }
     report.sensitivity = sensitivity;
+    report.speed = speed;
     for (_, file, format) in files(&args.outputs) {
         output::write_report(file, &format(&report)?, printer)?;
     }
@@ -107,9 +113,9 @@ fn takes_stdout(args: &OutputArgs) -> Result<bool> {
     Ok(!taken.is_empty())
 }
 
-/// Reads what `quant sensitivity --json` wrote.
-fn read_sensitivity(file: &Path) -> Result<Sensitivity> {
+/// Reads what another command's `--json` wrote.
+fn read_json<T: DeserializeOwned>(file: &Path, command: &str) -> Result<T> {
     let text = fs::read_to_string(file).with_context(|| format!("{}: cannot be read", file.display()))?;
     serde_json::from_str(&text)
-        .with_context(|| format!("{}: is no JSON of `quant sensitivity --json`", file.display()))
+        .with_context(|| format!("{}: is no JSON of `quant {command} --json`", file.display()))
 }

@@ -120,6 +120,33 @@ pub struct Part {
     pub rows: Vec<Row>,
 }
 
+/// What `quant bench --json` writes, as far as reports show it.
+#[derive(Deserialize)]
+pub struct Bench {
+    model: String,
+    rows: Vec<BenchRow>,
+}
+
+#[derive(Deserialize)]
+struct BenchRow {
+    what: String,
+    value: f64,
+    unit: String,
+}
+
+impl Bench {
+    /// Returns what it says of the model; rates of the machine itself are left out.
+    pub fn rows(self) -> impl Iterator<Item = SpeedRow> {
+        let own = self.rows.into_iter().filter(|row| !["GB/s", "TFLOP/s"].contains(&row.unit.as_str()));
+        own.map(move |BenchRow { what, value, unit }| SpeedRow {
+            model: self.model.clone(),
+            what,
+            value,
+            unit,
+        })
+    }
+}
+
 /// How fast a model is at something.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpeedRow {
