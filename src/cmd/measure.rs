@@ -22,6 +22,7 @@ use crate::eval::{self, About, Protocol, Scored, Subject, Text};
 use crate::generate::Generate;
 use crate::manifest;
 use crate::model::Model;
+use crate::model::chat_template::ChatTemplate;
 use crate::model::kv_cache::KvCache;
 use crate::output::{Printer, Unit};
 
@@ -122,9 +123,17 @@ impl Request {
 
     /// Adds texts of one kind of content each, tokenized as the main text is.
     pub fn add_slices(&mut self, slices: Vec<Slice>, reference: &Checkpoint) -> Result<()> {
-        let tokenizer = reference.tokenizer()?;
+        if slices.is_empty() {
+            return Ok(());
+        }
+        let files = reference.tokenizer_files()?;
+        let context = || reference.path.display().to_string();
+        let (tokenizer, template) =
+            (reference.tokenizer()?, ChatTemplate::new(&files).with_context(context)?);
         let main = &self.text.protocol;
-        for Slice { name, text } in slices {
+        for slice in slices {
+            let text = slice.text(template.as_ref()).with_context(context)?;
+            let name = slice.name.clone();
             let tokens = tokenizer.encode(&text, main.bos.is_some())?;
             let n_ctx = main.n_ctx.min(slices::N_CTX);
             let protocol = Protocol::new(main.name, n_ctx, None, &text, &tokens, main.bos)

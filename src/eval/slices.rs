@@ -1,11 +1,15 @@
 //! Small texts of one kind of content each, because quantization does not cost everywhere the same: code, digits and
 //! languages other than English break first. Provenance, licence and hashes: `eval/README.md`.
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+use serde_json::Value;
+
+use crate::model::chat_template::{Chat, ChatTemplate};
 
 /// The slices inside the binary.
 const BUNDLED: [(&str, &str); 6] = [
@@ -25,8 +29,21 @@ pub const N_CTX: usize = 128;
 pub struct Slice {
     /// What reports and gates call it.
     pub name: String,
-    /// The text; conversations as turns.
-    pub text: String,
+    /// The file's content.
+    text: String,
+}
+
+impl Slice {
+    /// Returns the text as the model reads it: the bundled conversations are put into its chat template, if it has one.
+    ///
+    /// # Errors
+    /// What the template refuses.
+    pub fn text(&self, template: Option<&ChatTemplate>) -> Result<Cow<'_, str>> {
+        match BUNDLED.iter().any(|row| row == &("chat", self.text.as_str())) {
+            true => conversations(&self.text, template).map(Cow::Owned),
+            false => Ok(Cow::Borrowed(&self.text)),
+        }
+    }
 }
 
 /// Returns the slices of that list: names of bundled ones, `NAME=FILE` for one's own, or `all` for all bundled ones. A name
@@ -67,29 +84,30 @@ fn bundled(name: &str) -> Result<Slice> {
             known.join(", ")
         );
     };
-    let text = if name == "chat" { turns(text)? } else { text.to_string() };
-    Ok(Slice { name: name.to_string(), text })
+    Ok(Slice { name: name.to_string(), text: text.to_string() })
 }
 
 /// A line of `chat.jsonl`.
 #[derive(Deserialize)]
 struct Conversation {
-    messages: Vec<Message>,
+    messages: Vec<Value>,
 }
 
-#[derive(Deserialize)]
-struct Message {
-    role: String,
-    content: String,
-}
-
-/// Writes conversations as turns, `role: content`. Base models have no chat template, so none is used.
-fn turns(lines: &str) -> Result<String> {
+/// Returns conversations as the model reads them: in its chat template, or as turns `role: content` where it has none.
+fn conversations(lines: &str, template: Option<&ChatTemplate>) -> Result<String> {
     let mut text = String::new();
     for line in lines.lines() {
-        let conversation: Conversation = serde_json::from_str(line).context("the bundled chat slice")?;
-        for Message { role, content } in conversation.messages {
-            text += &format!("{role}: {content}\n\n");
+        let Conversation { messages } = serde_json::from_str(line).context("the bundled chat slice")?;
+        match template {
+            Some(template) => {
+                let chat = Chat { messages, tools: Vec::new() };
+                text +=
+                    &template.render(&chat, false).context("slice `chat`, in the model's chat template")?;
+            }
+            None => messages.iter().for_each(|message| {
+                let field = |name: &str| message[name].as_str().unwrap_or_default();
+                text += &format!("{}: {}\n\n", field("role"), field("content"));
+            }),
         }
     }
     Ok(text)
@@ -98,6 +116,7 @@ fn turns(lines: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::tokenizer::TokenizerFiles;
 
     #[test]
     fn all_slices_have_a_name_and_enough_text() {
@@ -105,7 +124,17 @@ mod tests {
         let names: Vec<&str> = slices.iter().map(|slice| slice.name.as_str()).collect();
         assert_eq!(names, ["prose", "code", "json", "digits", "chat", "german"]);
         assert!(slices.iter().all(|slice| slice.text.len() > 5000));
-        assert!(slices[4].text.starts_with("user: My sourdough starter"));
+    }
+
+    #[test]
+    fn conversations_are_in_the_models_template_or_plain_turns() {
+        let chat = &by_names(["chat"]).unwrap()[0];
+        assert!(chat.text(None).unwrap().starts_with("user: My sourdough starter"));
+        let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/eval/tiny-llama"));
+        let template = ChatTemplate::new(&TokenizerFiles::read(folder).unwrap().unwrap()).unwrap().unwrap();
+        let text = chat.text(Some(&template)).unwrap();
+        assert_eq!(text.matches("My sourdough starter").count(), 1);
+        assert!(!text.contains("user: My"), "{}", &text[..200]);
     }
 
     #[test]

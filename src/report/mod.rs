@@ -4,10 +4,9 @@ pub mod junit;
 mod plot;
 mod view;
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context, Result};
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, escape_formatter};
 
 use crate::eval::Report;
@@ -32,27 +31,8 @@ fn render(name: &str, template: &str, report: &Report) -> Result<String> {
         });
     }
     environment.add_template(name, template).context("the report's template")?;
-    let view = template_value(&view::of(report));
+    let view = Value::from(Serde(view::of(report)));
     environment.get_template(name)?.render(view).context("the report's template")
-}
-
-/// Returns JSON as the template engine's own value.
-fn template_value(json: &serde_json::Value) -> minijinja::Value {
-    use serde_json::Value;
-    match json {
-        Value::Null => minijinja::Value::from(()),
-        Value::Bool(value) => (*value).into(),
-        Value::Number(number) => match number.as_i64() {
-            Some(integer) => integer.into(),
-            None => number.as_f64().into(),
-        },
-        Value::String(text) => text.as_str().into(),
-        Value::Array(values) => values.iter().map(template_value).collect::<Vec<_>>().into(),
-        Value::Object(map) => {
-            let entries = map.iter().map(|(key, value)| (key.clone(), template_value(value)));
-            entries.collect::<BTreeMap<String, minijinja::Value>>().into()
-        }
-    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use crate::eval::metric::{METRICS, Measures};
 use crate::eval::report::{Part, Row, SpeedRow};
 use crate::eval::sensitivity::{Sensitivity, TensorGroup};
 use crate::eval::{Estimate, Metric, Protocol, Scored};
+use crate::model::kv_cache::KvMemory;
 
 fn row(model: &str, bytes: u64, kld: Option<f64>) -> Row {
     let mut measures = Measures::default();
@@ -80,6 +81,7 @@ pub fn full() -> Report {
         positions: vec![part("0-255"), part("256-511")],
         suites: vec![score],
         answers: vec![answer],
+        kv_caches: vec![KvMemory { kv_cache: "int8".into(), bytes_per_token: 544, saved: 0.47 }],
         speed: vec![speed("base", 40.0), speed("q8", 80.0)],
         sensitivity: Some(sensitivity),
         ..Report::new(protocol.clone(), rows())
@@ -103,7 +105,9 @@ fn the_page_has_every_section_and_needs_no_network() {
         "By position",
         "Speed",
         "Which tensors cost most",
-        "Prompt suites",
+        "Prompts and benchmarks",
+        "Caches of keys and values",
+        "Not passed: no JSON",
         "Answers side by side",
         "größe<mark>r als 3</mark>",
         "größe<mark> 4</mark>",

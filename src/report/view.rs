@@ -41,10 +41,15 @@ pub fn of(report: &Report) -> Value {
         "suites": report.suites.iter().map(|score| json!({
             "score": score,
             "rate": share(score.pass_rate()),
-            "numbers": numbers([score.p_value, score.length_ratio, score.kld]),
+            "numbers": numbers([score.p_value, score.length_ratio, score.kld, score.tok_per_s]),
             "baseline_rate": score.baseline_passed.map_or("–".to_string(), |passed| {
                 format!("{:.1} %", 100.0 * passed as f64 / score.prompts.max(1) as f64)
             }),
+        })).collect::<Vec<_>>(),
+        "kv_caches": report.kv_caches.iter().map(|cache| json!({
+            "name": cache.kv_cache,
+            "bytes": cache.bytes_per_token,
+            "saved": format!("{:.1} %", 100.0 * cache.saved),
         })).collect::<Vec<_>>(),
         "answers": answers(&report.answers),
         "hidden_answers": report.answers.len().saturating_sub(SHOWN_ANSWERS),
@@ -251,6 +256,7 @@ fn answers(answers: &[Answer]) -> Value {
             "id": answer.id,
             "model": answer.model,
             "prompt": answer.prompt,
+            "reason": answer.reason,
             "same": &baseline[..common],
             "baseline_rest": &baseline[common..],
             "model_rest": &model[common..],
@@ -263,7 +269,7 @@ fn answers(answers: &[Answer]) -> Value {
     json!(shown.collect::<Vec<_>>())
 }
 
-fn numbers(values: [Option<f64>; 3]) -> [String; 3] {
+fn numbers(values: [Option<f64>; 4]) -> [String; 4] {
     values.map(|value| value.map_or("–".to_string(), number))
 }
 
