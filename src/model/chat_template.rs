@@ -2,7 +2,7 @@
 //!
 //! Templates are Jinja with `trim_blocks` and `lstrip_blocks`, Python's string and dictionary methods, `break` and
 //! `continue`, `raise_exception`, `strftime_now`, a `tojson` that is `json.dumps`, and `{% generation %}` blocks, which
-//! render what they hold (transformers 5.17, `utils/chat_template_utils.py`). The clock stands still ([`TODAY`]), so that
+//! render what they hold (transformers 5.17, `utils/chat_template_utils.py`). The clock stands still (`TODAY`), so that
 //! an evaluation asks the same today and tomorrow.
 
 use std::collections::BTreeMap;
@@ -140,7 +140,7 @@ fn special_tokens(files: &TokenizerFiles) -> BTreeMap<String, String> {
     named.into_iter().filter_map(|(name, id)| Some((name.to_string(), text(name, id)?))).collect()
 }
 
-/// `datetime.now().strftime(format)` on [`TODAY`].
+/// `datetime.now().strftime(format)` on `TODAY`.
 fn strftime_now(format: &str) -> Result<String, Error> {
     let mut out = String::new();
     let mut rest = format.chars();
