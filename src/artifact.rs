@@ -105,7 +105,10 @@ fn folder_files(plan: &Plan, source: &Checkpoint) -> Result<Vec<(String, Vec<u8>
         .filter(|(id, _)| id.role.is_linear())
         .map(|(id, stored)| (id.hf_module(), stored))
         .collect();
-    config.insert("quantization_config".into(), Quantization::of_plan(&linears)?.to_json());
+    config.insert(
+        "quantization_config".into(),
+        Quantization::of_plan(&linears)?.with_fp8_cache(plan.fp8_cache).to_json(),
+    );
     let mut files = vec![("config.json".to_string(), format!("{:#}\n", Value::Object(config)).into_bytes())];
     for path in source.side_files()? {
         let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;

@@ -97,6 +97,9 @@ pub struct ConvertArgs {
     /// How much time to spend on finding settings that suit the model
     #[arg(long, value_enum, default_value_t = EffortArg::Balanced)]
     pub effort: EffortArg,
+    /// Let engines keep keys and values in fp8, with scales from the calibration text (compressed-tensors)
+    #[arg(long, value_name = "CACHE")]
+    pub kv_cache: Option<KvCache>,
     /// Where to write: a path ending in .gguf is the file itself, anything else a folder [default: ./MODEL-FORMAT]
     #[arg(long, short, value_name = "PATH")]
     pub out: Option<PathBuf>,

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 
 use crate::checkpoint::{Checkpoint, Stored};
 use crate::container::{Storage, TensorSpec};
+use crate::dialect::compressed_tensors::KV_SCALES;
 use crate::names::{Part, TensorId};
 use crate::recipe::Recipe;
 use crate::scheme::Scheme;
@@ -46,7 +47,7 @@ pub struct Step {
 pub struct Output {
     /// Name, number type, shape.
     pub spec: TensorSpec,
-    /// The bytes, where the shape alone decides them.
+    /// The bytes, where they are known before any weight is read.
     pub fixed: Option<Vec<u8>>,
 }
 
@@ -60,13 +61,16 @@ pub struct Plan {
     pub outputs: Vec<Output>,
     /// What the output cannot say of the model ([`Dialect::losses`](crate::dialect::Dialect::losses)).
     pub losses: Vec<String>,
+    /// Whether the output asks for an FP8 cache of keys and values.
+    pub fp8_cache: bool,
 }
 
 impl Plan {
     /// Decides everything from the source's headers. Errors name the tensor and the cure.
     pub fn new(source: &Checkpoint, recipe: &Recipe) -> Result<Self> {
         let losses = recipe.dialect.losses(&source.config);
-        let mut plan = Plan { recipe: *recipe, steps: Vec::new(), outputs: Vec::new(), losses };
+        let mut plan =
+            Plan { recipe: *recipe, steps: Vec::new(), outputs: Vec::new(), losses, fp8_cache: false };
         let config = &source.config;
         let model = ModelShape { layers: config.num_hidden_layers, tied: config.tie_word_embeddings };
         for (&id, info) in &source.tensors {
@@ -115,6 +119,19 @@ impl Plan {
         step.parts = first..self.outputs.len();
         self.steps.push(step);
         Ok(())
+    }
+
+    /// Asks for an FP8 cache with these scales of every layer's keys and values.
+    /// Only for compressed-tensors.
+    pub fn add_kv_scales(&mut self, scales: &[[f32; 2]]) {
+        for (layer, pair) in scales.iter().enumerate() {
+            for (name, scale) in KV_SCALES.iter().zip(pair) {
+                let name = format!("model.layers.{layer}.self_attn.{name}");
+                let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
+                self.outputs.push(Output { spec, fixed: Some(scale.to_le_bytes().to_vec()) });
+            }
+        }
+        self.fp8_cache = true;
     }
 
     /// Returns the stored tensors in file order.

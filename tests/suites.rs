@@ -125,6 +125,54 @@ fn a_cache_of_fewer_bits_diverges_more() {
 }
 
 #[test]
+fn calibrated_scales_of_an_fp8_cache_are_written_and_read_back() {
+    let bench = Bench::new();
+    let convert = format!("convert {MODEL} --format int8 --method rtn --calib-tokens 1024");
+    bench.ok(&format!("{convert} --no-validate -o plain"));
+    let plan = bench.ok(&format!("{convert} --kv-cache fp8 --dry-run --json - -o cached"));
+    bench.ok(&format!("{convert} --kv-cache fp8 --no-validate -o cached"));
+    let size = |folder: &str| -> u64 {
+        let files = fs::read_dir(bench.path(folder)).unwrap().map(|file| file.unwrap());
+        let weights = files.filter(|file| file.file_name() != "quant.json");
+        weights.map(|file| file.metadata().unwrap().len()).sum()
+    };
+    let plan: Value = serde_json::from_str(&plan).unwrap();
+    assert_eq!(plan["plans"][0]["bytes"], size("cached"), "the dry run's size is exact");
+    let config = fs::read_to_string(bench.path("cached/config.json")).unwrap();
+    let json: Value = serde_json::from_str(&config).unwrap();
+    let scheme = &json["quantization_config"]["kv_cache_scheme"];
+    assert_eq!((&scheme["num_bits"], &scheme["type"]), (&json!(8), &json!("float")));
+    let scales = Checkpoint::open(&bench.path("cached")).unwrap().kv_scales().to_vec();
+    assert_eq!(scales.len(), 6);
+    // Keys and values of a trained model are of the order of 1: amax / 448.
+    assert!(scales.iter().flatten().all(|scale| (1e-4..1.0).contains(scale)), "{scales:?}");
+    // An evaluation reads the cache as the artifact keeps it.
+    let report = bench.eval(&format!("plain cached --baseline {MODEL} --kld --kv-cache fp8"));
+    let kld = |model: &str| {
+        let row = report["rows"].as_array().unwrap().iter().find(|row| row["model"] == model).unwrap();
+        row["kld"].as_f64().unwrap()
+    };
+    assert_eq!(kld("cached"), kld("cached, kv fp8"));
+    assert!(kld("plain") < 0.5 * kld("cached"), "{} {}", kld("plain"), kld("cached"));
+    assert!(kld("cached") < 1.5 * kld("plain, kv fp8"), "{} {}", kld("cached"), kld("plain, kv fp8"));
+    let refused = |line: &str, words: &str| {
+        let output = bench.quant(line);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains(words), "{line}: {message}");
+    };
+    refused(&format!("convert {MODEL} --format q4_0 --kv-cache fp8 -o x.gguf"), "no place for scales");
+    refused(&format!("{convert} --kv-cache int8 -o x"), "fp8 only");
+    let mut other = json.clone();
+    other["quantization_config"]["kv_cache_scheme"]["type"] = json!("int");
+    let mut none = json.clone();
+    none["quantization_config"]["kv_cache_scheme"] = Value::Null;
+    for (config, words) in [(other, "with type"), (none, "but there are scales")] {
+        fs::write(bench.path("cached/config.json"), config.to_string()).unwrap();
+        refused("inspect cached", words);
+    }
+}
+
+#[test]
 fn questions_that_cannot_be_asked_are_refused() {
     let bench = Bench::new();
     fs::write(bench.path("bad.jsonl"), "{\"id\": 1}\n").unwrap();

@@ -12,5 +12,6 @@ pub mod corpus;
 pub mod driver;
 pub mod imatrix;
 pub mod importance;
+pub mod kv_cache;
 pub mod settings;
 pub mod smoothing;

@@ -9,19 +9,21 @@ use super::folder::{OpenedFolder, some_of};
 use super::{Stored, TensorInfo};
 use crate::container::gguf::Gguf;
 use crate::container::{InputFile, Located, Storage};
-use crate::dialect::compressed_tensors::CompressedTensors;
+use crate::dialect::compressed_tensors::{CompressedTensors, KV_SCALES};
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::names::{Part, Role, TensorId};
 use crate::num::Codec;
 use crate::scheme::{Activations, Scheme};
-use crate::tensor::Dtype;
+use crate::tensor::{Dtype, floats_from_bytes};
 
 /// The tensors of a model, and the stored parts of each that unpacking takes.
 #[derive(Default)]
 pub(super) struct Contents {
     pub(super) tensors: BTreeMap<TensorId, TensorInfo>,
     pub(super) parts: BTreeMap<TensorId, Vec<Located>>,
+    /// Scales of an FP8 cache, of every layer's keys and values; empty without one.
+    pub(super) kv_scales: Vec<[f32; 2]>,
 }
 
 /// The stored parts of one tensor, by what follows the module path in their name.
@@ -30,8 +32,12 @@ type Parts = BTreeMap<String, Located>;
 /// Understands a Hugging Face folder.
 pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
     let quantization = opened.quantization.as_ref();
-    let found = sort(&opened.tensors, |name| parse_hf(name, quantization.is_some()))?;
-    assign(&opened.config, found, |id, shape, parts| {
+    let (scales, tensors): (Vec<Located>, Vec<Located>) =
+        opened.tensors.iter().cloned().partition(|tensor| is_kv_scale(&tensor.spec.name));
+    let fp8_cache = quantization.is_some_and(|quantization| quantization.has_fp8_cache());
+    let kv_scales = kv_scales(opened, &scales, fp8_cache)?;
+    let found = sort(&tensors, |name| parse_hf(name, quantization.is_some()))?;
+    let contents = assign(&opened.config, found, |id, shape, parts| {
         let of_module = quantization.filter(|_| id.part == Part::Weight).and_then(|q| q.of(&id.hf_module()));
         match of_module {
             None => dense(shape, parts),
@@ -40,7 +46,40 @@ pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
                 quantized(&CompressedTensors, scheme, activations, shape, parts, &opened.files)
             }
         }
-    })
+    });
+    Ok(Contents { kv_scales, ..contents? })
+}
+
+fn is_kv_scale(name: &str) -> bool {
+    KV_SCALES.iter().any(|scale| name.strip_suffix(scale).is_some_and(|rest| rest.ends_with(".self_attn.")))
+}
+
+/// Reads the scales of every layer's keys and values, of one value each.
+fn kv_scales(opened: &OpenedFolder, found: &[Located], fp8_cache: bool) -> Result<Vec<[f32; 2]>> {
+    if !fp8_cache {
+        let stray: Vec<_> = found.iter().map(|tensor| &tensor.spec.name).collect();
+        ensure!(found.is_empty(), "`kv_cache_scheme` is null, but there are scales: {}", some_of(&stray));
+        return Ok(Vec::new());
+    }
+    let read = |layer: usize, scale: &str| -> Result<f32> {
+        let name = format!("model.layers.{layer}.self_attn.{scale}");
+        let tensor = found.iter().find(|tensor| tensor.spec.name == name);
+        let tensor = tensor.with_context(|| format!("`{name}` is missing; `kv_cache_scheme` asks for it"))?;
+        let Storage::Plain(dtype) = tensor.spec.storage else { bail!("`{name}`: wanted a number") };
+        ensure!(
+            dtype.is_float() && tensor.spec.shape.iter().product::<usize>() == 1,
+            "`{name}`: found {dtype} of shape {:?}; wanted one number",
+            tensor.spec.shape
+        );
+        let bytes = opened.files[tensor.file].read(tensor.start, tensor.spec.bytes())?;
+        let mut value = [0.0];
+        floats_from_bytes(dtype, &bytes, &mut value);
+        ensure!(value[0].is_finite() && value[0] > 0.0, "`{name}` is {}; wanted more than 0", value[0]);
+        Ok(value[0])
+    };
+    (0..opened.config.num_hidden_layers)
+        .map(|layer| Ok([read(layer, KV_SCALES[0])?, read(layer, KV_SCALES[1])?]))
+        .collect()
 }
 
 /// Understands a GGUF file.

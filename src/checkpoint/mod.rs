@@ -59,6 +59,8 @@ pub struct Checkpoint {
     pub tensors: BTreeMap<TensorId, TensorInfo>,
     /// The stored parts of each tensor, those that [`Dialect::unpack`] takes.
     parts: BTreeMap<TensorId, Vec<Located>>,
+    /// Scales of an FP8 cache of keys and values by layer; empty without one.
+    kv_scales: Vec<[f32; 2]>,
     files: Vec<InputFile>,
     /// Where it is a folder.
     folder: Option<Folder>,
@@ -95,6 +97,7 @@ impl Checkpoint {
             config: opened.config,
             tensors: contents.tensors,
             parts: contents.parts,
+            kv_scales: contents.kv_scales,
             files: opened.files,
             folder: Some(Folder { path: folder, config_json: opened.config_json }),
             metadata: None,
@@ -112,6 +115,7 @@ impl Checkpoint {
             config,
             tensors: contents.tensors,
             parts: contents.parts,
+            kv_scales: contents.kv_scales,
             files: gguf.files,
             folder: None,
             metadata: Some(gguf.metadata),
@@ -249,6 +253,11 @@ impl Checkpoint {
     /// Returns stored bits per weight over all tensors.
     pub fn bits_per_weight(&self) -> f64 {
         self.total_bytes() as f64 * 8.0 / self.total_weights().max(1) as f64
+    }
+
+    /// Returns the scales of every layer's keys and values, if engines keep them in FP8; empty otherwise.
+    pub fn kv_scales(&self) -> &[[f32; 2]] {
+        &self.kv_scales
     }
 
     /// Whether any tensor is quantized.

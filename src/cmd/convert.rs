@@ -12,11 +12,13 @@ use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
 use crate::backend::cpu::Cpu;
 use crate::calib::imatrix::Imatrix;
+use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
 use crate::convert::{self, Cost};
 use crate::eval::{Metric, Report, Row};
 use crate::manifest::{self, Evaluation, Manifest, SchemeRecord, Source, TensorRecord};
+use crate::model::kv_cache::KvCache;
 use crate::num::Codec;
 use crate::output::{self, Printer, Unit};
 use crate::plan::{Action, Plan, Step};
@@ -41,7 +43,8 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
         Method::Gptq => Some(Windows::new(&args.calibration, &source)?),
     };
     let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
-    let mut tasks = tasks(args, &model, &source, method, windows.as_ref())?;
+    let kv_scales = kv_scales(args, &source, windows.as_ref(), printer)?;
+    let mut tasks = tasks(args, &model, &source, method, windows.as_ref(), kv_scales.as_deref())?;
     report_losses(&tasks, printer);
     if args.dry_run {
         return dry_run(args, &tasks, printer);
@@ -78,6 +81,7 @@ fn tasks(
     source: &Checkpoint,
     method: Method,
     windows: Option<&Windows>,
+    kv_scales: Option<&[[f32; 2]]>,
 ) -> Result<Vec<Task>> {
     let file_named = args.out.as_deref().is_some_and(is_gguf);
     ensure!(
@@ -92,8 +96,13 @@ fn tasks(
     for format in &args.format {
         let recipe = recipe(args, format, method)?;
         let out = out_path(args, model, &recipe)?;
-        let plan = Plan::new(source, &recipe)?;
-        let mut manifest = Manifest::new(recipe_json(args, &recipe)?, files.clone());
+        let mut plan = Plan::new(source, &recipe)?;
+        let mut json = recipe_json(args, &recipe)?;
+        if let Some(scales) = kv_scales {
+            plan.add_kv_scales(scales);
+            json["kv_cache"] = "fp8".into();
+        }
+        let mut manifest = Manifest::new(json, files.clone());
         manifest.calibration = windows.map(Windows::record);
         let artifact = Artifact::new(&plan, source, &model.short_name(), &manifest.gguf_keys(), shard_bytes)?;
         tasks.push(Task { plan, artifact, manifest, out });
@@ -110,6 +119,34 @@ fn recipe(args: &ConvertArgs, format: &str, method: Method) -> Result<Recipe> {
         allow_requantize: args.allow_requantize,
         ..Recipe::new(format, args.dialect.as_deref(), args.group_size)?
     })
+}
+
+/// Returns the scales of an FP8 cache, if one was asked for; those of a plan that is only shown are all 1.
+fn kv_scales(
+    args: &ConvertArgs,
+    source: &Checkpoint,
+    windows: Option<&Windows>,
+    printer: Printer,
+) -> Result<Option<Vec<[f32; 2]>>> {
+    let Some(kind) = args.kv_cache else { return Ok(None) };
+    ensure!(
+        kind == KvCache::Fp8,
+        "`--kv-cache {kind}`: a checkpoint holds scales for fp8 only; engines round to other caches by themselves"
+    );
+    for format in &args.format {
+        let dialect = recipe(args, format, Method::Rtn)?.dialect.name();
+        ensure!(
+            dialect == "compressed-tensors",
+            "`--kv-cache fp8`: `{format}` is written as {dialect}, which has no place for scales; use a              compressed-tensors format"
+        );
+    }
+    if args.dry_run {
+        return Ok(Some(vec![[1.0; 2]; source.config.num_hidden_layers]));
+    }
+    printer.note("calibrating the scales of keys and values");
+    let own = if windows.is_none() { Some(Windows::new(&args.calibration, source)?) } else { None };
+    let Some(windows) = windows.or(own.as_ref()) else { return Ok(None) };
+    Ok(Some(fp8_scales(&Cpu, &source.config, source, windows.calibration().windows)?))
 }
 
 fn is_gguf(path: &Path) -> bool {

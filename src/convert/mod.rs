@@ -35,10 +35,10 @@ fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {
         if let Some(values) = &step.values {
             sink.write(step.parts.start, 0, &bytes_from_floats(Dtype::F32, values))?;
         }
-        for index in step.parts.clone() {
-            if let Some(bytes) = &plan.outputs[index].fixed {
-                sink.write(index, 0, bytes)?;
-            }
+    }
+    for (index, output) in plan.outputs.iter().enumerate() {
+        if let Some(bytes) = &output.fixed {
+            sink.write(index, 0, bytes)?;
         }
     }
     Ok(())

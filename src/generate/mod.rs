@@ -13,6 +13,7 @@ pub use self::sampling::Sampling;
 pub use self::stop::Stop;
 use crate::backend::Backend;
 use crate::model::Model;
+use crate::model::kv_cache::KvCache;
 use crate::model::tokenizer::Tokenizer;
 
 /// Several sequences that a model continues together, each at its own length.
@@ -50,6 +51,11 @@ pub trait Decoder {
 pub trait Generate: Backend + Sized {
     /// Returns how many sequences keep the device busy.
     fn sequences_at_once(&self) -> usize;
+
+    /// Whether its decoders round keys and values as the model's cache keeps them.
+    fn rounds_caches(&self) -> bool {
+        false
+    }
 
     /// Returns `sequences` empty sequences of up to `capacity` tokens.
     ///
@@ -91,6 +97,29 @@ pub struct Request {
     pub ids: Vec<u32>,
     /// Most new tokens.
     pub max_new_tokens: usize,
+}
+
+/// Tokens that all sequences of a decoder may hold together, so that long contexts do not fill the memory.
+const CACHED_TOKENS: usize = 1 << 16;
+
+/// Returns a decoder with room for any of these requests, as many at once as keep the device busy.
+///
+/// # Errors
+/// Those of [`Generate::decoder`]; a model whose cache the device does not round.
+pub fn decoder_for<'a, B: Generate>(
+    backend: &'a B,
+    model: &'a Model<B>,
+    requests: &[Request],
+) -> Result<Box<dyn Decoder + 'a>> {
+    ensure!(
+        model.constants.kv_cache == KvCache::Exact || backend.rounds_caches(),
+        "generation on this device does not keep keys and values in {} yet; use `--device cpu`",
+        model.constants.kv_cache
+    );
+    let capacity = requests.iter().map(|request| request.ids.len() + request.max_new_tokens).max();
+    let capacity = capacity.unwrap_or(0).max(1);
+    let sequences = backend.sequences_at_once().min(requests.len()).min(CACHED_TOKENS / capacity).max(1);
+    backend.decoder(model, sequences, capacity)
 }
 
 /// A prompt, its tokens so far and its own random numbers, so that neighbours do not change its text.

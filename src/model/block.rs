@@ -112,7 +112,7 @@ impl<B: Backend> Layer<B> {
                 true => Some((norm(Role::QNorm, config.head_dim)?, norm(Role::KNorm, config.head_dim)?)),
                 false => None,
             },
-            kv_scales: source.kv_scales(layer)?,
+            kv_scales: source.kv_scales(layer)?.unwrap_or([1.0; 2]),
             ffn_norm: norm(Role::FfnNorm, hidden)?,
             gate: linear(Role::Gate, [ffn, hidden], config.mlp_bias)?,
             up: linear(Role::Up, [ffn, hidden], config.mlp_bias)?,

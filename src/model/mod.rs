@@ -27,9 +27,9 @@ pub trait TensorSource {
     /// Returns what the engine does to the inputs of that linear.
     fn activations(&self, id: TensorId) -> Activations;
 
-    /// Returns the scales of a layer's keys and values in an FP8 cache; 1 where none were calibrated.
-    fn kv_scales(&self, _layer: usize) -> Result<[f32; 2]> {
-        Ok([1.0; 2])
+    /// Returns the scales of a layer's keys and values, if engines keep them in FP8.
+    fn kv_scales(&self, _layer: usize) -> Result<Option<[f32; 2]>> {
+        Ok(None)
     }
 }
 
@@ -43,6 +43,10 @@ impl TensorSource for Checkpoint {
             Some(Stored::Quantized(_, activations)) => activations,
             _ => Activations::Full,
         }
+    }
+
+    fn kv_scales(&self, layer: usize) -> Result<Option<[f32; 2]>> {
+        Ok(Checkpoint::kv_scales(self).get(layer).copied())
     }
 }
 
@@ -68,11 +72,12 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// Names the tensor that is missing, has another shape than the configuration says, or does not fit the device.
     pub fn load(backend: &B, config: &Config, source: &impl TensorSource) -> Result<Self> {
+        let kv_cache = if source.kv_scales(0)?.is_some() { KvCache::Fp8 } else { KvCache::Exact };
         let table = [config.vocab_size, config.hidden_size];
         let head = TensorId::global(Role::Head);
         Ok(Model {
             config: config.clone(),
-            constants: LayerConstants::new(config),
+            constants: LayerConstants { kv_cache, ..LayerConstants::new(config) },
             embed: read_weight(backend, source, TensorId::global(Role::Embed), table)?,
             layers: (0..config.num_hidden_layers)
                 .map(|layer| Layer::load(backend, config, source, layer))
@@ -136,10 +141,10 @@ impl<B: Backend> Model<B> {
     /// Returns the final hidden states of some rows, `[rows.len(), hidden]`, bit for bit those of [`Model::hidden`]: the
     /// last layer's feed-forward part leaves the other rows out.
     pub fn hidden_at(&self, backend: &B, ids: &[u32], batch: Batch, rows: &[usize]) -> Result<B::Tensor> {
-        self.hidden_at_with(backend, ids, batch, rows, self.constants.kv_cache)
+        self.hidden_at_with(backend, ids, batch, rows, KvCache::Exact)
     }
 
-    /// Returns the same with keys and values as `kv_cache` keeps them.
+    /// Returns the same with keys and values as `kv_cache` keeps them; [`KvCache::Exact`] leaves that to the model.
     pub fn hidden_at_with(
         &self,
         backend: &B,
@@ -148,6 +153,7 @@ impl<B: Backend> Model<B> {
         rows: &[usize],
         kv_cache: KvCache,
     ) -> Result<B::Tensor> {
+        let kv_cache = if kv_cache == KvCache::Exact { self.constants.kv_cache } else { kv_cache };
         let constants = LayerConstants { kv_cache, ..self.constants.clone() };
         self.finish(backend, &constants, 0, self.embed_batch(backend, ids, batch)?, batch, rows)
     }

@@ -19,6 +19,10 @@ impl Generate for Cpu {
         SEQUENCES
     }
 
+    fn rounds_caches(&self) -> bool {
+        true
+    }
+
     fn decoder<'a>(
         &'a self,
         model: &'a Model<Cpu>,

@@ -20,6 +20,7 @@ use crate::scheme::{Activations, Scheme, Span};
 pub struct Quantization {
     groups: Vec<Group>,
     ignore: Vec<Target>,
+    fp8_cache: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -65,7 +66,17 @@ impl Quantization {
         if let [group] = &mut groups[..] {
             group.targets = vec![Target::exact("Linear")];
         }
-        Ok(Quantization { groups, ignore })
+        Ok(Quantization { groups, ignore, fp8_cache: false })
+    }
+
+    /// Returns the same with an FP8 cache of keys and values, whose scales lie beside the weights.
+    pub fn with_fp8_cache(self, fp8_cache: bool) -> Self {
+        Quantization { fp8_cache, ..self }
+    }
+
+    /// Whether engines keep keys and values in FP8.
+    pub fn has_fp8_cache(&self) -> bool {
+        self.fp8_cache
     }
 
     /// Returns what that module path (`model.layers.0.mlp.up_proj`) is stored as, `None` if it is not quantized.
@@ -112,7 +123,7 @@ impl Quantization {
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": texts(&self.ignore),
-            "kv_cache_scheme": null,
+            "kv_cache_scheme": if self.fp8_cache { fp8_cache_json() } else { Value::Null },
         })
     }
 
@@ -124,21 +135,41 @@ impl Quantization {
             "`quant_method` is `{}`; only `compressed-tensors` is read",
             config.quant_method
         );
-        for (field, value) in [
-            ("kv_cache_scheme", &config.kv_cache_scheme),
-            ("sparsity_config", &config.sparsity_config),
-            ("transform_config", &config.transform_config),
-        ] {
+        for (field, value) in
+            [("sparsity_config", &config.sparsity_config), ("transform_config", &config.transform_config)]
+        {
             ensure!(is_empty(value), "`{field}` is not supported: evaluation would differ from the engine's");
         }
+        let fp8_cache = is_fp8_cache(&config.kv_cache_scheme)?;
         let groups = (config.config_groups.iter())
             .map(|(name, json)| {
                 parse_group(json, &config.format).with_context(|| format!("`config_groups.{name}`"))
             })
             .collect::<Result<_>>()?;
         let ignore = config.ignore.unwrap_or_default().into_iter().map(Target::parse).collect::<Result<_>>();
-        Ok(Quantization { groups, ignore: ignore.context("`ignore`")? })
+        Ok(Quantization { groups, ignore: ignore.context("`ignore`")?, fp8_cache })
     }
+}
+
+/// `kv_cache_scheme` as vLLM, SGLang and transformers read it: static E4M3 with one scale a layer.
+fn fp8_cache_json() -> Value {
+    json!({"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": true, "dynamic": false})
+}
+
+/// Errors on caches that evaluation could not reproduce.
+fn is_fp8_cache(scheme: &Value) -> Result<bool> {
+    if is_empty(scheme) {
+        return Ok(false);
+    }
+    let Value::Object(wanted) = fp8_cache_json() else { return Ok(false) };
+    for (field, value) in &wanted {
+        ensure!(
+            scheme.get(field) == Some(value),
+            "`kv_cache_scheme` is not supported with {field} {}; wanted {value}: evaluation would differ from the engine's",
+            scheme.get(field).unwrap_or(&Value::Null)
+        );
+    }
+    Ok(true)
 }
 
 /// Adds `quantization_config` to the source's `config.json`, everything else as it was, in its order.

@@ -25,6 +25,9 @@ use crate::scheme::schemes::{MXFP4, NVFP4};
 use crate::scheme::{Activations, Offset, QTensor, Scheme, Span};
 use crate::tensor::{Dtype, bytes_from_floats, floats_from_bytes};
 
+/// Names of the scales of keys and values beside a layer's attention, `[1]` each: `cached = x / scale` in E4M3.
+pub const KV_SCALES: [&str; 2] = ["k_scale", "v_scale"];
+
 /// The dialect of vLLM, SGLang and transformers.
 pub struct CompressedTensors;
 

@@ -13,9 +13,6 @@ use crate::eval::Subject;
 use crate::generate::{self, Generate, Generated, Request, Sampling, Stop};
 use crate::model::Model;
 
-/// Tokens that all sequences of a decoder may hold together, so that long contexts do not fill the memory.
-const CACHED_TOKENS: usize = 1 << 16;
-
 /// How suites are run.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -112,11 +109,7 @@ impl Prepared {
         progress: &dyn Fn(),
     ) -> Result<SuiteRow> {
         let started = Instant::now();
-        let capacity =
-            self.requests.iter().map(|request| request.ids.len() + request.max_new_tokens).max().unwrap_or(0);
-        let sequences =
-            backend.sequences_at_once().min(self.prompts()).min(CACHED_TOKENS / capacity.max(1)).max(1);
-        let mut decoder = backend.decoder(subject.model, sequences, capacity)?;
+        let mut decoder = generate::decoder_for(backend, subject.model, &self.requests)?;
         let mut answers: Vec<Option<Generated>> = vec![None; self.prompts()];
         let stop = Stop { tokens: asker.stop_tokens().to_vec(), strings: Vec::new() };
         let mut keep = |at: usize, answer: Generated| {

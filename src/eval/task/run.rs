@@ -16,9 +16,6 @@ use crate::generate::{self, Generate, Request, Sampling, Stop};
 use crate::model::Model;
 use crate::model::tokenizer::Tokenizer;
 
-/// Tokens that all sequences of a decoder may hold together.
-const CACHED_TOKENS: usize = 1 << 16;
-
 /// A benchmark as one model family reads it.
 pub struct Prepared {
     task: Task,
@@ -131,11 +128,7 @@ impl Prepared {
         requests: &[Request],
         asker: &Asker,
     ) -> Result<TaskRow> {
-        let capacity =
-            requests.iter().map(|request| request.ids.len() + request.max_new_tokens).max().unwrap_or(0);
-        let sequences =
-            backend.sequences_at_once().min(requests.len()).min(CACHED_TOKENS / capacity.max(1)).max(1);
-        let mut decoder = backend.decoder(subject.model, sequences, capacity)?;
+        let mut decoder = generate::decoder_for(backend, subject.model, requests)?;
         let stop = Stop { tokens: asker.stop_tokens().to_vec(), strings: UNTIL.map(str::to_string).to_vec() };
         let mut texts = vec![String::new(); requests.len()];
         let mut keep = |at: usize, answer: generate::Generated| {
