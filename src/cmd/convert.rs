@@ -146,7 +146,7 @@ fn kv_scales(
     printer.note("calibrating the scales of keys and values");
     let own = if windows.is_none() { Some(Windows::new(&args.calibration, source)?) } else { None };
     let Some(windows) = windows.or(own.as_ref()) else { return Ok(None) };
-    Ok(Some(fp8_scales(&Cpu, &source.config, source, windows.calibration().windows)?))
+    Ok(Some(fp8_scales(&Cpu, &source.config, source, windows.tokens())?))
 }
 
 fn is_gguf(path: &Path) -> bool {
