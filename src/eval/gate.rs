@@ -8,12 +8,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::Serialize;
 use toml::{Table, Value};
 
 use super::answers::SuiteScore;
 use super::metric::{Estimate, Metric};
-use super::report::{Report, Row};
+use super::report::{Report, Row, Verdict};
 
 /// A limit that can be set.
 #[derive(Debug, PartialEq)]
@@ -248,35 +247,6 @@ impl Gate {
                 self.rule.show(self.limit)
             ),
         }
-    }
-}
-
-/// What a gate says of one model.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Verdict {
-    /// The gate, with its slice or suite.
-    pub gate: String,
-    /// The model's name.
-    pub model: String,
-    /// What was measured.
-    pub value: f64,
-    /// Its 95 % interval, if it has one.
-    pub interval: Option<[f64; 2]>,
-    /// What was allowed.
-    pub limit: f64,
-    /// Whether the model may pass.
-    pub passed: bool,
-    /// Value and interval as people read them.
-    pub shown: String,
-    /// The limit as people read it.
-    pub shown_limit: String,
-}
-
-impl Verdict {
-    /// Returns one line: `q4.gguf: max-kld code: 0.31000 [0.25000, 0.40000], wanted ≤ 0.20000`.
-    pub fn line(&self) -> String {
-        let Verdict { gate, model, shown, shown_limit, .. } = self;
-        format!("{model}: {gate}: {shown}, wanted {shown_limit}")
     }
 }
 

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::answers::{Answer, SuiteScore};
-use super::gate::Verdict;
 use super::metric::{METRICS, Measures, Metric};
 use super::protocol::Protocol;
 use super::samples::{Samples, StandardErrors};
@@ -197,6 +196,35 @@ pub struct Report {
     /// What the gates say of each model.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<Verdict>,
+}
+
+/// What a gate says of one model.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Verdict {
+    /// The gate, with its slice or suite.
+    pub gate: String,
+    /// The model's name.
+    pub model: String,
+    /// What was measured.
+    pub value: f64,
+    /// Its 95 % interval, if it has one.
+    pub interval: Option<[f64; 2]>,
+    /// What was allowed.
+    pub limit: f64,
+    /// Whether the model may pass.
+    pub passed: bool,
+    /// Value and interval as people read them.
+    pub shown: String,
+    /// The limit as people read it.
+    pub shown_limit: String,
+}
+
+impl Verdict {
+    /// Returns one line: `q4.gguf: max-kld code: 0.31000 [0.25000, 0.40000], wanted ≤ 0.20000`.
+    pub fn line(&self) -> String {
+        let Verdict { gate, model, shown, shown_limit, .. } = self;
+        format!("{model}: {gate}: {shown}, wanted {shown_limit}")
+    }
 }
 
 impl Report {
