@@ -3,38 +3,63 @@
 //   ids        u32 [batch]             the token to embed next; written
 //   positions  u32 [batch]             incremented
 //   history    u32 [batch, capacity]   history[i, positions[i]] = the token fed at that position; written for the next
-// The lowest index wins ties.  grid batch, block 1024.
+//   best       f32, u32 [batch, gridDim.x]  each block's most likely token
+//   arrived    u32 [batch]             zero; left zero
+//   failed     u32 [1]                 set to 1 where no logit is a number; token 0 is picked then
+// The lowest index wins ties. The last block of a sequence to arrive merges.  grid (up to 32, batch), block 1024.
 // Twin: the top of score.cu.
+
+__device__ __forceinline__ void keep_best(float &best, u32 &index, float other, u32 other_index) {
+    if (other > best || (other == best && other_index < index)) best = other, index = other_index;
+}
+__device__ __forceinline__ void best_of_warp(float &best, u32 &index) {
+    for (int lane = 16; lane > 0; lane /= 2)
+        keep_best(best, index, __shfl_xor_sync(~0u, best, lane), __shfl_xor_sync(~0u, index, lane));
+}
+
 extern "C" __global__ void __launch_bounds__(1024)
-advance(const float *__restrict__ logits, u32 *__restrict__ ids, u32 *__restrict__ positions,
-        u32 *__restrict__ history, u32 vocab, u32 capacity) {
+advance(const float *__restrict__ logits, u32 *__restrict__ ids, u32 *__restrict__ positions, u32 *__restrict__ history,
+        uint2 *best_of_blocks, u32 *arrived, u32 *__restrict__ failed, u32 vocab, u32 capacity) {
     __shared__ float values[32];
     __shared__ u32 indices[32];
     let_successor_start();
     wait_for_predecessor();
-    logits += (u64)blockIdx.x * vocab;
+    u32 sequence = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    logits += (u64)sequence * vocab;
+    best_of_blocks += sequence * gridDim.x;
     float best = -INFINITY_F;
     u32 index = ~0u;
-#pragma unroll 8
-    for (u32 i = threadIdx.x; i < vocab; i += 1024) {
+#pragma unroll 4
+    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < vocab; i += 1024 * gridDim.x) {
         float x = logits[i];
         if (x > best) best = x, index = i;
     }
-    for (int round = 0; round < 2; round++) {
-        for (int lane = 16; lane > 0; lane /= 2) {
-            float other = __shfl_xor_sync(~0u, best, lane);
-            u32 other_index = __shfl_xor_sync(~0u, index, lane);
-            if (other > best || (other == best && other_index < index)) best = other, index = other_index;
-        }
-        if (round == 1) break;
-        if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best, indices[threadIdx.x / 32] = index;
-        __syncthreads();
-        best = values[threadIdx.x % 32], index = indices[threadIdx.x % 32];
+    best_of_warp(best, index);
+    if (lane == 0) values[warp] = best, indices[warp] = index;
+    __syncthreads();
+    if (warp > 0) return;
+    best = values[lane], index = indices[lane];
+    best_of_warp(best, index);
+    u32 ticket = 0;
+    if (lane == 0) {
+        __stcg(best_of_blocks + blockIdx.x, make_uint2(__float_as_uint(best), index));
+        __threadfence();
+        ticket = atomicAdd(arrived + sequence, 1);
     }
-    if (threadIdx.x == 0) {
-        u32 position = positions[blockIdx.x] + 1;
-        positions[blockIdx.x] = position;
-        ids[blockIdx.x] = index;
-        if (position < capacity) history[(u64)blockIdx.x * capacity + position] = index;
+    if (__shfl_sync(~0u, ticket, 0) != gridDim.x - 1) return;
+    __threadfence();
+    best = -INFINITY_F, index = ~0u;
+    if (lane < gridDim.x) {
+        uint2 its = __ldcg(best_of_blocks + lane);
+        best = __uint_as_float(its.x), index = its.y;
+    }
+    best_of_warp(best, index);
+    if (lane == 0) {
+        arrived[sequence] = 0;
+        if (index >= vocab) index = 0, *failed = 1;
+        u32 position = positions[sequence] + 1;
+        positions[sequence] = position;
+        ids[sequence] = index;
+        if (position < capacity) history[(u64)sequence * capacity + position] = index;
     }
 }

@@ -8,6 +8,7 @@ extern "C" __global__ void __launch_bounds__(256)
 rms_norm(const X *x, const float *__restrict__ gain, Y *y, u32 runs, u32 width, float eps) {
     __shared__ float scratch[32];
     let_successor_start();
+    for (u32 c = 32 * threadIdx.x; c < width; c += 32 * blockDim.x) asm volatile("prefetch.global.L2 [%0];" :: "l"(gain + c));
     wait_for_predecessor();
     u32 run = blockIdx.x * blockDim.y + threadIdx.y;
     if (run >= runs) return; // a whole warp at a time; blocks of one run never leave here

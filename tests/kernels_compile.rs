@@ -23,15 +23,18 @@ fn decoding() -> Vec<Kernel> {
             let with_output = defines.iter().cloned().chain([format!("Y={float}")]).collect();
             kernels.push(Kernel { name: "dequantize", defines: with_output });
         }
-        for (output, row_tiles, token_tiles) in
-            [("BF16", 1, 1), ("ADD", 1, 4), ("F32", 1, 2), ("SWIGLU", 2, 2)]
+        for (output, row_tiles, token_tiles, tokens, norm) in
+            [("F16", 1, 1, 1, 1), ("ADD", 2, 4, 32, 0), ("F32", 2, 2, 16, 0), ("SWIGLU", 1, 1, 8, 0)]
         {
             let shape = [
                 format!("OUTPUT={output}"),
                 format!("ROW_TILES={row_tiles}"),
                 format!("TOKEN_TILES={token_tiles}"),
-                "UNROLL=2".to_string(),
+                format!("TOKENS={tokens}"),
                 "WARPS=8".to_string(),
+                "STAGES=2".to_string(),
+                format!("NORM={norm}"),
+                format!("BLOCKS={}", if tokens > 8 { 1 } else { 2 }),
             ];
             let with_shape = defines.iter().cloned().chain(shape).collect();
             kernels.push(Kernel { name: "matvec", defines: with_shape });
@@ -42,11 +45,11 @@ fn decoding() -> Vec<Kernel> {
 
 fn variants() -> Vec<Kernel> {
     let mut kernels = decoding();
-    for x in ["float", "f16", "bf16"] {
+    for x in ["float", "f16"] {
         for name in ["add", "rope", "swiglu"] {
             kernels.push(kernel(name, &format!("X={x}")));
         }
-        for y in ["float", "f16", "bf16"] {
+        for y in ["float", "f16"] {
             for name in ["cast", "rms_norm"] {
                 kernels.push(kernel(name, &format!("X={x} Y={y}")));
             }
@@ -58,16 +61,14 @@ fn variants() -> Vec<Kernel> {
             kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));
         }
     }
-    for name in ["advance", "append", "compare", "gather", "score"] {
+    for name in ["advance", "compare", "gather", "score"] {
         kernels.push(kernel(name, ""));
     }
     for head_dim in [64, 80, 96, 128, 256] {
         let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
         kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps}")));
         kernels.push(kernel("attention_precise", &format!("D={head_dim}")));
-        if head_dim % 64 == 0 {
-            kernels.push(kernel("attend_cached", &format!("D={head_dim} HEADS={}", 512 / head_dim)));
-        }
+        kernels.push(kernel("attend", &format!("D={head_dim} HEADS=4")));
     }
     kernels
 }

@@ -7,12 +7,14 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::backend::cuda::decode::Decoder;
+use crate::backend::cuda::decode::CudaDecoder;
 use crate::backend::cuda::{Cuda, Float, Tensor, Weight};
 use crate::backend::{AttentionShape, Backend, Batch};
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::config::Config;
+use crate::names::{Role, TensorId};
+use crate::scheme::mix::{Format, ModelShape, fallback};
 use crate::scheme::{Activations, QTensor, Scheme, schemes};
 use crate::tensor::{Dense, Dtype, Matrix};
 
@@ -137,60 +139,68 @@ pub fn attention(cuda: &Cuda, head_dim: usize, tokens: usize, matrix_rate: f64) 
 
 /// Returns the configuration of Llama-3-8B.
 pub fn llama_8b() -> Result<Config> {
+    llama([4096, 14336, 32, 32, 8, 128, 128_256])
+}
+
+/// Returns the configuration of SmolLM2-135M, but for its head, which is not the embedding table here.
+pub fn smol_135m() -> Result<Config> {
+    llama([576, 1536, 30, 9, 3, 64, 49_152])
+}
+
+fn llama([hidden, ffn, layers, heads, kv_heads, head_dim, vocab]: [usize; 7]) -> Result<Config> {
     Config::from_json(&serde_json::json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 128_256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
-        "tie_word_embeddings": false,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head_dim, "vocab_size": vocab, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "tie_word_embeddings": false,
     }))
 }
 
-/// Returns a model of noise: linears of `scheme`, embeddings and head of `table`, bf16 where `None`. All layers share one
-/// layer's weights, which no cache holds, so that it is made fast and still read as a real one is.
-pub fn random_model(
-    cuda: &Cuda,
-    config: Config,
-    scheme: Option<Scheme>,
-    table: Option<Scheme>,
-) -> Result<Model<Cuda>> {
+/// Returns a model of noise as llama.cpp would store it in a format, or in bf16. Weights of one shape and scheme are shared
+/// by all layers; one layer fits no cache, so that it is made fast and still read as a real one is.
+pub fn random_model(cuda: &Cuda, config: Config, format: Option<&Format>) -> Result<Model<Cuda>> {
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     let (q_width, kv_width) =
         (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    let matrix = |rows, cols| random_weight(cuda, scheme, rows, cols);
-    let weights = [
-        matrix(q_width, hidden)?,
-        matrix(kv_width, hidden)?,
-        matrix(kv_width, hidden)?,
-        matrix(hidden, q_width)?,
-        matrix(ffn, hidden)?,
-        matrix(ffn, hidden)?,
-        matrix(hidden, ffn)?,
-    ];
+    let shape = ModelShape { layers: config.num_hidden_layers, tied: false };
+    let mut made: Vec<(Option<Scheme>, Role, Weight)> = Vec::new();
+    let mut weight = |id: TensorId, rows: usize, cols: usize| -> Result<Weight> {
+        let scheme = format.and_then(|format| format.scheme_for(id, "gguf", shape, false));
+        let scheme = scheme.and_then(|scheme| fallback(scheme, cols));
+        if let Some((.., weight)) = made.iter().find(|(of, role, _)| (*of, *role) == (scheme, id.role)) {
+            return Ok(weight.clone());
+        }
+        let weight = random_weight(cuda, scheme, rows, cols)?;
+        made.push((scheme, id.role, weight.clone()));
+        Ok(weight)
+    };
     let gain = cuda.tensor(1, hidden, &vec![1.0; hidden])?;
-    let embed = random_weight(cuda, table, config.vocab_size, hidden)?;
-    let layer = || {
-        let [q, k, v, o, gate, up, down] =
-            weights.clone().map(|weight| Linear { weight, bias: None, activations: Activations::Full });
-        Layer {
+    let mut layers = Vec::new();
+    for layer in 0..config.num_hidden_layers {
+        let mut linear = |role, rows, cols| -> Result<Linear<Cuda>> {
+            let weight = weight(TensorId::in_layer(layer, role), rows, cols)?;
+            Ok(Linear { weight, bias: None, activations: Activations::Full })
+        };
+        layers.push(Layer {
             attn_norm: gain.clone(),
-            q,
-            k,
-            v,
-            o,
+            q: linear(Role::Q, q_width, hidden)?,
+            k: linear(Role::K, kv_width, hidden)?,
+            v: linear(Role::V, kv_width, hidden)?,
+            o: linear(Role::O, hidden, q_width)?,
             qk_norm: None,
             kv_scales: [1.0; 2],
             ffn_norm: gain.clone(),
-            gate,
-            up,
-            down,
-        }
-    };
+            gate: linear(Role::Gate, ffn, hidden)?,
+            up: linear(Role::Up, ffn, hidden)?,
+            down: linear(Role::Down, hidden, ffn)?,
+        });
+    }
     Ok(Model {
         constants: LayerConstants::new(&config),
-        layers: (0..config.num_hidden_layers).map(|_| layer()).collect(),
+        layers,
         output_norm: gain.clone(),
-        untied_head: Some(embed.clone()),
-        embed,
+        embed: weight(TensorId::global(Role::Embed), config.vocab_size, hidden)?,
+        untied_head: Some(weight(TensorId::global(Role::Head), config.vocab_size, hidden)?),
         config,
     })
 }
@@ -218,9 +228,9 @@ pub struct Generation {
 pub fn generation(cuda: &Cuda, model: &Model<Cuda>, batch: usize, prompt: usize) -> Result<Generation> {
     let count = 128;
     let ids: Vec<u32> = (0..batch * prompt).map(|i| (i * 7919 % model.config.vocab_size) as u32).collect();
-    let mut decoder = Decoder::new(cuda, model, batch, prompt + 3 * count + 8)?;
-    decoder.prefill(&ids)?;
-    let first_token = seconds(cuda, 3, 1, || decoder.prefill(&ids))?;
+    let mut decoder = CudaDecoder::new(cuda, model, batch, prompt + 3 * count + 8)?;
+    decoder.prefill_all(&ids)?;
+    let first_token = seconds(cuda, 3, 1, || decoder.prefill_all(&ids))?;
     // The first step records the graph.
     decoder.generate(2)?;
     let time = seconds(cuda, 1, 1, || decoder.generate(count))?;

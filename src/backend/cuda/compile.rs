@@ -54,8 +54,7 @@ type Source = (&'static str, &'static [&'static str], &'static str);
 const SOURCES: &[Source] = &[
     kernel!("add"),
     kernel!("advance"),
-    kernel!("append"),
-    kernel!("attend_cached"),
+    kernel!("attend"),
     kernel!("attention"),
     kernel!("attention_precise"),
     kernel!("cast"),

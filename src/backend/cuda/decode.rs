@@ -1,7 +1,8 @@
 //! Generating tokens: one position of every sequence at a time, over a cache of keys and values.
 //!
 //! A step reads every packed weight once (`kernels/matvec.cu`) and is one CUDA graph: the token ids, positions and logits
-//! it works on stay on the device, so the host only starts graphs. Greedy: the most likely token goes into the next step.
+//! it works on stay on the device. [`CudaDecoder::generate`] feeds each step the most likely token of the one before
+//! without asking the host; through [`Decoder`] the host chooses.
 
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::CudaGraph;
@@ -9,246 +10,251 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
-use super::weight::Weight;
+use super::matvec::{Input, MAX_TOKENS, Output, Part};
 use super::{Cuda, Float, Tensor, u32_bytes};
 use crate::backend::{Backend, Batch};
-use crate::generate::Generate;
+use crate::generate::{Decoder, Generate};
 use crate::model::Model;
-use crate::model::block::Linear;
+use crate::model::block::{Layer, Linear};
+use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
+
+/// Blocks of `attend` that keep an H100 busy.
+const ATTENTION_BLOCKS: usize = 264;
 
 impl Generate for Cuda {
     fn sequences_at_once(&self) -> usize {
-        32
+        MAX_TOKENS
     }
 
     fn decoder<'a>(
         &'a self,
-        _: &'a Model<Cuda>,
-        _: usize,
-        _: usize,
-    ) -> Result<Box<dyn crate::generate::Decoder + 'a>> {
-        anyhow::bail!("sequences of different lengths are not continued on the GPU yet; use `--device cpu`")
+        model: &'a Model<Cuda>,
+        sequences: usize,
+        capacity: usize,
+    ) -> Result<Box<dyn Decoder + 'a>> {
+        Ok(Box::new(CudaDecoder::new(self, model, sequences, capacity)?))
     }
 }
 
-/// Sequences of equal length that a model continues together.
-pub struct Decoder<'a> {
+/// Blocks of `advance` that share a sequence's logits.
+const ADVANCE_BLOCKS: usize = 16;
+
+/// Widest row that a product norms itself.
+const WIDEST_NORM: usize = 8192;
+
+/// What a linear reads.
+#[derive(Clone, Copy)]
+enum From<'a> {
+    /// The residual stream, normed with this gain.
+    Residual(&'a Tensor),
+    /// F16 values.
+    Values(&'a Buffer),
+}
+
+/// Sequences that a model continues together.
+pub struct CudaDecoder<'a> {
     cuda: &'a Cuda,
     model: &'a Model<Cuda>,
-    batch: usize,
     capacity: usize,
     /// Tokens in the cache of each sequence; the device counts along.
-    length: usize,
-    /// Keys and values of each layer, bf16 `[batch, capacity, kv_heads · head_dim]`.
+    lengths: Vec<usize>,
+    /// Keys and values of each layer, F16 `[sequences, capacity, kv_heads · head_dim]`.
     cache: Vec<(Buffer, Buffer)>,
     state: State,
     step: Option<CudaGraph>,
 }
 
-/// Memory a step works in.
+/// Memory a step works in; the first dimension counts sequences.
 struct State {
-    /// u32 `[batch]`: the token each sequence continues with.
+    /// u32 `[sequences + 1]`: the most likely next tokens, which a step is fed; not 0 at the end after logits that are not
+    /// finite.
     ids: Buffer,
-    /// u32 `[batch]`: its position.
+    /// u32 `[sequences]`: the position of that token.
     positions: Buffer,
-    /// u32 `[batch, capacity]`: the token at each position.
+    /// u32 `[sequences, capacity]`: the token at each position.
     history: Buffer,
-    /// F32 `[batch, hidden]`: the residual stream.
+    /// F32 `[sequences, hidden]`: the residual stream.
     x: Buffer,
-    /// bf16 `[batch, hidden]`
+    /// F16 `[sequences, hidden]`
     normed: Buffer,
-    /// bf16, width of the queries, keys and values.
+    /// F16, width of the queries, keys and values.
     q: Buffer,
     k: Buffer,
     v: Buffer,
-    /// bf16, width of the queries.
+    /// F16, width of the queries.
     mixed: Buffer,
-    /// bf16 `[batch, intermediate]`
+    /// F16 `[sequences, intermediate]`
     gated: Buffer,
-    /// F32 `[batch, vocab]`
+    /// F32 `[sequences, vocab]`
     logits: Buffer,
+    /// Integers as F16, and their scales F32 `[sequences]`, for linears that quantize their inputs.
+    codes: Buffer,
+    scales: Buffer,
+    /// Partial results of `attend` and of `advance`, and their counters.
+    partial: Buffer,
+    best: Buffer,
+    arrived: Buffer,
 }
 
-/// What a product does with its result; names as in matvec.cu.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Output {
-    Bf16,
-    F32,
-    Add,
-    Swiglu,
-}
-
-impl Output {
-    fn macro_name(self) -> &'static str {
-        match self {
-            Output::Bf16 => "OUTPUT=BF16",
-            Output::F32 => "OUTPUT=F32",
-            Output::Add => "OUTPUT=ADD",
-            Output::Swiglu => "OUTPUT=SWIGLU",
-        }
-    }
-}
-
-/// One of the products side by side in a launch.
-struct Part<'a> {
-    weight: &'a Weight,
-    bias: Option<&'a Tensor>,
-    y: &'a Buffer,
-}
-
-impl<'a> Decoder<'a> {
-    /// Reserves memory for `batch` sequences of up to `capacity` tokens.
+impl<'a> CudaDecoder<'a> {
+    /// Reserves memory for `sequences` sequences of up to `capacity` tokens.
     ///
     /// # Errors
-    /// Too little memory, F32 activations, more than 32 sequences, linears with quantized inputs, and shapes the
-    /// kernels do not take; each says what is wanted.
-    pub fn new(cuda: &'a Cuda, model: &'a Model<Cuda>, batch: usize, capacity: usize) -> Result<Self> {
+    /// Too little memory, F32 activations, more than 32 sequences, and shapes the kernels do not take; each says what is
+    /// wanted.
+    pub fn new(
+        cuda: &'a Cuda,
+        model: &'a Model<Cuda>,
+        sequences: usize,
+        capacity: usize,
+    ) -> Result<CudaDecoder<'a>> {
         let config = &model.config;
         let head_dim = config.head_dim;
-        ensure!(cuda.float == Float::F16, "generation on the GPU runs in bf16, without `--precise`");
+        ensure!(cuda.float == Float::F16, "generation on the GPU runs in F16, without `--precise`");
         ensure!(
-            (1..=32).contains(&batch),
-            "a batch of {batch}; generation on the GPU takes 1 to 32 sequences"
+            (1..=MAX_TOKENS).contains(&sequences),
+            "{sequences} sequences; generation on the GPU takes 1 to {MAX_TOKENS}"
         );
         ensure!(
-            head_dim.is_multiple_of(64) && head_dim <= 256,
-            "head size {head_dim}; generation on the GPU takes 64, 128, 192 and 256"
+            head_dim.is_multiple_of(16) && head_dim <= 256,
+            "head size {head_dim}; generation on the GPU takes multiples of 16 up to 256"
+        );
+        ensure!(
+            model.constants.kv_cache == KvCache::Exact,
+            "generation on the GPU keeps exact keys and values; use `--device cpu` for other caches"
         );
         ensure!(
             capacity <= config.max_position_embeddings,
             "{capacity} tokens exceed the model's context of {}",
             config.max_position_embeddings
         );
-        for layer in &model.layers {
-            for linear in [&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down] {
-                ensure!(
-                    linear.activations == Activations::Full,
-                    "linears that quantize their inputs are not generated with on the GPU yet; use `--device cpu`"
-                );
-            }
-        }
         let device = cuda.device();
         let kv_width = config.num_key_value_heads * head_dim;
         let q_width = config.num_attention_heads * head_dim;
-        let cache = || device.allocate(batch * capacity * kv_width * 2);
-        let floats = |width: usize, float: Float| device.allocate(batch * width * float.bytes());
-        Ok(Decoder {
+        let cache = || device.allocate(sequences * capacity * kv_width * 2);
+        let floats = |width: usize, float: Float| device.allocate(sequences * width * float.bytes());
+        let zeros = |count: usize| device.upload(&vec![0; 4 * count]);
+        let widest = config.hidden_size.max(q_width).max(config.intermediate_size);
+        let splits = splits(model, sequences, capacity);
+        let state = State {
+            ids: zeros(sequences + 1)?,
+            positions: zeros(sequences)?,
+            history: zeros(sequences * capacity)?,
+            x: floats(config.hidden_size, Float::F32)?,
+            normed: floats(config.hidden_size, Float::F16)?,
+            q: floats(q_width, Float::F16)?,
+            k: floats(kv_width, Float::F16)?,
+            v: floats(kv_width, Float::F16)?,
+            mixed: floats(q_width, Float::F16)?,
+            gated: floats(config.intermediate_size, Float::F16)?,
+            logits: floats(config.vocab_size, Float::F32)?,
+            codes: floats(widest, Float::F16)?,
+            scales: floats(1, Float::F32)?,
+            partial: device.allocate(sequences * config.num_attention_heads * splits * (head_dim + 2) * 4)?,
+            best: zeros(2 * sequences * ADVANCE_BLOCKS)?,
+            arrived: zeros(sequences * config.num_attention_heads)?,
+        };
+        Ok(CudaDecoder {
             cuda,
             model,
-            batch,
             capacity,
-            length: 0,
+            lengths: vec![0; sequences],
             cache: model.layers.iter().map(|_| Ok((cache()?, cache()?))).collect::<Result<_>>()?,
-            state: State {
-                ids: device.upload(&vec![0; 4 * batch])?,
-                positions: device.upload(&vec![0; 4 * batch])?,
-                history: device.upload(&vec![0; 4 * batch * capacity])?,
-                x: floats(config.hidden_size, Float::F32)?,
-                normed: floats(config.hidden_size, Float::Bf16)?,
-                q: floats(q_width, Float::Bf16)?,
-                k: floats(kv_width, Float::Bf16)?,
-                v: floats(kv_width, Float::Bf16)?,
-                mixed: floats(q_width, Float::Bf16)?,
-                gated: floats(config.intermediate_size, Float::Bf16)?,
-                logits: floats(config.vocab_size, Float::F32)?,
-            },
+            state,
             step: None,
         })
     }
 
-    /// Runs prompts of one length, `[batch, tokens]` one after another, from an empty cache; afterwards each sequence
-    /// holds its prompt and the first token generated.
-    pub fn prefill(&mut self, prompts: &[u32]) -> Result<()> {
-        let tokens = prompts.len() / self.batch;
+    /// Replaces all sequences with prompts of one length, one after another.
+    pub fn prefill_all(&mut self, prompts: &[u32]) -> Result<()> {
+        let sequences = self.lengths.len();
+        ensure!(prompts.len().is_multiple_of(sequences), "{} tokens for {sequences} prompts", prompts.len());
+        self.prefill_from(0, sequences, prompts)
+    }
+
+    /// Replaces `count` sequences from `first` on with prompts of one length.
+    fn prefill_from(&mut self, first: usize, count: usize, prompts: &[u32]) -> Result<()> {
+        let tokens = prompts.len() / count;
         ensure!(
-            tokens > 0 && tokens * self.batch == prompts.len() && tokens < self.capacity,
-            "prompts of {} tokens for {} sequences of up to {}",
-            prompts.len(),
-            self.batch,
+            (1..=self.capacity).contains(&tokens) && first + count <= self.lengths.len(),
+            "a prompt of {tokens} tokens for a sequence of up to {}",
             self.capacity
         );
-        let (cuda, model) = (self.cuda, self.model);
-        let batch = Batch { sequences: self.batch, tokens };
+        let (cuda, model, state) = (self.cuda, self.model, &self.state);
+        let (device, batch) = (&cuda.device, Batch { sequences: count, tokens });
         let mut x = model.embed(cuda, prompts)?;
         let constants = &model.constants;
         for (layer, cache) in model.layers.iter().zip(&self.cache) {
             let normed = cuda.rms_norm(&x, &layer.attn_norm, constants.eps)?;
             let [q, k, v] = layer.queries_keys_values(cuda, constants, &normed, batch)?;
-            self.keep(&k, &cache.0, tokens)?;
-            self.keep(&v, &cache.1, tokens)?;
+            self.keep(&k, &cache.0, first, batch)?;
+            self.keep(&v, &cache.1, first, batch)?;
             let mixed = cuda.attention(&q, &k, &v, &constants.attention, batch)?;
-            layer.o.add_forward(cuda, &mut x, &mixed)?;
-            let normed = cuda.rms_norm(&x, &layer.ffn_norm, constants.eps)?;
-            layer.down.add_forward(cuda, &mut x, &layer.gated(cuda, &normed)?)?;
+            layer.finish(cuda, constants, &mut x, &mixed)?;
         }
-        let last: Vec<usize> = (1..=self.batch).map(|sequence| sequence * tokens - 1).collect();
+        let last: Vec<usize> = (1..=count).map(|sequence| sequence * tokens - 1).collect();
         let x = cuda.rms_norm(&cuda.select_rows(&x, &last)?, &model.output_norm, constants.eps)?;
-        let x = cuda.cast(&x, None, Float::Bf16)?;
-        let head = [Part { weight: model.head(), bias: None, y: &self.state.logits }];
-        let device = &cuda.device;
-        let mut history = vec![0u32; self.batch * self.capacity];
-        for (row, prompt) in history.chunks_mut(self.capacity).zip(prompts.chunks(tokens)) {
-            row[..tokens].copy_from_slice(prompt);
+        let logits = state.logits.at() + (first * model.config.vocab_size * 4) as u64;
+        let head = [Part { weight: model.head(), bias: None, y: logits }];
+        cuda.matvec(Input { x: x.at(), norm: None, scales: None, tokens: count }, &head, Output::F32)?;
+        for (sequence, prompt) in (first..).zip(prompts.chunks(tokens)) {
+            let row = 4 * sequence * self.capacity;
+            device.write(&state.history, row, &u32_bytes(prompt.iter().copied()))?;
+            // The position of the last token: `advance` moves on to the next.
+            device.write(&state.positions, 4 * sequence, &u32_bytes([tokens as u32 - 1].into_iter()))?;
         }
-        self.state.history = device.upload(&u32_bytes(history.into_iter()))?;
-        self.state.positions =
-            device.upload(&u32_bytes(std::iter::repeat_n(tokens as u32 - 1, self.batch)))?;
-        // The buffers have moved, so a recorded step would write elsewhere.
-        self.step = None;
-        self.matvec(x.at(), &head, Output::F32)?;
-        self.advance()?;
-        self.length = tokens;
+        self.advance(first, count)?;
+        self.lengths[first..first + count].fill(tokens);
         Ok(())
     }
 
-    /// Queues the copy of a prompt's keys or values `[batch · tokens, width]` into a cache.
-    fn keep(&self, rows: &Tensor, cache: &Buffer, tokens: usize) -> Result<()> {
-        let rows = self.cuda.cast(rows, None, Float::Bf16)?;
-        let row_bytes = rows.cols * 2;
-        for sequence in 0..self.batch {
-            let (source, target) = (sequence * tokens * row_bytes, sequence * self.capacity * row_bytes);
-            self.cuda.device.copy(rows.buffer(), source, cache, target, tokens * row_bytes)?;
+    /// Queues the copy of prompts' keys or values `[batch · tokens, width]` into a cache.
+    fn keep(&self, rows: &Tensor, cache: &Buffer, first: usize, batch: Batch) -> Result<()> {
+        let row_bytes = rows.cols * rows.float.bytes();
+        for sequence in 0..batch.sequences {
+            let source = sequence * batch.tokens * row_bytes;
+            let target = (first + sequence) * self.capacity * row_bytes;
+            self.cuda.device.copy(rows.buffer(), source, cache, target, batch.tokens * row_bytes)?;
         }
         Ok(())
     }
 
-    /// Generates `count` more tokens for every sequence.
+    /// Generates `count` more of the most likely tokens for every sequence.
     pub fn generate(&mut self, count: usize) -> Result<()> {
-        ensure!(
-            self.length > 0 && self.length + count < self.capacity,
-            "{} tokens and {count} more for a cache of {}",
-            self.length,
-            self.capacity
-        );
-        for _ in 0..count {
-            match &self.step {
-                Some(graph) => graph.launch().context("a decoding step does not start")?,
-                None => {
-                    // The first step compiles and loads what it needs, which a recording must not.
-                    self.run_step()?;
-                    self.step = Some(self.record()?);
-                }
-            }
-            self.length += 1;
+        for &length in &self.lengths {
+            ensure!(
+                length > 0 && length + count <= self.capacity,
+                "{length} tokens and {count} more for a cache of {}",
+                self.capacity
+            );
         }
+        for _ in 0..count {
+            self.launch_step()?;
+        }
+        self.lengths.iter_mut().for_each(|length| *length += count);
         Ok(())
     }
 
-    /// Returns all tokens of each sequence, the prompt first.
+    /// Returns all tokens of each sequence, the prompt first and the next token last; while there is room for that.
     pub fn tokens(&self) -> Result<Vec<Vec<u32>>> {
-        let mut bytes = vec![0u8; 4 * self.batch * self.capacity];
+        let mut bytes = vec![0u8; 4 * self.lengths.len() * self.capacity];
         self.cuda.device.download(&self.state.history, &mut bytes)?;
-        let ids: Vec<u32> = bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-        let count = if self.length == 0 { 0 } else { self.length + 1 };
-        Ok(ids.chunks(self.capacity).map(|row| row[..count].to_vec()).collect())
+        let ids: Vec<u32> = words(&bytes).collect();
+        let rows = ids.chunks(self.capacity).zip(&self.lengths);
+        Ok(rows
+            .map(|(row, &length)| row[..(length + usize::from(length > 0)).min(row.len())].to_vec())
+            .collect())
     }
 
-    /// Returns the logits of the last step, `[batch, vocab]`.
-    pub fn logits(&self) -> Result<Vec<f32>> {
-        let mut bytes = vec![0u8; 4 * self.batch * self.model.config.vocab_size];
-        self.cuda.device.download(&self.state.logits, &mut bytes)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    fn launch_step(&mut self) -> Result<()> {
+        if let Some(graph) = &self.step {
+            return graph.launch().context("a decoding step does not start");
+        }
+        // The first step compiles and loads what it needs, which a recording must not.
+        self.run_step()?;
+        self.step = Some(self.record()?);
+        Ok(())
     }
 
     fn record(&self) -> Result<CudaGraph> {
@@ -263,157 +269,182 @@ impl<'a> Decoder<'a> {
     /// Queues one step: every sequence's token through all layers, and the choice of the next.
     fn run_step(&self) -> Result<()> {
         let (model, state) = (self.model, &self.state);
-        let device = &self.cuda.device;
-        model.embed.embed_into(device, &state.ids, self.batch, &state.x)?;
+        model.embed.embed_into(&self.cuda.device, &state.ids, self.lengths.len(), &state.x)?;
         for (layer, cache) in model.layers.iter().zip(&self.cache) {
-            self.norm(&state.x, &layer.attn_norm, &state.normed, Float::F32)?;
-            let qkv = [part(&layer.q, &state.q), part(&layer.k, &state.k), part(&layer.v, &state.v)];
-            self.matvec(state.normed.at(), &qkv, Output::Bf16)?;
-            if let Some((q_norm, k_norm)) = &layer.qk_norm {
-                self.norm(&state.q, q_norm, &state.q, Float::Bf16)?;
-                self.norm(&state.k, k_norm, &state.k, Float::Bf16)?;
-            }
-            self.append(cache)?;
-            self.attend(cache)?;
-            self.matvec(state.mixed.at(), &[part(&layer.o, &state.x)], Output::Add)?;
-            self.norm(&state.x, &layer.ffn_norm, &state.normed, Float::F32)?;
-            let gate_up = [part(&layer.gate, &state.gated), part(&layer.up, &state.gated)];
-            self.matvec(state.normed.at(), &gate_up, Output::Swiglu)?;
-            self.matvec(state.gated.at(), &[part(&layer.down, &state.x)], Output::Add)?;
+            let qkv = [(&layer.q, &state.q), (&layer.k, &state.k), (&layer.v, &state.v)];
+            self.product(From::Residual(&layer.attn_norm), &qkv, Output::F16)?;
+            self.attend(layer, cache)?;
+            self.product(From::Values(&state.mixed), &[(&layer.o, &state.x)], Output::Add)?;
+            let gate_up = [(&layer.gate, &state.gated), (&layer.up, &state.gated)];
+            self.product(From::Residual(&layer.ffn_norm), &gate_up, Output::Swiglu)?;
+            self.product(From::Values(&state.gated), &[(&layer.down, &state.x)], Output::Add)?;
         }
-        self.norm(&state.x, &model.output_norm, &state.normed, Float::F32)?;
-        let head = [Part { weight: model.head(), bias: None, y: &state.logits }];
-        self.matvec(state.normed.at(), &head, Output::F32)?;
-        self.advance()
+        let head = [Part { weight: model.head(), bias: None, y: state.logits.at() }];
+        self.cuda.matvec(self.normed(&model.output_norm, Activations::Full)?, &head, Output::F32)?;
+        self.advance(0, self.lengths.len())
     }
 
-    /// Queues y = norm(x) for all runs of the gain's width; y may be x.
-    fn norm(&self, x: &Buffer, gain: &Tensor, y: &Buffer, from: Float) -> Result<()> {
-        let width = gain.count();
-        let runs = y.bytes() / 2 / width;
-        self.cuda.norm_into((x.at(), from), gain, (y.at(), Float::Bf16), runs, self.model.constants.eps)
+    /// Returns norm(residual stream) · gain as a product reads it: a lone sequence's is worked out by the product itself.
+    fn normed<'b>(&'b self, gain: &'b Tensor, activations: Activations) -> Result<Input<'b>> {
+        let (state, eps, tokens) = (&self.state, self.model.constants.eps, self.lengths.len());
+        if tokens == 1 && activations == Activations::Full && gain.count() <= WIDEST_NORM {
+            return Ok(Input { x: state.x.at(), norm: Some((gain, eps)), scales: None, tokens });
+        }
+        let (x, y) = ((state.x.at(), Float::F32), (state.normed.at(), Float::F16));
+        self.cuda.norm_into(x, gain, y, tokens, eps)?;
+        self.input(&state.normed, gain.count(), activations)
     }
 
-    /// Queues the products of one input with several weights, those stored alike in one launch.
-    fn matvec(&self, x: u64, parts: &[Part], output: Output) -> Result<()> {
-        for alike in parts.chunk_by(|a, b| a.weight.stored == b.weight.stored) {
-            ensure!(
-                output != Output::Swiglu || alike.len() == 2,
-                "gate and up are stored in different formats; generation on the GPU wants one"
-            );
-            self.launch_matvec(x, alike, output)?;
+    /// Returns F16 values `[sequences, cols]` as a product reads them, quantized first where the engine does that.
+    fn input<'b>(&'b self, x: &'b Buffer, cols: usize, activations: Activations) -> Result<Input<'b>> {
+        let (state, tokens) = (&self.state, self.lengths.len());
+        if activations == Activations::Full {
+            return Ok(Input { x: x.at(), norm: None, scales: None, tokens });
+        }
+        self.cuda.quantize_rows((x.at(), Float::F16), "f16", &state.codes, &state.scales, [tokens, cols])?;
+        Ok(Input { x: state.codes.at(), norm: None, scales: Some(&state.scales), tokens })
+    }
+
+    /// Queues linears of one input, each into its buffer.
+    fn product(&self, from: From, linears: &[(&Linear<Cuda>, &Buffer)], output: Output) -> Result<()> {
+        for alike in linears.chunk_by(|(a, _), (b, _)| a.activations == b.activations) {
+            let (first, _) = alike[0];
+            let input = match from {
+                From::Residual(gain) => self.normed(gain, first.activations)?,
+                From::Values(x) => self.input(x, first.weight.cols, first.activations)?,
+            };
+            let parts: Vec<Part> = alike
+                .iter()
+                .map(|(linear, y)| Part { weight: &linear.weight, bias: linear.bias.as_ref(), y: y.at() })
+                .collect();
+            self.cuda.matvec(input, &parts, output)?;
         }
         Ok(())
     }
 
-    fn launch_matvec(&self, x: u64, parts: &[Part], output: Output) -> Result<()> {
-        let cols = parts[0].weight.cols;
-        ensure!(
-            cols.is_multiple_of(64),
-            "{cols} input features; generation on the GPU wants a multiple of 64"
-        );
-        let token_tiles = self.batch.div_ceil(8).next_power_of_two();
-        let row_tiles = if output == Output::Swiglu { 2 } else { 1 };
-        let mut words = [0u64; 30];
-        let mut blocks = 0;
-        for i in 0..3 {
-            // Absent parts repeat the last, whose blocks are all taken already.
-            let part = &parts[i.min(parts.len() - 1)];
-            words[7 * i..7 * i + 7].copy_from_slice(&part.weight.argument());
-            words[21 + i] = part.y.at();
-            words[24 + i] = part.bias.map_or(0, Tensor::at);
-            if i < parts.len() && (output != Output::Swiglu || i == 0) {
-                blocks += part.weight.rows.div_ceil(16);
-            }
-            set_half(&mut words[27..], i, part.weight.rows as u32);
-            set_half(&mut words[27..], 3 + i, blocks as u32);
-        }
-        let mut defines = parts[0].weight.defines();
-        // Few blocks need many warps each to keep enough bytes on their way; sums of all warps fit in shared memory.
-        let warps = if blocks <= 528 && row_tiles * token_tiles <= 4 { 16 } else { 8 };
-        let unroll = if token_tiles == 1 { 4 / row_tiles } else { 1 };
-        defines.extend([
-            output.macro_name().to_string(),
-            format!("ROW_TILES={row_tiles}"),
-            format!("TOKEN_TILES={token_tiles}"),
-            format!("UNROLL={unroll}"),
-            format!("WARPS={warps}"),
-        ]);
-        self.cuda.device.launch_overlapping(
-            Kernel { name: "matvec", defines },
-            Geometry::flat(blocks, 32 * warps),
-            &[Arg::Struct(&words), Arg::Pointer(x), Arg::U32(self.batch as u32)],
-        )
-    }
-
-    fn append(&self, cache: &(Buffer, Buffer)) -> Result<()> {
+    fn attend(&self, layer: &Layer<Cuda>, cache: &(Buffer, Buffer)) -> Result<()> {
         let (state, constants) = (&self.state, &self.model.constants);
         let shape = &constants.attention;
+        let heads = heads_together(self.model);
+        let gains = layer.qk_norm.as_ref().map_or((0, 0), |(q, k)| (q.at(), k.at()));
+        let splits = splits(self.model, self.lengths.len(), self.capacity);
         self.cuda.device.launch_overlapping(
-            Kernel::new("append", &[]),
-            Geometry::flat(self.batch, 256),
+            Kernel::new("attend", &[&format!("D={}", shape.head_dim), &format!("HEADS={heads}")]),
+            Geometry { grid: [shape.heads / heads, self.lengths.len(), splits], ..Geometry::flat(0, 256) },
             &[
                 Arg::Pointer(state.q.at()),
                 Arg::Pointer(state.k.at()),
                 Arg::Pointer(state.v.at()),
+                Arg::Pointer(gains.0),
+                Arg::Pointer(gains.1),
                 Arg::Pointer(cache.0.at()),
                 Arg::Pointer(cache.1.at()),
                 Arg::Pointer(state.positions.at()),
                 Arg::Struct(&super::frequencies(&constants.rope)),
-                Arg::U32(shape.heads as u32),
-                Arg::U32(shape.kv_heads as u32),
-                Arg::U32(shape.head_dim as u32 / 2),
-                Arg::U32(self.capacity as u32),
-            ],
-        )
-    }
-
-    fn attend(&self, cache: &(Buffer, Buffer)) -> Result<()> {
-        let (state, shape) = (&self.state, &self.model.constants.attention);
-        // Queries and outputs of a block's heads stay in registers: at most 4 heads of 128.
-        let share = shape.heads / shape.kv_heads;
-        let heads =
-            (1..=share).rev().find(|heads| share % heads == 0 && heads * shape.head_dim <= 512).unwrap_or(1);
-        self.cuda.device.launch_overlapping(
-            Kernel::new("attend_cached", &[&format!("D={}", shape.head_dim), &format!("HEADS={heads}")]),
-            Geometry { grid: [shape.heads / heads, self.batch, 1], ..Geometry::flat(0, 256) },
-            &[
-                Arg::Pointer(state.q.at()),
-                Arg::Pointer(cache.0.at()),
-                Arg::Pointer(cache.1.at()),
-                Arg::Pointer(state.positions.at()),
+                Arg::Pointer(state.partial.at()),
+                Arg::Pointer(state.arrived.at()),
                 Arg::Pointer(state.mixed.at()),
                 Arg::U32(shape.heads as u32),
                 Arg::U32(shape.kv_heads as u32),
                 Arg::U32(self.capacity as u32),
                 Arg::U32(super::window_argument(shape.window)),
                 Arg::F32(shape.scale),
+                Arg::F32(constants.eps),
             ],
         )
     }
 
-    fn advance(&self) -> Result<()> {
-        let state = &self.state;
+    /// Queues the choice of the next token of `count` sequences from `first` on.
+    fn advance(&self, first: usize, count: usize) -> Result<()> {
+        let (state, vocab) = (&self.state, self.model.config.vocab_size);
+        let word = 4 * first as u64;
         self.cuda.device.launch_overlapping(
             Kernel::new("advance", &[]),
-            Geometry::flat(self.batch, 1024),
+            Geometry { grid: [ADVANCE_BLOCKS, count, 1], ..Geometry::flat(0, 1024) },
             &[
-                Arg::Pointer(state.logits.at()),
-                Arg::Pointer(state.ids.at()),
-                Arg::Pointer(state.positions.at()),
-                Arg::Pointer(state.history.at()),
-                Arg::U32(self.model.config.vocab_size as u32),
+                Arg::Pointer(state.logits.at() + word * vocab as u64),
+                Arg::Pointer(state.ids.at() + word),
+                Arg::Pointer(state.positions.at() + word),
+                Arg::Pointer(state.history.at() + word * self.capacity as u64),
+                Arg::Pointer(state.best.at() + 2 * word * ADVANCE_BLOCKS as u64),
+                Arg::Pointer(state.arrived.at() + word),
+                Arg::Pointer(state.ids.at() + 4 * self.lengths.len() as u64),
+                Arg::U32(vocab as u32),
                 Arg::U32(self.capacity as u32),
             ],
         )
     }
 }
 
-fn part<'a>(linear: &'a Linear<Cuda>, y: &'a Buffer) -> Part<'a> {
-    Part { weight: &linear.weight, bias: linear.bias.as_ref(), y }
+impl Decoder for CudaDecoder<'_> {
+    fn sequences(&self) -> usize {
+        self.lengths.len()
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn prefill(&mut self, sequence: usize, prompt: &[u32]) -> Result<()> {
+        self.prefill_from(sequence, 1, prompt)
+    }
+
+    fn step(&mut self, tokens: &[Option<u32>]) -> Result<()> {
+        let vocab = self.model.config.vocab_size;
+        ensure!(
+            tokens.len() == self.lengths.len(),
+            "{} tokens for {} sequences",
+            tokens.len(),
+            self.lengths.len()
+        );
+        for (sequence, (token, length)) in tokens.iter().zip(&self.lengths).enumerate() {
+            let Some(token) = token else { continue };
+            ensure!((*token as usize) < vocab, "token {token} is outside the vocabulary of {vocab}");
+            ensure!(
+                *length > 0 && *length < self.capacity,
+                "sequence {sequence} holds {length} of {} tokens and cannot be continued",
+                self.capacity
+            );
+        }
+        let fed = |(token, _): &(&Option<u32>, &mut usize)| token.is_some();
+        tokens.iter().zip(&mut self.lengths).filter(fed).for_each(|(_, length)| *length += 1);
+        let ids = u32_bytes(tokens.iter().map(|token| token.unwrap_or(0)));
+        self.cuda.device.write(&self.state.ids, 0, &ids)?;
+        self.launch_step()
+    }
+
+    fn top(&mut self) -> Result<Vec<u32>> {
+        let mut bytes = vec![0u8; 4 * (self.lengths.len() + 1)];
+        self.cuda.device.download(&self.state.ids, &mut bytes)?;
+        let mut ids: Vec<u32> = words(&bytes).collect();
+        ensure!(
+            ids.pop() == Some(0),
+            "logits are not finite; activations pass what F16 holds, or weights hold NaN"
+        );
+        Ok(ids)
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        let mut bytes = vec![0u8; 4 * self.lengths.len() * self.model.config.vocab_size];
+        self.cuda.device.download(&self.state.logits, &mut bytes)?;
+        self.top()?;
+        Ok(words(&bytes).map(f32::from_bits).collect())
+    }
 }
 
-/// Sets 32-bit number `i` of a run of 64-bit words.
-fn set_half(words: &mut [u64], i: usize, value: u32) {
-    words[i / 2] |= u64::from(value) << (32 * (i % 2));
+fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b))
+}
+
+/// Returns how many query heads a block of `attend` takes: their queries and outputs stay in registers.
+fn heads_together(model: &Model<Cuda>) -> usize {
+    let shape = &model.constants.attention;
+    let share = shape.heads / shape.kv_heads;
+    (1..=share.min(4)).rev().find(|heads| share.is_multiple_of(*heads)).unwrap_or(1)
+}
+
+/// Returns how many blocks share the positions of a sequence and head.
+fn splits(model: &Model<Cuda>, sequences: usize, capacity: usize) -> usize {
+    let blocks = model.constants.attention.heads / heads_together(model) * sequences;
+    (ATTENTION_BLOCKS / blocks).clamp(1, capacity.div_ceil(64).clamp(1, 64))
 }

@@ -6,10 +6,10 @@ use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use cudarc::driver::sys::{
-    CUdeviceptr, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
-    CUlaunchConfig, CUmemPool_attribute, cuLaunchKernelEx,
+    CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig, CUmemPool_attribute, cuLaunchKernelEx,
 };
 use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, result};
 use cudarc::nvrtc::Ptx;
@@ -72,6 +72,9 @@ pub struct Device {
     architecture: String,
     /// Whether launches can overlap their predecessor's end.
     can_overlap: bool,
+    /// Most bytes a block can have.
+    shared_memory: u32,
+    multiprocessors: usize,
     functions: Mutex<HashMap<Kernel, CudaFunction>>,
 }
 
@@ -88,7 +91,19 @@ impl Device {
         keep_freed_memory(&context)?;
         // Its own stream rather than the legacy default one, which graphs cannot record.
         let stream = context.new_stream()?;
-        Ok(Device { context, stream, architecture, can_overlap: major >= 9, functions: Mutex::default() })
+        let shared_memory =
+            context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let multiprocessors =
+            context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        Ok(Device {
+            context,
+            stream,
+            architecture,
+            can_overlap: major >= 9,
+            shared_memory: shared_memory as u32,
+            multiprocessors: multiprocessors as usize,
+            functions: Mutex::default(),
+        })
     }
 
     /// Returns the stream all work is queued on.
@@ -99,6 +114,11 @@ impl Device {
     /// Returns e.g. `NVIDIA H100 80GB HBM3 (sm_90a)`.
     pub fn name(&self) -> String {
         format!("{} ({})", self.context.name().unwrap_or_else(|_| "CUDA device".into()), self.architecture)
+    }
+
+    /// Returns how many multiprocessors it has.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     /// Returns (free, total) memory, bytes.
@@ -134,6 +154,16 @@ impl Device {
         let mut buffer = self.allocate(bytes.len())?;
         self.stream.memcpy_htod(bytes, &mut buffer.0).context("copying to the GPU failed")?;
         Ok(buffer)
+    }
+
+    /// Copies bytes into a buffer, from byte `at` on.
+    #[allow(unsafe_code)]
+    pub fn write(&self, buffer: &Buffer, at: usize, bytes: &[u8]) -> Result<()> {
+        ensure!(at + bytes.len() <= buffer.bytes(), "a copy past the end of a buffer");
+        self.context.bind_to_thread()?;
+        // SAFETY: the range was just checked; memory that is not page-locked is read before the call returns.
+        unsafe { result::memcpy_htod_async(buffer.at() + at as u64, bytes, self.stream.cu_stream()) }
+            .context("copying to the GPU failed")
     }
 
     /// Copies the first `out.len()` bytes from the device.
@@ -218,26 +248,36 @@ impl Device {
         .with_context(|| format!("kernel `{name}` does not start"))
     }
 
+    /// Lets a kernel have all shared memory of a block, and prefers shared memory to L1 cache: launches overlap only where
+    /// neither has to change the division.
+    fn allow_shared_memory(&self, function: &CudaFunction) -> Result<()> {
+        use CUfunction_attribute as Attribute;
+        let own = function.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let all = self.shared_memory as i32 - own;
+        function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, all)?;
+        function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)?;
+        Ok(())
+    }
+
     /// Returns the compiled and loaded kernel.
     fn function(&self, kernel: Kernel, shared: u32) -> Result<CudaFunction> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = functions.get(&kernel) {
             return Ok(function.clone());
         }
+        ensure!(
+            shared <= self.shared_memory,
+            "kernel `{}` needs {shared} bytes of shared memory a block; this GPU has {}",
+            kernel.name,
+            self.shared_memory
+        );
         let code = compile::compile(&kernel, &self.architecture)?;
         let module = self.context.load_module(Ptx::from_binary(code));
         let function = module
             .and_then(|module| module.load_function(kernel.name))
             .with_context(|| format!("kernel `{}` does not load", kernel.name))?;
-        if shared > 48 << 10 {
-            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            if function.set_attribute(attribute, shared as i32).is_err() {
-                bail!(
-                    "kernel `{}` needs {shared} bytes of shared memory a block; this GPU has less",
-                    kernel.name
-                );
-            }
-        }
+        self.allow_shared_memory(&function)
+            .with_context(|| format!("kernel `{}` gets no shared memory", kernel.name))?;
         functions.insert(kernel, function.clone());
         Ok(function)
     }

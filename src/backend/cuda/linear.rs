@@ -86,6 +86,22 @@ impl Cuda {
         }
     }
 
+    /// Queues the quantization of rows of `[rows, cols]` values to integers of type `code` and F32 scales.
+    pub(super) fn quantize_rows(
+        &self,
+        (x, float): (u64, Float),
+        code: &str,
+        codes: &Buffer,
+        scales: &Buffer,
+        [rows, cols]: [usize; 2],
+    ) -> Result<()> {
+        self.device.launch(
+            Kernel::new("quantize_rows", &[&macro_of("X", float), &format!("C={code}")]),
+            Geometry::flat(rows, 256),
+            &[Arg::Pointer(x), Arg::Pointer(codes.at()), Arg::Pointer(scales.at()), Arg::U32(cols as u32)],
+        )
+    }
+
     /// Returns x · wᵀ + bias with x quantized per token.
     fn int8_product(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
         // Integer matrix units want rows of a multiple of 16 bytes; other shapes and schemes multiply the same integers
@@ -99,16 +115,7 @@ impl Cuda {
         };
         let codes = Tensor::new(x.rows, x.cols, self.float, self.device.allocate(x.count() * code_bytes)?);
         let x_scales = self.device.allocate(x.rows * 4)?;
-        self.device.launch(
-            Kernel::new("quantize_rows", &[&macro_of("X", x.float), &format!("C={code}")]),
-            Geometry::flat(x.rows, 256),
-            &[
-                Arg::Pointer(x.at()),
-                Arg::Pointer(codes.at()),
-                Arg::Pointer(x_scales.at()),
-                Arg::U32(x.cols as u32),
-            ],
-        )?;
+        self.quantize_rows((x.at(), x.float), code, codes.buffer(), &x_scales, [x.rows, x.cols])?;
         let mut sums = Tensor::empty(&self.device, x.rows, weight.rows, Float::F32)?;
         if types == Types::Int8 {
             let product =

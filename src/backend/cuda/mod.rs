@@ -10,11 +10,13 @@
 //! | `gemm` | cuBLASLt |
 //! | `linear` | y = x · wᵀ in its variants |
 //! | `loss` | logits, likelihoods and divergences |
+//! | `matvec` | products of a few tokens |
 //! | `decode` | generation over a cache |
 //!
 //! # Rounding
 //!
-//! Weights decode to the CPU's F32 values bit for bit and are then rounded once to F16. Embeddings and the residual stream
+//! Weights decode to the CPU's F32 values bit for bit and are then rounded once to F16; dense ones are rounded as they are
+//! uploaded. Embeddings and the residual stream
 //! are F32; `linear_add` adds a product's F32 sums to it unrounded. The outputs of norms, linears, rope, swiglu and
 //! attention are rounded once each to F16; sums, softmax and everything inside an operation are F32, but attention rounds
 //! queries, keys, values and probabilities to F16 for its products. Logits are F32 sums of F16 products.
@@ -34,6 +36,7 @@ mod gemm;
 pub mod library;
 mod linear;
 mod loss;
+mod matvec;
 mod tensor;
 mod weight;
 
@@ -208,7 +211,8 @@ impl Backend for Cuda {
     }
 
     fn upload(&self, weight: Matrix) -> Result<Weight> {
-        Weight::upload(&self.device, &weight)
+        let weight = Weight::upload(&self.device, &weight)?;
+        if self.float == Float::F32 { Ok(weight) } else { weight.rounded_if_dense(&self.device) }
     }
 
     fn tensor(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Tensor> {

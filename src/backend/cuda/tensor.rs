@@ -11,10 +11,8 @@ use super::device::{Buffer, Device};
 pub enum Float {
     /// What is uploaded (gains, biases), the residual stream, logits; everything under `--precise`.
     F32,
-    /// What products read and write in forward passes.
+    /// What products read and write.
     F16,
-    /// What generation works in.
-    Bf16,
 }
 
 impl Float {
@@ -22,7 +20,7 @@ impl Float {
     pub const fn bytes(self) -> usize {
         match self {
             Float::F32 => 4,
-            Float::F16 | Float::Bf16 => 2,
+            Float::F16 => 2,
         }
     }
 
@@ -31,7 +29,6 @@ impl Float {
         match self {
             Float::F32 => "float",
             Float::F16 => "f16",
-            Float::Bf16 => "bf16",
         }
     }
 }

@@ -13,6 +13,9 @@ use crate::num::{Codec, Element};
 use crate::scheme::{Offset, QTensor, Scheme, Span};
 use crate::tensor::{Dtype, Matrix};
 
+/// Columns that packed rows are padded to a multiple of.
+const PIECE: usize = 128;
+
 /// A matrix `[rows, cols]` on the device. Clones share memory.
 #[derive(Clone)]
 pub struct Weight {
@@ -20,6 +23,8 @@ pub struct Weight {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
+    /// Columns as they lie, with the padding of decode.cuh.
+    pitch: usize,
     /// How it is stored.
     pub stored: Stored,
     low: Arc<Buffer>,
@@ -51,19 +56,35 @@ impl Weight {
             "{rows} x {cols} values: the GPU takes fewer than 2^32; use `--device cpu`"
         );
         match matrix {
-            Matrix::Dense(dense) => Ok(Weight {
-                rows,
-                cols,
-                stored: Stored::Dense(dense.dtype),
-                low: Arc::new(device.upload(&dense.bytes)?),
-                high: None,
-                scales: None,
-                outer: None,
-                offsets: None,
-                outer_offsets: None,
-                row_scales: None,
-            }),
+            Matrix::Dense(dense) => Ok(Self::dense(rows, cols, dense.dtype, device.upload(&dense.bytes)?)),
             Matrix::Quantized(q) => Self::upload_packed(device, q),
+        }
+    }
+
+    fn dense(rows: usize, cols: usize, dtype: Dtype, values: Buffer) -> Self {
+        Weight {
+            rows,
+            cols,
+            pitch: cols,
+            stored: Stored::Dense(dtype),
+            low: Arc::new(values),
+            high: None,
+            scales: None,
+            outer: None,
+            offsets: None,
+            outer_offsets: None,
+            row_scales: None,
+        }
+    }
+
+    /// Returns dense values as F16, rounded once; packed ones as they are.
+    pub fn rounded_if_dense(self, device: &Device) -> Result<Self> {
+        match self.stored {
+            Stored::Packed(_) | Stored::Dense(Dtype::F16) => Ok(self),
+            Stored::Dense(_) => {
+                let values = self.dequantize(device, Float::F16)?;
+                Ok(Self::dense(self.rows, self.cols, Dtype::F16, values))
+            }
         }
     }
 
@@ -77,24 +98,36 @@ impl Weight {
                 q.cols
             );
         }
-        let (low, high) = pack_codes(scheme.element, &q.codes);
-        let stored = |codec: Option<Codec>, values: &[f32]| match codec {
-            Some(codec) if !values.is_empty() => {
-                Ok::<_, anyhow::Error>(Some(Arc::new(device.upload(&encode(codec, values))?)))
+        let pitch = if is_int8_by_row(&scheme) { q.cols } else { q.cols.next_multiple_of(PIECE) };
+        ensure!(
+            q.rows * pitch < 1 << 32,
+            "{} x {pitch} codes: the GPU takes fewer than 2^32; use `--device cpu`",
+            q.rows
+        );
+        let (low, high) = match is_int8_by_row(&scheme) {
+            true => (q.codes.par_iter().map(|code| code ^ 0x80).collect(), Vec::new()),
+            false => pack_codes(&scheme, q.cols, &q.codes),
+        };
+        let stored = |codec: Option<Codec>, values: &[f32], span: Option<Span>| match (codec, span) {
+            (Some(codec), Some(span)) if !values.is_empty() => {
+                let bytes = tile_groups(&encode(codec, values), codec, span, q.cols, pitch);
+                Ok::<_, anyhow::Error>(Some(Arc::new(device.upload(&bytes)?)))
             }
             _ => Ok(None),
         };
+        let (group, outer_group) = (Some(scheme.group), scheme.outer.map(|(span, _)| span));
         let outer_codec = scheme.outer.map(|(_, codec)| codec);
         Ok(Weight {
             rows: q.rows,
             cols: q.cols,
+            pitch,
             stored: Stored::Packed(scheme),
             low: Arc::new(device.upload(&low)?),
             high: if high.is_empty() { None } else { Some(Arc::new(device.upload(&high)?)) },
-            scales: stored(Some(scheme.scale), &q.scales)?,
-            outer: stored(outer_codec, &q.outer_scales)?,
-            offsets: stored(offset_codec(scheme.offset), &q.offsets)?,
-            outer_offsets: stored(outer_codec, &q.outer_offsets)?,
+            scales: stored(Some(scheme.scale), &q.scales, group)?,
+            outer: stored(outer_codec, &q.outer_scales, outer_group)?,
+            offsets: stored(offset_codec(scheme.offset), &q.offsets, group)?,
+            outer_offsets: stored(outer_codec, &q.outer_offsets, outer_group)?,
             row_scales: if is_int8_by_row(&scheme) {
                 Some(Arc::new(device.upload(&encode(Codec::F32, &q.scales))?))
             } else {
@@ -124,7 +157,7 @@ impl Weight {
         let y = device.allocate(self.rows * self.cols * float.bytes())?;
         let mut defines = self.defines();
         defines.push(format!("Y={}", float.c_name()));
-        let units = self.rows * self.cols / 8;
+        let units = self.rows * self.pitch / 8;
         device.launch(
             Kernel { name: "dequantize", defines },
             Geometry::flat(units.div_ceil(1024), 256),
@@ -144,7 +177,7 @@ impl Weight {
     pub fn embed_into(&self, device: &Device, ids: &Buffer, n: usize, y: &Buffer) -> Result<()> {
         device.launch_overlapping(
             Kernel { name: "embed", defines: self.defines() },
-            Geometry::flat(n, 128),
+            Geometry::flat(n, 256),
             &[Arg::Struct(&self.argument()), Arg::Pointer(ids.at()), Arg::Pointer(y.at())],
         )
     }
@@ -153,7 +186,35 @@ impl Weight {
     pub(super) fn argument(&self) -> [u64; 7] {
         let at = |buffer: &Option<Arc<Buffer>>| buffer.as_ref().map_or(0, |buffer| buffer.at());
         let rest = [&self.high, &self.scales, &self.outer, &self.offsets, &self.outer_offsets].map(at);
-        [self.low.at(), rest[0], rest[1], rest[2], rest[3], rest[4], self.cols as u64]
+        let widths = self.cols as u64 | (self.pitch as u64) << 32;
+        [self.low.at(), rest[0], rest[1], rest[2], rest[3], rest[4], widths]
+    }
+
+    /// Returns how many bytes of codes a lane of matvec.cu reads of a row and piece: 32 columns.
+    pub(super) fn lane_bytes(&self) -> usize {
+        match self.stored {
+            Stored::Dense(dtype) => 32 * dtype.bytes(),
+            Stored::Packed(scheme) => match scheme.element.bits() {
+                ..=4 => 16,
+                5 => 20,
+                6 => 24,
+                _ => 32,
+            },
+        }
+    }
+
+    /// Returns the bytes of scales that matvec.cu stages for a row and piece, a word at least from each plane.
+    pub(super) fn staged_grid_bytes(&self) -> usize {
+        let Stored::Packed(scheme) = self.stored else { return 0 };
+        let plane = |span: Span, codec: Codec| match span {
+            Span::Cols(n) => ((PIECE / n as usize).max(1) * codec.bits().div_ceil(8) as usize).max(4),
+            Span::Row | Span::Tensor => 0,
+        };
+        let subtracted = matches!(scheme.offset, Offset::Subtracted(_));
+        let outer = scheme.outer.map_or(0, |(span, codec)| plane(span, codec));
+        plane(scheme.group, scheme.scale)
+            + offset_codec(scheme.offset).map_or(0, |codec| plane(scheme.group, codec))
+            + if subtracted { 2 * outer } else { outer }
     }
 
     /// Returns the macros that specialise decode.cuh for this weight.
@@ -218,28 +279,100 @@ fn offset_codec(offset: Offset) -> Option<Codec> {
     }
 }
 
-/// Returns the planes (low, high) of decode.cuh; `codes.len()` is a multiple of 8.
-fn pack_codes(element: Element, codes: &[u8]) -> (Vec<u8>, Vec<u8>) {
-    let bits = element.bits();
-    if bits > 6 {
-        let flip = if element == Element::Int(8) { 0x80 } else { 0 };
-        return (codes.par_iter().map(|code| code ^ flip).collect(), Vec::new());
-    }
-    let mut low = vec![0u8; codes.len() / 2];
-    low.par_chunks_mut(4).zip(codes.par_chunks(8)).for_each(|(word, unit)| {
-        let packed =
-            (0..8).fold(0u32, |word, j| word | u32::from(unit[j] & 15) << (4 * (j / 2) + 16 * (j % 2)));
-        word.copy_from_slice(&packed.to_le_bytes());
-    });
-    let above = bits.saturating_sub(4) as usize;
-    let mut high = vec![0u8; codes.len() / 8 * above];
-    if above > 0 {
-        high.par_chunks_mut(above).zip(codes.par_chunks(8)).for_each(|(bytes, unit)| {
-            let packed = (0..8).fold(0u16, |word, j| word | u16::from(unit[j] >> 4) << (above * j));
-            bytes.copy_from_slice(&packed.to_le_bytes()[..above]);
-        });
+/// Returns where the columns of stored unit `unit` of a piece come from, in the piece: decode.cuh.
+fn unit_columns(scheme: &Scheme, unit: usize) -> [usize; 8] {
+    let (t, b) = match scheme.element.bits() {
+        ..=6 => (unit / 4, unit % 4),
+        _ => (unit / 2 % 4, unit / 8 * 2 + unit % 2),
+    };
+    std::array::from_fn(|i| match scheme.group {
+        Span::Cols(16) => 32 * b + 16 * (i / 4) + 4 * t + i % 4,
+        _ => 32 * b + 8 * t + i,
+    })
+}
+
+/// Returns the planes (low, high) of decode.cuh for rows of `cols` codes, padded to whole pieces.
+fn pack_codes(scheme: &Scheme, cols: usize, codes: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let bits = scheme.element.bits();
+    let (pieces, rows) = (cols.div_ceil(PIECE), codes.len() / cols.max(1));
+    let unit_bytes = if bits > 6 { 8 } else { 4 };
+    let high_bytes = 4 * bits.saturating_sub(4) as usize * usize::from(bits <= 6);
+    let mut low = vec![0u8; rows * pieces * 16 * unit_bytes];
+    let mut high = vec![0u8; rows * pieces * 4 * high_bytes];
+    let columns: [[usize; 8]; 16] = std::array::from_fn(|unit| unit_columns(scheme, unit));
+    let pack_row = |row: &[u8], low: &mut [u8], high: &mut [u8]| {
+        let mut padded = [0u8; PIECE];
+        for (piece, codes) in row.chunks(PIECE).enumerate() {
+            padded.fill(0);
+            padded[..codes.len()].copy_from_slice(codes);
+            for (unit, columns) in columns.iter().enumerate() {
+                let codes = columns.map(|column| padded[column]);
+                let at = (16 * piece + unit) * unit_bytes;
+                if bits > 6 {
+                    let flip = if scheme.element == Element::Int(8) { 0x80 } else { 0 };
+                    low[at..at + 8].copy_from_slice(&codes.map(|code| code ^ flip));
+                } else {
+                    low[at..at + 4].copy_from_slice(&pack_unit(scheme.element, codes).to_le_bytes());
+                }
+                if high_bytes > 0 {
+                    put_high(&mut high[(4 * piece + unit / 4) * high_bytes..][..high_bytes], unit % 4, codes);
+                }
+            }
+        }
+    };
+    let row_high = pieces * 4 * high_bytes;
+    if row_high == 0 {
+        let rows = low.par_chunks_mut(pieces * 16 * unit_bytes).zip(codes.par_chunks(cols));
+        rows.for_each(|(low, row)| pack_row(row, low, &mut []));
+    } else {
+        let rows = low.par_chunks_mut(pieces * 16 * unit_bytes).zip(high.par_chunks_mut(row_high));
+        rows.zip(codes.par_chunks(cols)).for_each(|((low, high), row)| pack_row(row, low, high));
     }
     (low, high)
+}
+
+/// Returns the low word of eight codes of up to six bits.
+fn pack_unit(element: Element, codes: [u8; 8]) -> u32 {
+    codes.iter().enumerate().fold(0, |word, (i, &code)| {
+        let (j, code) = (i / 2, u32::from(code));
+        let half = if element == Element::E2M1 {
+            let (sign, magnitude) = (code >> 3 & 1, code & 7);
+            sign << [15, 12, 14, 13][j] | magnitude << [9, 6, 3, 0][j]
+        } else {
+            (code & 15) << (4 * j)
+        };
+        word | half << (16 * (i % 2))
+    })
+}
+
+/// Puts the bits above the fourth of unit `b`'s codes into the high words of its four units: one word for five bits, two
+/// for six.
+fn put_high(words: &mut [u8], b: usize, codes: [u8; 8]) {
+    let above = words.len() / 4;
+    for (i, code) in codes.iter().enumerate() {
+        let bit = above * (4 * b + i / 2);
+        let (word, bit) = (bit / 16, bit % 16 + 16 * (i % 2));
+        words[4 * word + bit / 8] |= (code >> 4) << (bit % 8);
+    }
+}
+
+/// Arranges the entries of a plane, row by row, as decode.cuh wants them: eight rows together, zeros where rows are padded,
+/// and a word behind all, since matvec.cu reads whole words.
+fn tile_groups(entries: &[u8], codec: Codec, span: Span, cols: usize, pitch: usize) -> Vec<u8> {
+    let Span::Cols(group) = span else { return entries.to_vec() };
+    let bytes = codec.bits().div_ceil(8) as usize;
+    let covered = PIECE.max(group as usize);
+    let (row_bytes, run) = (cols / group as usize * bytes, covered / group as usize * bytes);
+    let runs = pitch / covered;
+    let rows = entries.len() / row_bytes;
+    let mut out = vec![0; rows.next_multiple_of(8) * runs * run + 4];
+    for (row, entries) in entries.chunks(row_bytes).enumerate() {
+        for (at, entries) in entries.chunks(run).enumerate() {
+            let to = ((row / 8 * runs + at) * 8 + row % 8) * run;
+            out[to..to + entries.len()].copy_from_slice(entries);
+        }
+    }
+    out
 }
 
 /// Returns the stored bits, 1, 2 or 4 bytes each. The codec represents every value exactly: see [`QTensor`].
@@ -254,42 +387,52 @@ fn encode(codec: Codec, values: &[f32]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::scheme::schemes;
 
-    fn unpacked(element: Element, low: &[u8], high: &[u8], i: usize) -> u8 {
-        let (unit, j) = (i / 8, i % 8);
-        if element.bits() > 6 {
-            return low[i] ^ if element == Element::Int(8) { 0x80 } else { 0 };
-        }
+    /// Reads a code back by the words of decode.cuh.
+    fn unpacked(scheme: &Scheme, cols: usize, planes: &(Vec<u8>, Vec<u8>), row: usize, column: usize) -> u8 {
+        let (low, high) = planes;
+        let columns = |unit| unit_columns(scheme, unit);
+        let unit = (0..16).find(|&unit| columns(unit).contains(&(column % PIECE))).unwrap();
+        let i = columns(unit).iter().position(|&at| at == column % PIECE).unwrap();
+        let stored = row * cols.div_ceil(PIECE) * 16 + column / PIECE * 16 + unit;
+        let (j, half, b) = (i / 2, 16 * (i % 2), unit % 4);
         let word =
-            u32::from_le_bytes([low[4 * unit], low[4 * unit + 1], low[4 * unit + 2], low[4 * unit + 3]]);
-        let code = (word >> (4 * (j / 2) + 16 * (j % 2)) & 15) as u8;
-        match element.bits() {
-            5 => code | ((high[unit] >> j & 1) << 4),
-            6 => code | ((high[2 * unit + j / 4] >> (2 * (j % 4)) & 3) << 4),
-            _ => code,
+            |plane: &[u8], at: usize| u32::from_le_bytes(plane[4 * at..4 * at + 4].try_into().unwrap());
+        if scheme.element.bits() > 6 {
+            return low[8 * stored + i] ^ if scheme.element == Element::Int(8) { 0x80 } else { 0 };
         }
+        let bits = word(low, stored) >> half & 0xffff;
+        let code = match scheme.element {
+            Element::E2M1 => (bits >> [15, 12, 14, 13][j] & 1) << 3 | bits >> [9, 6, 3, 0][j] & 7,
+            _ => bits >> (4 * j) & 15,
+        };
+        let above = match scheme.element.bits() {
+            5 => word(high, stored / 4) >> (half + 4 * b + j) & 1,
+            6 => word(high, stored / 2) >> (half + 8 * (b % 2) + 2 * j) & 3,
+            _ => 0,
+        };
+        (code | above << 4) as u8
     }
 
     #[test]
     fn every_code_survives_packing() {
-        for element in [
-            Element::E2M1,
-            Element::E4M3,
-            Element::Int(4),
-            Element::Int(5),
-            Element::Int(6),
-            Element::Int(8),
-            Element::Uint(5),
-        ] {
-            // Strides coprime to the number of codes put every code at every place of a unit.
-            let count = 1usize << element.bits();
-            let codes: Vec<u8> = (0..8 * count).map(|i| ((i * 3 + i / 8 * 5) % count) as u8).collect();
-            let (low, high) = pack_codes(element, &codes);
-            let stored_bits = if element.bits() > 6 { 8 } else { element.bits() as usize };
-            assert_eq!(8 * (low.len() + high.len()), stored_bits * codes.len(), "{element:?}");
+        for scheme in schemes::ALL {
+            // Strides coprime to the number of codes put every code at every place of a unit; 416 columns end in a
+            // part of a piece.
+            let (rows, cols) = (5, if scheme.block_cols() == 256 { 512 } else { 416 });
+            let count = 1usize << scheme.element.bits();
+            let codes: Vec<u8> = (0..rows * cols).map(|i| ((i * 3 + i / 8 * 5) % count) as u8).collect();
+            let planes = pack_codes(&scheme, cols, &codes);
             for (i, &code) in codes.iter().enumerate() {
-                assert_eq!(unpacked(element, &low, &high, i), code, "{element:?} at {i}");
+                assert_eq!(
+                    unpacked(&scheme, cols, &planes, i / cols, i % cols),
+                    code,
+                    "{} at {i}",
+                    scheme.name
+                );
             }
         }
     }
