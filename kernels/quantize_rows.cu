@@ -1,11 +1,24 @@
-// quantize_rows: what engines do to the inputs of a W8A8 linear: scale[i] = max|x[i, :]| / 127 and
-// codes = round to nearest even (x / scale), clamped to ±127; a row of zeros gets scale 0 and codes 0. A row that is not
+// quantize_rows: what engines do to the inputs of a W8A8 linear: scale[i] = max|x[i, :]| / 127 (TO = INT8) or / 448 (E4M3),
+// codes = x / scale rounded to the nearest integer or E4M3, ties to even; a row of zeros gets scale 0 and codes 0. A row that is not
 // finite gets the scale NaN, so that it stays visible.
 //   x       X [rows, cols]     X is float, f16 or bf16
 //   codes   C [rows, cols]     C is i8 for INT8 products, f16 or float where the product runs in floating point (exact)
 //   scales  f32 [rows]
 // needs cols % 8 == 0.  grid rows, block 256.
-// Twin: backend/cpu.rs linear with Activations::Int8PerToken. Agrees bit for bit for the same x.
+// Twins: backend/cpu quantize_int8, quantize_fp8. Agrees bit for bit for the same x.
+#define INT8 0
+#define E4M3 1
+#define LARGEST (TO == E4M3 ? 448.0f : 127.0f)
+
+// Returns x, at most LARGEST in size, rounded to what codes can be.
+__device__ __forceinline__ float rounded(float x) {
+    if (TO == INT8) return rintf(x);
+    // E4M3 keeps 3 bits after the first, and multiples of 2^-9 below 2^-6.
+    if (fabsf(x) < 0.015625f) return rintf(x * 512.0f) / 512.0f;
+    u32 bits = __float_as_uint(x);
+    return __uint_as_float(bits + 0x7ffff + (bits >> 20 & 1) & 0xfff00000u);
+}
+
 __device__ __forceinline__ void store_codes(i8 *to, const float x[8]) {
     u32 words[2] = {0, 0};
     for (int j = 0; j < 8; j++) words[j / 4] |= ((u32)(int)x[j] & 0xff) << (8 * (j % 4));
@@ -24,12 +37,12 @@ quantize_rows(const X *__restrict__ x, C *__restrict__ codes, float *__restrict_
         load8(x + c, a);
         for (int j = 0; j < 8; j++) largest = fabsf(a[j]) < INFINITY_F ? fmaxf(largest, fabsf(a[j])) : INFINITY_F;
     }
-    float scale = __fdiv_rn(block_max(largest, scratch), 127.0f);
+    float scale = __fdiv_rn(block_max(largest, scratch), LARGEST);
     if (threadIdx.x == 0) scales[blockIdx.x] = scale < INFINITY_F ? scale : __int_as_float(0x7fffffff);
     for (u32 c = 8 * threadIdx.x; c < cols; c += 8 * blockDim.x) {
         load8(x + c, a);
         for (int j = 0; j < 8; j++)
-            a[j] = scale > 0.0f ? fminf(fmaxf(rintf(__fdiv_rn(a[j], scale)), -127.0f), 127.0f) : 0.0f;
+            a[j] = scale > 0.0f ? fminf(fmaxf(rounded(__fdiv_rn(a[j], scale)), -LARGEST), LARGEST) : 0.0f;
         store_codes(codes + c, a);
     }
 }

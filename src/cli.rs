@@ -59,6 +59,8 @@ pub enum Command {
     Sensitivity(SensitivityArgs),
     /// Write llama.cpp's importance matrix of a model: mean squared inputs over a text
     Calibrate(CalibrateArgs),
+    /// Measure speed and memory, beside what the machine can do at best
+    Bench(BenchArgs),
     /// Print a model's tensors, formats and sizes
     Inspect(InspectArgs),
     /// Print a shell completion script
@@ -320,6 +322,28 @@ impl FromArgMatches for GateArgs {
         }
         Ok(())
     }
+}
+
+/// `quant bench`
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
+    pub model: Option<String>,
+    /// How many sequences are generated together, one or several numbers
+    #[arg(long, value_delimiter = ',', value_name = "N", default_value = "1,8,32", value_parser = clap::value_parser!(u16).range(1..))]
+    pub batch: Vec<u16>,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt: u32,
+    /// Tokens generated after it
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub tokens: u32,
+    /// Write the same as JSON; - for standard output
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Where the model comes from and where it runs.
+    #[command(flatten)]
+    pub source: SourceArgs,
 }
 
 /// `quant inspect`

@@ -342,3 +342,17 @@ fn what_gguf_cannot_say_of_a_model_is_told() {
     assert!(plans["plans"][0]["losses"][0].as_str().unwrap().contains(told));
     assert_eq!(plans["plans"][1]["losses"], serde_json::json!([]));
 }
+
+#[test]
+fn bench_measures_the_cpu_where_there_is_no_gpu() {
+    let bench = Bench::new();
+    let out = bench.quant("bench --device cpu --batch 1,2 --prompt 8 --tokens 4 --json -");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert!(report["device"].as_str().unwrap().starts_with("CPU"));
+    let rows = report["rows"].as_array().unwrap();
+    for what in ["prompts, ", "first token after 8 tokens", "generation, 2 at once"] {
+        let row = rows.iter().find(|row| row["what"].as_str().unwrap().starts_with(what)).unwrap();
+        assert!(row["value"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}

@@ -46,8 +46,11 @@ fn decoding() -> Vec<Kernel> {
 fn variants() -> Vec<Kernel> {
     let mut kernels = decoding();
     for x in ["float", "f16"] {
-        for name in ["add", "rope", "swiglu"] {
+        for name in ["rope", "swiglu"] {
             kernels.push(kernel(name, &format!("X={x}")));
+        }
+        for sign in ["1.0f", "-1.0f"] {
+            kernels.push(kernel("add", &format!("X={x} SIGN={sign}")));
         }
         for y in ["float", "f16"] {
             for name in ["cast", "rms_norm"] {
@@ -55,7 +58,8 @@ fn variants() -> Vec<Kernel> {
             }
         }
         for codes in ["i8", "f16", "float"] {
-            kernels.push(kernel("quantize_rows", &format!("X={x} C={codes}")));
+            kernels.push(kernel("quantize_rows", &format!("X={x} C={codes} TO=INT8")));
+            kernels.push(kernel("quantize_rows", &format!("X={x} C={codes} TO=E4M3")));
         }
         for sums in ["int", "float"] {
             kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));

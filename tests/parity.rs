@@ -7,7 +7,7 @@
 
 use quant::backend::cpu::Cpu;
 use quant::backend::cuda::{Cuda, Float, Precision};
-use quant::backend::{AttentionShape, Backend, Batch, Rope};
+use quant::backend::{AttentionShape, Backend, Batch, Rope, SecondMoments};
 use quant::num::{Codec, Element};
 use quant::scheme::{Activations, Offset, QTensor, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};
@@ -313,6 +313,25 @@ fn linear_int8_sums_are_exact() {
 }
 
 #[test]
+fn linear_fp8_inputs_are_those_of_the_definition() {
+    on_gpu(|cuda, rounding| {
+        let mut random = Random(16);
+        for (n, out, input) in [(1, 64, 64), (50, 1000, 1024)] {
+            let x = random.normals(n * input);
+            let q = Matrix::Quantized(random_weight(schemes::FP8, out, input, &mut random));
+            let expected = linear_on(&Cpu, &x, n, q.clone(), None, Activations::Fp8PerToken);
+            let found = linear_on(cuda, &x, n, q.clone(), None, Activations::Fp8PerToken);
+            let sizes = dense(out, input, &absolute(&q.to_f32()), Dtype::F32);
+            let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, None, Activations::Full);
+            // Weights are rounded to F16 before they multiply, the result after.
+            assert_close("fp8", &found, &expected, |i| {
+                rounding * (expected[i].abs() + sizes[i]) + F32 * sizes[i].max(1.0)
+            });
+        }
+    });
+}
+
+#[test]
 fn linear_add() {
     on_gpu(|cuda, _| {
         let mut random = Random(8);
@@ -459,6 +478,43 @@ fn add() {
             backend.read(&x).unwrap()
         }
         same_bits("add", &run(cuda, &x, &y), &run(&Cpu, &x, &y));
+    });
+}
+
+#[test]
+fn moments() {
+    on_gpu(|cuda, _| {
+        let mut random = Random(15);
+        let (n, a_cols, b_cols) = (300, 136, 72);
+        let values =
+            [random.normals(n * a_cols), random.normals(n * b_cols), random.normals(a_cols * b_cols)];
+        /// Sums twice, the second time of a difference in F32; `prepare` makes what linears read.
+        fn run<B: SecondMoments>(
+            backend: &B,
+            [a, b, sum]: &[Vec<f32>; 3],
+            n: usize,
+            prepare: impl Fn(&B, B::Tensor) -> B::Tensor,
+        ) -> [Vec<f32>; 2] {
+            let a = backend.tensor(n, a.len() / n, a).unwrap();
+            let b = prepare(backend, backend.tensor(n, b.len() / n, b).unwrap());
+            let cols = b.clone();
+            let rows = sum.len() * n / backend.read(&cols).unwrap().len();
+            let mut sum = backend.tensor(rows, sum.len() / rows, sum).unwrap();
+            backend.add_moment(&mut sum, &prepare(backend, a.clone()), &b).unwrap();
+            let first = backend.read(&sum).unwrap();
+            let mut difference = a.clone();
+            backend
+                .subtract(&mut difference, &backend.tensor(n, rows, &vec![0.25; n * rows]).unwrap())
+                .unwrap();
+            backend.add_moment(&mut sum, &difference, &b).unwrap();
+            [first, backend.read(&sum).unwrap()]
+        }
+        let found = run(cuda, &values, n, |cuda, x| cuda.rounded(&x).unwrap());
+        let expected = run(&Cpu, &values, n, |_, x| x);
+        for (found, expected) in found.iter().zip(&expected) {
+            // Inputs are exact in F16, so only the order of 300 sums of about 1 differs.
+            assert_close("moments", found, expected, |_| F32 * n as f32);
+        }
     });
 }
 

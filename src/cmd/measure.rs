@@ -18,6 +18,7 @@ use crate::eval::cache::{self, Cache};
 use crate::eval::report::{self, Part, Report, Timed};
 use crate::eval::samples::Samples;
 use crate::eval::slices::{self, Slice};
+use crate::eval::speed::Machine;
 use crate::eval::{self, About, Protocol, Scored, Subject, Text};
 use crate::generate::Generate;
 use crate::manifest;
@@ -159,13 +160,23 @@ pub trait WithBackend {
     type Output;
 
     /// Does it.
-    fn run<B: Generate>(self, backend: &B) -> Result<Self::Output>;
+    fn run<B: Machine>(self, backend: &B) -> Result<Self::Output>;
 }
 
 /// Runs work on the device that was asked for.
 pub fn on_device<W: WithBackend>(request: &Request, printer: Printer, work: W) -> Result<W::Output> {
-    let precision = if request.precise { Precision::F32 } else { Precision::F16 };
-    let ordinal = match request.device.as_str() {
+    on_named_device(&request.device, request.precise, printer, work)
+}
+
+/// The same for a device by its name: `auto`, `cpu` or `cuda:N`.
+pub fn on_named_device<W: WithBackend>(
+    device: &str,
+    precise: bool,
+    printer: Printer,
+    work: W,
+) -> Result<W::Output> {
+    let precision = if precise { Precision::F32 } else { Precision::F16 };
+    let ordinal = match device {
         "cpu" => return announced(&Cpu, printer, work),
         "auto" => None,
         other => {
@@ -184,7 +195,7 @@ pub fn on_device<W: WithBackend>(request: &Request, printer: Printer, work: W) -
     }
 }
 
-fn announced<W: WithBackend>(backend: &impl Generate, printer: Printer, work: W) -> Result<W::Output> {
+fn announced<W: WithBackend>(backend: &impl Machine, printer: Printer, work: W) -> Result<W::Output> {
     printer.note(format!("measuring on {}", backend.describe()));
     work.run(backend)
 }

@@ -1,5 +1,6 @@
 //! One file per subcommand; each `run` reads as a table of contents.
 
+mod bench;
 mod calibrate;
 mod calibration;
 mod completions;
@@ -45,6 +46,7 @@ pub fn run(cli: Cli) -> Result<Outcome> {
         Command::Eval(args) => eval::run(&args, printer),
         Command::Sensitivity(args) => sensitivity::run(&args, printer),
         Command::Calibrate(args) => calibrate::run(&args, printer),
+        Command::Bench(args) => bench::run(&args, printer),
         Command::Inspect(args) => inspect::run(&args, printer),
         Command::Completions(args) => completions::run(&args, printer),
     }

@@ -7,9 +7,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use crate::backend::cpu::Cpu;
 use crate::backend::cuda::decode::CudaDecoder;
 use crate::backend::cuda::{Cuda, Float, Tensor, Weight};
-use crate::backend::{AttentionShape, Backend, Batch};
+use crate::backend::{AttentionShape, Backend, Batch, SecondMoments};
+use crate::generate::Generate;
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::config::Config;
@@ -17,6 +19,43 @@ use crate::names::{Role, TensorId};
 use crate::scheme::mix::{Format, ModelShape, fallback};
 use crate::scheme::{Activations, QTensor, Scheme, schemes};
 use crate::tensor::{Dense, Dtype, Matrix};
+
+/// What a machine can do at best, by its own measure.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ceilings {
+    /// Copying, bytes read plus bytes written per second.
+    pub copy: f64,
+    /// Matrix products, FLOP/s.
+    pub products: f64,
+}
+
+/// A backend with all that commands ask of one.
+pub trait Machine: Generate + SecondMoments {
+    /// Measures what the machine can do at best; `None` where that is not measured.
+    fn ceilings(&self) -> Result<Option<Ceilings>> {
+        Ok(None)
+    }
+
+    /// Returns the bytes of its own memory that are free; `None` for a device that has no memory of its own.
+    fn free_memory(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+}
+
+impl Machine for Cpu {}
+
+impl Machine for Cuda {
+    fn ceilings(&self) -> Result<Option<Ceilings>> {
+        let found = Ceilings { copy: copy_bandwidth(self)?, products: matrix_rate(self)? };
+        self.device().give_back_memory()?;
+        Ok(Some(found))
+    }
+
+    fn free_memory(&self) -> Result<Option<u64>> {
+        self.device().synchronize()?;
+        Ok(Some(self.device().memory()?.0 as u64))
+    }
+}
 
 /// A measured rate.
 #[derive(Clone, Debug, PartialEq)]

@@ -301,7 +301,8 @@ impl<'a> CudaDecoder<'a> {
         if activations == Activations::Full {
             return Ok(Input { x: x.at(), norm: None, scales: None, tokens });
         }
-        self.cuda.quantize_rows((x.at(), Float::F16), "f16", &state.codes, &state.scales, [tokens, cols])?;
+        let to = ("f16", activations);
+        self.cuda.quantize_rows((x.at(), Float::F16), to, &state.codes, &state.scales, [tokens, cols])?;
         Ok(Input { x: state.codes.at(), norm: None, scales: Some(&state.scales), tokens })
     }
 

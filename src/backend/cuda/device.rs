@@ -126,6 +126,20 @@ impl Device {
         Ok(self.context.mem_get_info()?)
     }
 
+    /// Gives memory that is not in use back to the system.
+    #[allow(unsafe_code)]
+    pub fn give_back_memory(&self) -> Result<()> {
+        self.synchronize()?;
+        if self.context.has_async_alloc() {
+            // SAFETY: the pool belongs to the open device; nothing in use is touched.
+            unsafe {
+                let pool = result::device::get_default_mem_pool(self.context.cu_device())?;
+                result::mem_pool::trim_to(pool, 0)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until all queued work is done.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().context("work on the GPU failed")

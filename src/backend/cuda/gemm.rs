@@ -1,6 +1,8 @@
-//! Matrix products by cuBLASLt: y = x · wᵀ with `w` `[out, in]` and `x` `[n, in]`, both row-major.
+//! Matrix products by cuBLASLt: y = x · wᵀ with `w` `[out, in]` and `x` `[n, in]`, and moments y = xᵀ · w with `w`
+//! `[n, out]` and `x` `[n, in]`, all row-major.
 //!
-//! cuBLASLt counts columns first, so it sees w as `[in, out]`, to be transposed, x as `[in, n]` and y as `[out, n]`. Sums
+//! cuBLASLt counts columns first, so it sees w as `[in, out]`, to be transposed, x as `[in, n]` and y as `[out, n]`; for
+//! moments w as `[out, n]`, x as `[in, n]`, to be transposed, and y as `[out, in]`. Sums
 //! are F32 for F16 and F32 inputs (no TF32), and exact 32-bit integers for INT8.
 
 use std::collections::HashMap;
@@ -52,6 +54,8 @@ pub struct Product {
     pub types: Types,
     /// y += instead of y =.
     pub accumulate: bool,
+    /// y `[input, out]` = xᵀ · w instead.
+    pub moment: bool,
 }
 
 /// A cuBLASLt handle, its workspace and the algorithms chosen so far.
@@ -132,12 +136,19 @@ impl Gemm {
 
     #[allow(unsafe_code)]
     fn plan(&self, product: Product) -> Result<Plan> {
-        let Product { n, out, input, types, .. } = product;
+        let Product { n, out, input, types, moment, .. } = product;
         let (from, to, sums, factors) = types.codes();
         let layout = |number, rows: usize, cols: usize| {
             result::create_matrix_layout(number, rows as u64, cols as u64, rows as i64)
         };
-        let (w, x, y) = (layout(from, input, out)?, layout(from, input, n)?, layout(to, out, n)?);
+        let (w, x, y) = match moment {
+            false => (layout(from, input, out)?, layout(from, input, n)?, layout(to, out, n)?),
+            true => (layout(from, out, n)?, layout(from, input, n)?, layout(to, out, input)?),
+        };
+        let which = match moment {
+            false => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+            true => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB,
+        };
         let descriptor = result::create_matmul_desc(sums, factors)?;
         let preference = result::create_matmul_pref()?;
         let (transposed, workspace_bytes) = (1i32, WORKSPACE_BYTES); // CUBLAS_OP_T is 1
@@ -145,7 +156,7 @@ impl Gemm {
         let found = unsafe {
             result::set_matmul_desc_attribute(
                 descriptor,
-                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                which,
                 (&raw const transposed).cast(),
                 size_of_val(&transposed),
             )?;

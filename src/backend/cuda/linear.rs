@@ -1,7 +1,8 @@
 //! y = x · wᵀ + bias for every storage of w and both treatments of x.
 //!
 //! Weights that a product cannot read as they lie are decoded into scratch memory first, which lives until the product is
-//! done. INT8 W8A8 runs as engines run it: inputs quantized per token, exact integer sums, scales applied after.
+//! done. INT8 W8A8 runs as engines run it: inputs quantized per token, exact integer sums, scales applied after. FP8 inputs
+//! multiply as the F16 numbers they are.
 
 use anyhow::{Result, ensure};
 
@@ -23,12 +24,8 @@ impl Cuda {
         activations: Activations,
     ) -> Result<Tensor> {
         check(x, weight)?;
-        ensure!(
-            activations != Activations::Fp8PerToken,
-            "inputs quantized to FP8 are not simulated on a GPU yet; use `--device cpu`"
-        );
-        if activations == Activations::Int8PerToken {
-            return self.int8_product(x, weight, bias);
+        if activations != Activations::Full {
+            return self.quantized_product(x, weight, bias, activations);
         }
         let x = self.rounded(x)?;
         // With a bias the sums stay F32 until it is added, so that the result is rounded once.
@@ -72,7 +69,8 @@ impl Cuda {
         y: &mut Tensor,
         accumulate: bool,
     ) -> Result<()> {
-        let product = Product { n: x.rows, out: weight.rows, input: weight.cols, types, accumulate };
+        let product =
+            Product { n: x.rows, out: weight.rows, input: weight.cols, types, accumulate, moment: false };
         let decoded = self.decoded(weight)?;
         let w = decoded.as_ref().unwrap_or(weight.codes());
         self.gemm.multiply(&self.device, product, w.at(), x.at(), y.at())
@@ -86,28 +84,35 @@ impl Cuda {
         }
     }
 
-    /// Queues the quantization of rows of `[rows, cols]` values to integers of type `code` and F32 scales.
+    /// Queues the quantization of rows of `[rows, cols]` values to numbers of type `code` and F32 scales.
     pub(super) fn quantize_rows(
         &self,
         (x, float): (u64, Float),
-        code: &str,
+        (code, activations): (&str, Activations),
         codes: &Buffer,
         scales: &Buffer,
         [rows, cols]: [usize; 2],
     ) -> Result<()> {
+        let grid = if activations == Activations::Fp8PerToken { "TO=E4M3" } else { "TO=INT8" };
         self.device.launch(
-            Kernel::new("quantize_rows", &[&macro_of("X", float), &format!("C={code}")]),
+            Kernel::new("quantize_rows", &[&macro_of("X", float), &format!("C={code}"), grid]),
             Geometry::flat(rows, 256),
             &[Arg::Pointer(x), Arg::Pointer(codes.at()), Arg::Pointer(scales.at()), Arg::U32(cols as u32)],
         )
     }
 
     /// Returns x · wᵀ + bias with x quantized per token.
-    fn int8_product(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
-        // Integer matrix units want rows of a multiple of 16 bytes; other shapes and schemes multiply the same integers
+    fn quantized_product(
+        &self,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        activations: Activations,
+    ) -> Result<Tensor> {
+        // Integer matrix units want rows of a multiple of 16 bytes; other shapes and schemes multiply the same numbers
         // as floats, which hold them exactly.
-        let row_scales =
-            weight.row_scales().filter(|_| weight.cols.is_multiple_of(16) && weight.rows.is_multiple_of(4));
+        let whole = weight.cols.is_multiple_of(16) && weight.rows.is_multiple_of(4);
+        let row_scales = weight.row_scales().filter(|_| whole && activations == Activations::Int8PerToken);
         let (code, code_bytes, sum, types) = match (row_scales, self.float) {
             (Some(_), _) => ("i8", 1, "int", Types::Int8),
             (None, Float::F32) => ("float", 4, "float", Types::F32),
@@ -115,11 +120,18 @@ impl Cuda {
         };
         let codes = Tensor::new(x.rows, x.cols, self.float, self.device.allocate(x.count() * code_bytes)?);
         let x_scales = self.device.allocate(x.rows * 4)?;
-        self.quantize_rows((x.at(), x.float), code, codes.buffer(), &x_scales, [x.rows, x.cols])?;
+        let to = (code, activations);
+        self.quantize_rows((x.at(), x.float), to, codes.buffer(), &x_scales, [x.rows, x.cols])?;
         let mut sums = Tensor::empty(&self.device, x.rows, weight.rows, Float::F32)?;
         if types == Types::Int8 {
-            let product =
-                Product { n: x.rows, out: weight.rows, input: weight.cols, types, accumulate: false };
+            let product = Product {
+                n: x.rows,
+                out: weight.rows,
+                input: weight.cols,
+                types,
+                accumulate: false,
+                moment: false,
+            };
             self.gemm.multiply(&self.device, product, weight.codes().at(), codes.at(), sums.at())?;
         } else {
             self.multiply(&codes, weight, types, &mut sums, false)?;

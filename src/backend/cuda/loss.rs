@@ -100,7 +100,14 @@ impl Cuda {
     fn logits(&self, head: &Head, first: usize, rows: usize) -> Result<Buffer> {
         let Head { hidden, weight, decoded } = head;
         let types = if self.float == Float::F32 { Types::F32 } else { Types::F16ToF32 };
-        let product = Product { n: rows, out: weight.rows, input: weight.cols, types, accumulate: false };
+        let product = Product {
+            n: rows,
+            out: weight.rows,
+            input: weight.cols,
+            types,
+            accumulate: false,
+            moment: false,
+        };
         let logits = self.device.allocate(rows * weight.rows * 4)?;
         let x = hidden.at() + (first * hidden.cols * hidden.float.bytes()) as u64;
         let w = decoded.as_ref().unwrap_or(weight.codes());

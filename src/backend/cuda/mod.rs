@@ -44,10 +44,10 @@ use anyhow::{Result, ensure};
 
 use self::compile::Kernel;
 use self::device::{Arg, Device, Geometry};
-use self::gemm::Gemm;
+use self::gemm::{Gemm, Product, Types};
 pub use self::tensor::{Float, Tensor};
 pub use self::weight::{Stored, Weight, scheme_defines};
-use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score};
+use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score, SecondMoments};
 use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
@@ -129,6 +129,17 @@ impl Cuda {
         )
     }
 
+    fn add_signed(&self, x: &mut Tensor, y: &Tensor, sign: &str) -> Result<()> {
+        ensure!(x.rows == y.rows && x.cols == y.cols, "the sum of differing shapes");
+        ensure!(x.float == Float::F32, "only the residual stream, which is F32, is added to");
+        x.make_unique(&self.device)?;
+        self.device.launch(
+            Kernel::new("add", &[&macro_of("X", y.float), sign]),
+            elementwise(x)?,
+            &[Arg::Pointer(x.at()), Arg::Pointer(y.at()), Arg::U64(x.count() as u64)],
+        )
+    }
+
     /// Returns x + bias as `float`.
     pub fn cast(&self, x: &Tensor, bias: Option<&Tensor>, float: Float) -> Result<Tensor> {
         if let Some(bias) = bias {
@@ -152,6 +163,37 @@ impl Cuda {
             ],
         )?;
         Ok(y)
+    }
+}
+
+impl SecondMoments for Cuda {
+    fn subtract(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        self.add_signed(x, y, "SIGN=-1.0f")
+    }
+
+    /// Inputs of linears are F16 already, so their products are exact and only sums are rounded, in F32; where one side is
+    /// F32 (residual streams) the other is widened and products run in F32 without TF32.
+    fn add_moment(&self, sum: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+        ensure!(
+            a.rows == b.rows && sum.rows == a.cols && sum.cols == b.cols && sum.float == Float::F32,
+            "moments [{}, {}] of inputs [{}, {}] and [{}, {}]",
+            sum.rows,
+            sum.cols,
+            a.rows,
+            a.cols,
+            b.rows,
+            b.cols
+        );
+        sum.make_unique(&self.device)?;
+        let (types, float) = match (a.float, b.float) {
+            (Float::F16, Float::F16) => (Types::F16ToF32, Float::F16),
+            _ => (Types::F32, Float::F32),
+        };
+        let as_float = |x: &Tensor| if x.float == float { Ok(x.clone()) } else { self.cast(x, None, float) };
+        let (a, b) = (as_float(a)?, as_float(b)?);
+        let product =
+            Product { n: a.rows, out: b.cols, input: a.cols, types, accumulate: true, moment: true };
+        self.gemm.multiply(&self.device, product, b.at(), a.at(), sum.at())
     }
 }
 
@@ -395,14 +437,7 @@ impl Backend for Cuda {
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
-        ensure!(x.rows == y.rows && x.cols == y.cols, "the sum of differing shapes");
-        ensure!(x.float == Float::F32, "only the residual stream, which is F32, is added to");
-        x.make_unique(&self.device)?;
-        self.device.launch(
-            Kernel::new("add", &[&macro_of("X", y.float)]),
-            elementwise(x)?,
-            &[Arg::Pointer(x.at()), Arg::Pointer(y.at()), Arg::U64(x.count() as u64)],
-        )
+        self.add_signed(x, y, "SIGN=1.0f")
     }
 
     fn score(&self, hidden: &Tensor, head: &Weight, targets: &[u32]) -> Result<Vec<Score>> {
