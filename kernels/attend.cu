@@ -13,11 +13,12 @@
 // Rounds where the forward pass does: after the norm and after the rotation; the rest is F32, rounded once.
 // Positions are dealt to `splits` blocks; the last to arrive merges them, in a fixed order. LANES lanes share a key; a lane
 // holds 8 columns of HEADS queries that read the same keys.
-// D % 16 == 0, D <= 256, HEADS divides heads / kv_heads, HEADS <= 4.  grid (heads / HEADS, batch, splits), block 256,
+// D % 16 == 0, D <= 256, HEADS divides heads / kv_heads, HEADS <= 4.  grid (heads / HEADS, batch, splits), block 128,
 // splits <= 64.
 // Twins: rms_norm.cu, rope.cu, attention.cu for the last position.
 #define LANES (D <= 64 ? 8 : D <= 128 ? 16 : 32)
-#define SLOTS (8 * 32 / LANES) // keys a block takes at a time
+#define WARPS 4 // few registers a block: it runs beside the products before and after
+#define SLOTS (WARPS * 32 / LANES) // keys a block takes at a time
 #define PAIRS ((D / 2 + 31) / 32)
 #define MAX_SPLITS 64
 
@@ -51,12 +52,12 @@ __device__ __forceinline__ void turn(const f16 *from, const float *gain, float p
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
 attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v, const float *__restrict__ q_gain,
        const float *__restrict__ k_gain, f16 *k_cache, f16 *v_cache, const u32 *__restrict__ positions,
        const __grid_constant__ Frequencies frequencies, float *partial, u32 *arrived, f16 *__restrict__ out, u32 heads,
        u32 kv_heads, u32 capacity, u32 window, float scale, float eps) {
-    __shared__ float parts[8][HEADS][D], largest_of[8][HEADS], sum_of[8][HEADS];
+    __shared__ float parts[WARPS][HEADS][D], largest_of[WARPS][HEADS], sum_of[WARPS][HEADS];
     __shared__ __align__(16) float queries[HEADS][D];
     __shared__ __align__(16) f16 new_key[D], new_value[D];
     __shared__ float share_of[MAX_SPLITS * HEADS];
@@ -81,7 +82,7 @@ attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restri
     u32 begin = first + blockIdx.z * each, end = min(begin + each, position + 1);
     bool has_new = begin <= position && position < end;
 
-    for (u32 head = warp; head <= HEADS; head += 8) {
+    for (u32 head = warp; head <= HEADS; head += WARPS) {
         if (head == HEADS && !has_new) break;
         float a[PAIRS], b[PAIRS];
         turn(head < HEADS ? q + head * D : k, head < HEADS ? q_gain : k_gain, (float)position, frequencies, eps, a, b);
@@ -173,24 +174,24 @@ attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restri
     u64 group = (u64)sequence * gridDim.x + blockIdx.x;
     float *own = partial + (group * splits + blockIdx.z) * ENTRY;
     out += ((u64)sequence * heads + first_head) * D;
-    // Eight lanes a head work out what each warp's part counts.
-    if (threadIdx.x < 8 * HEADS) {
-        u32 h = threadIdx.x / 8, w = threadIdx.x % 8, group_of_lanes = 0xffu << (threadIdx.x % 32 / 8 * 8);
+    // WARPS lanes a head work out what each warp's part counts.
+    if (threadIdx.x < WARPS * HEADS) {
+        u32 h = threadIdx.x / WARPS, w = threadIdx.x % WARPS, mates = ((1u << WARPS) - 1) << (lane / WARPS * WARPS);
         float its = largest_of[w][h], most = its;
 #pragma unroll
-        for (int lanes = 1; lanes < 8; lanes *= 2) most = fmaxf(most, __shfl_xor_sync(group_of_lanes, most, lanes));
+        for (int lanes = 1; lanes < WARPS; lanes *= 2) most = fmaxf(most, __shfl_xor_sync(mates, most, lanes));
         float factor = its == -INFINITY_F ? 0.0f : expf(its - most), total = factor * sum_of[w][h];
 #pragma unroll
-        for (int lanes = 1; lanes < 8; lanes *= 2) total += __shfl_xor_sync(group_of_lanes, total, lanes);
+        for (int lanes = 1; lanes < WARPS; lanes *= 2) total += __shfl_xor_sync(mates, total, lanes);
         sum_of[w][h] = splits == 1 ? factor / total : factor;
         if (splits > 1 && w == 0) own[HEADS * D + 2 * h] = most, own[HEADS * D + 2 * h + 1] = total;
     }
     __syncthreads();
-    for (u32 at = threadIdx.x; at < HEADS * D; at += 256) {
+    for (u32 at = threadIdx.x; at < HEADS * D; at += 32 * WARPS) {
         u32 h = at / D, c = at % D;
         float value = 0.0f;
 #pragma unroll
-        for (int w = 0; w < 8; w++) value += sum_of[w][h] * parts[w][h][c];
+        for (int w = 0; w < WARPS; w++) value += sum_of[w][h] * parts[w][h][c];
         if (splits == 1) store(out + at, value);
         else own[at] = value;
     }
@@ -226,7 +227,7 @@ attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restri
             if (lane + 32 * j < splits) share_of[(lane + 32 * j) * HEADS + warp] = largest_here[j] / total;
     }
     __syncthreads();
-    for (u32 at = threadIdx.x; at < HEADS * D; at += 256) {
+    for (u32 at = threadIdx.x; at < HEADS * D; at += 32 * WARPS) {
         u32 h = at / D;
         float value = 0.0f;
 #pragma unroll 8

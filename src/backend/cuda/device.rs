@@ -116,6 +116,11 @@ impl Device {
         format!("{} ({})", self.context.name().unwrap_or_else(|_| "CUDA device".into()), self.architecture)
     }
 
+    /// Returns the most shared memory a block can have, bytes.
+    pub fn shared_memory(&self) -> usize {
+        self.shared_memory as usize
+    }
+
     /// Returns how many multiprocessors it has.
     pub fn multiprocessors(&self) -> usize {
         self.multiprocessors

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::compile::Kernel;
-use super::device::{Arg, Buffer, Geometry};
+use super::device::{Arg, Buffer, Device, Geometry};
 use super::weight::Weight;
 use super::{Cuda, Tensor};
 
@@ -69,7 +69,7 @@ impl Cuda {
             Output::Swiglu => 2 * weight.rows,
             _ => parts.iter().map(|part| part.weight.rows).sum(),
         };
-        let shape = Shape::new(weight, rows, &input, self.device.multiprocessors())?;
+        let shape = Shape::new(weight, rows, &input, &self.device)?;
         let mut words = [0u64; 30];
         let mut tiles = 0;
         for i in 0..3 {
@@ -121,20 +121,17 @@ struct Shape {
     shared: usize,
 }
 
-/// Shared memory that launches plan with, bytes of a multiprocessor: half of an H100's, since the next launch's first
-/// stages fill while this one ends.
-const PLANNED: usize = 112 << 10;
-/// The most a block can have, and a multiprocessor without what the system keeps of it.
-const MOST: usize = 225 << 10;
+/// Shared memory of a block that the system keeps, and that kernels declare themselves, bytes.
+const KEPT: usize = 2 << 10;
 
 impl Shape {
-    fn new(weight: &Weight, rows: usize, input: &Input, multiprocessors: usize) -> Result<Self> {
+    fn new(weight: &Weight, rows: usize, input: &Input, device: &Device) -> Result<Self> {
         let batch = input.tokens;
         ensure!((1..=MAX_TOKENS).contains(&batch), "{batch} tokens in a product of 1 to {MAX_TOKENS}");
         let token_tiles = batch.div_ceil(8).next_power_of_two();
         let tokens = if batch == 1 { 1 } else { 8 * token_tiles };
         // Two tiles read each token's inputs once for 32 rows.
-        let row_tiles = if token_tiles > 1 { 2 } else { 1 };
+        let row_tiles = if tokens > 1 { 2 } else { 1 };
         let norm = input.norm.is_some();
         let stage = row_tiles * (64 * weight.lane_bytes() + 16 * weight.staged_grid_bytes())
             + if norm { 0 } else { tokens * 256 };
@@ -147,22 +144,24 @@ impl Shape {
         // How evenly tiles fall on the multiprocessors, in 1 / 1024.
         let tiles = rows.div_ceil(16 * row_tiles);
         let evenness = |blocks: usize| {
-            let slots = blocks * multiprocessors;
+            let slots = blocks * device.multiprocessors();
             1024 * tiles / (tiles.div_ceil(slots) * slots)
         };
         let most_blocks = if tokens > 8 { 1 } else { 3 };
         let per_multiprocessor =
-            (1..=most_blocks).max_by_key(|&blocks| evenness(blocks) + [0, 0, 128, 224][blocks]);
+            (1..=most_blocks).max_by_key(|&blocks| evenness(blocks) + [0, 0, 128, 64][blocks]);
         let per_multiprocessor = per_multiprocessor.unwrap_or(1);
-        let planned = if tokens > 8 { MOST } else { PLANNED / per_multiprocessor };
+        // Half of the shared memory: the next launch's first stages fill while this one ends.
+        let most = device.shared_memory() - KEPT;
+        let planned = if tokens > 8 { most } else { most / 2 / per_multiprocessor };
         let stages =
             |warps: usize| (2..=6).rev().find(|&stages| shared(warps, stages) <= planned).unwrap_or(2);
-        let Some(warps) = [8, 4, 2].into_iter().find(|&warps| shared(warps, stages(warps)) <= MOST) else {
+        let Some(warps) = [8, 4, 2].into_iter().find(|&warps| shared(warps, stages(warps)) <= most) else {
             anyhow::bail!("rows of {} are too wide for generation on the GPU", weight.cols)
         };
         let stages = stages(warps);
         let shared = shared(warps, stages);
-        let per_multiprocessor = per_multiprocessor.min(MOST / (shared + 2048)).max(1);
+        let per_multiprocessor = per_multiprocessor.min(device.shared_memory() / (shared + KEPT)).max(1);
         Ok(Shape { row_tiles, token_tiles, tokens, warps, stages, norm, per_multiprocessor, shared })
     }
 
