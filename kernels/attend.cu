@@ -13,11 +13,11 @@
 // Rounds where the forward pass does: after the norm and after the rotation; the rest is F32, rounded once.
 // Positions are dealt to `splits` blocks; the last to arrive merges them, in a fixed order. LANES lanes share a key; a lane
 // holds 8 columns of HEADS queries that read the same keys.
-// D % 16 == 0, D <= 256, HEADS divides heads / kv_heads, HEADS <= 4.  grid (heads / HEADS, batch, splits), block 128,
+// D % 16 == 0, D <= 256, HEADS divides heads / kv_heads, HEADS <= 4.  grid (heads / HEADS, batch, splits), block 256,
 // splits <= 64.
 // Twins: rms_norm.cu, rope.cu, attention.cu for the last position.
 #define LANES (D <= 64 ? 8 : D <= 128 ? 16 : 32)
-#define WARPS 4 // few registers a block: it runs beside the products before and after
+#define WARPS 8
 #define SLOTS (WARPS * 32 / LANES) // keys a block takes at a time
 #define PAIRS ((D / 2 + 31) / 32)
 #define MAX_SPLITS 64
@@ -52,7 +52,7 @@ __device__ __forceinline__ void turn(const f16 *from, const float *gain, float p
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v, const float *__restrict__ q_gain,
        const float *__restrict__ k_gain, f16 *k_cache, f16 *v_cache, const u32 *__restrict__ positions,
        const __grid_constant__ Frequencies frequencies, float *partial, u32 *arrived, f16 *__restrict__ out, u32 heads,

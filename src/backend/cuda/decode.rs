@@ -331,7 +331,7 @@ impl<'a> CudaDecoder<'a> {
         let splits = splits(self.model, self.lengths.len(), self.capacity);
         self.cuda.device.launch_overlapping(
             Kernel::new("attend", &[&format!("D={}", shape.head_dim), &format!("HEADS={heads}")]),
-            Geometry { grid: [shape.heads / heads, self.lengths.len(), splits], ..Geometry::flat(0, 128) },
+            Geometry { grid: [shape.heads / heads, self.lengths.len(), splits], ..Geometry::flat(0, 256) },
             &[
                 Arg::Pointer(state.q.at()),
                 Arg::Pointer(state.k.at()),
