@@ -21,6 +21,11 @@ impl Printer {
         Printer { quiet, verbose }
     }
 
+    /// Returns one that prints results and errors only.
+    pub fn silent(self) -> Self {
+        Printer { quiet: true, verbose: false }
+    }
+
     /// Prints a result to standard output.
     pub fn result(&self, text: &str) -> Result<()> {
         let mut out = io::stdout().lock();

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::artifact::file_name;
-use crate::backend::cpu::Cpu;
+use crate::backend::SecondMoments;
 use crate::calib::choose::{Choice, Effort, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
 use crate::calib::imatrix::Imatrix;
@@ -152,8 +152,9 @@ impl Windows {
     ///
     /// # Errors
     /// If calibration fails.
-    pub fn choose(
+    pub fn choose<B: SecondMoments>(
         &self,
+        backend: &B,
         args: &ConvertArgs,
         source: &Checkpoint,
         plan: &Plan,
@@ -170,7 +171,7 @@ impl Windows {
                 plan.recipe.format.name, trial.change, trial.kld
             ));
         };
-        let choice = choose_settings(&Cpu, source, plan, self.calibration(start), effort, &tell)?;
+        let choice = choose_settings(backend, source, plan, self.calibration(start), effort, &tell)?;
         if let Some(first) = choice.trials.first()
             && choice.settings != first.settings
         {

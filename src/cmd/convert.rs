@@ -7,15 +7,16 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::calibration::{self, Windows};
-use super::measure::{self, Request};
+use super::measure::{self, Request, WithBackend};
 use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
-use crate::backend::cpu::Cpu;
 use crate::calib::imatrix::Imatrix;
 use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
+use crate::container::Sink;
 use crate::convert::{self, Cost};
+use crate::eval::speed::Machine;
 use crate::eval::{Metric, Report, Row};
 use crate::manifest::{self, Evaluation, Manifest, SchemeRecord, Source, TensorRecord};
 use crate::model::kv_cache::KvCache;
@@ -221,12 +222,9 @@ fn write(
     let costs = match windows {
         None => convert::convert(source, &task.plan, sink.as_ref(), imatrix, &progress)?,
         Some(windows) => {
-            let choice = windows.choose(args, source, &task.plan, printer)?;
-            if let Some(calibration) = &mut task.manifest.calibration {
-                calibration.settings = choice.record();
-            }
-            let calibration = windows.calibration(choice.settings);
-            convert::convert_calibrated(&Cpu, source, &task.plan, sink.as_ref(), calibration, &progress)?.0
+            let work =
+                Calibrated { args, source, task, windows, sink: sink.as_ref(), progress: &progress, printer };
+            measure::on_named_device(&args.source.device, args.protocol.precise, printer.silent(), work)?
         }
     };
     sink.finish()?;
@@ -237,6 +235,32 @@ fn write(
         task.manifest.tensors.insert(step.id.to_string(), record);
     }
     Ok(())
+}
+
+/// A calibrated conversion, on the device that was asked for.
+struct Calibrated<'a> {
+    args: &'a ConvertArgs,
+    source: &'a Checkpoint,
+    task: &'a mut Task,
+    windows: &'a Windows,
+    sink: &'a dyn Sink,
+    progress: &'a (dyn Fn(u64) + Sync),
+    printer: Printer,
+}
+
+impl WithBackend for Calibrated<'_> {
+    type Output = Vec<Cost>;
+
+    fn run<B: Machine>(self, backend: &B) -> Result<Vec<Cost>> {
+        let Calibrated { args, source, task, windows, sink, progress, printer } = self;
+        printer.detail(format!("calibrating on {}", backend.describe()));
+        let choice = windows.choose(backend, args, source, &task.plan, printer)?;
+        if let Some(calibration) = &mut task.manifest.calibration {
+            calibration.settings = choice.record();
+        }
+        let calibration = windows.calibration(choice.settings);
+        Ok(convert::convert_calibrated(backend, source, &task.plan, sink, calibration, progress)?.0)
+    }
 }
 
 /// One line about a quantized tensor for `--verbose`.
