@@ -10,6 +10,7 @@ use super::calibration::{self, Windows};
 use super::measure::{self, Request, WithBackend};
 use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
+use crate::backend::cpu::Cpu;
 use crate::calib::imatrix::Imatrix;
 use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
