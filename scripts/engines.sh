@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Converts models to every format, loads each artifact in the engine it is for, and compares perplexities with ours:
 # GGUF in llama.cpp within 1 %, compressed-tensors in transformers within 0.01 % (1 % where inputs are quantized: there
-# equal arithmetic still rounds apart). Prints one table; exit 1 if an artifact fails.
+# equal arithmetic still rounds apart, by more than that over few windows). Prints one table; exit 1 if an artifact fails.
 #
 # usage: scripts/engines.sh WORK_DIR [MODEL_DIR...]       default model: eval/tiny-llama
-#        PEERS=WORK_DIR/peers  TEXT=eval/eval.txt  WINDOWS=20  QUANT=program to test, built if not given
+#        PEERS=WORK_DIR/peers  TEXT=eval/eval.txt  WINDOWS=40  QUANT=program to test, built if not given
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,8p' "$0" >&2; exit 2; }
 
@@ -16,7 +16,7 @@ shift
 text=${TEXT:-$repository/eval/eval.txt}
 peers=${PEERS:-$work/peers}
 python=$peers/venv/bin/python
-windows=${WINDOWS:-20}
+windows=${WINDOWS:-40}
 
 "$repository/scripts/peers.sh" "$peers"
 if [ -z "${QUANT:-}" ]; then
