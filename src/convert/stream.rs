@@ -79,18 +79,20 @@ fn shared_factors<'a>(
     source: &Checkpoint,
     steps: impl Iterator<Item = &'a Step>,
 ) -> Result<BTreeMap<TensorId, f32>> {
-    let mut members: BTreeMap<TensorId, (Scheme, Vec<TensorId>)> = BTreeMap::new();
+    let mut members: BTreeMap<TensorId, (Scheme, Vec<&Step>)> = BTreeMap::new();
     for step in steps {
         if let Action::Quantize(scheme) = step.action
             && fit::global_scale(&scheme, 1.0).is_some()
         {
-            members.entry(joined(step.id)).or_insert((scheme, vec![])).1.push(step.id);
+            members.entry(joined(step.id)).or_insert((scheme, vec![])).1.push(step);
         }
     }
-    let factor = |(id, (scheme, members)): (TensorId, (Scheme, Vec<TensorId>))| {
+    let factor = |(id, (scheme, members)): (TensorId, (Scheme, Vec<&Step>))| {
         let mut amax = 0f32;
-        for member in members {
-            amax = amax.max(fit::amax(&source.read(member)?.to_f32()));
+        for step in members {
+            for Job { rows, .. } in jobs(0, step) {
+                amax = amax.max(fit::amax(&source.read_rows(step.id, rows)?.to_f32()));
+            }
         }
         Ok((id, fit::global_scale(&scheme, amax).unwrap_or(1.0)))
     };

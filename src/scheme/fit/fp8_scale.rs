@@ -3,7 +3,7 @@
 //! The scale that just reaches the block's largest weight, `amax / 6`, lies between two stored ones. Up to three steps
 //! below it the largest weights clip; up to eight above it the largest comes to rest near 4 or 3, where E2M1 is denser.
 
-use super::power_of_two::nearest_magnitude;
+use super::e2m1::error;
 use super::tile::{self, LANES, Lanes, Tile};
 use crate::num::Codec;
 use crate::scheme::QTensor;
@@ -36,8 +36,9 @@ fn search(tile: &Tile<16>) -> Lanes {
         let candidate = tile::lanes(|l| scale((nearest[l] + step).clamp(BYTES.0, BYTES.1)));
         let cost = error(tile, &candidate);
         for l in 0..LANES {
-            let better = cost[l] < best[l];
-            best[l] = if better { cost[l] } else { best[l] };
+            let cost = cost[l] * (candidate[l] * candidate[l]);
+            let better = cost < best[l];
+            best[l] = if better { cost } else { best[l] };
             chosen[l] = if better { candidate[l] } else { chosen[l] };
         }
     }
@@ -48,21 +49,6 @@ fn search(tile: &Tile<16>) -> Lanes {
 #[inline(always)]
 fn scale(byte: i32) -> f32 {
     f32::from_bits((byte as u32) << 20) * f32::from_bits((127 + 120) << 23)
-}
-
-/// Returns the weighted squared error of each block.
-#[inline(always)]
-fn error(tile: &Tile<16>, scale: &Lanes) -> Lanes {
-    let inverse = tile::lanes(|l| 1.0 / scale[l]);
-    let mut sum = [0.0; LANES];
-    for (x, importance) in tile.x.iter().zip(&tile.importance) {
-        for l in 0..LANES {
-            let magnitude = x[l].abs() * inverse[l];
-            let difference = magnitude - nearest_magnitude(magnitude);
-            sum[l] += importance[l] * (difference * difference);
-        }
-    }
-    tile::lanes(|l| sum[l] * (scale[l] * scale[l]))
 }
 
 #[cfg(test)]

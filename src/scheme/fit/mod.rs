@@ -4,6 +4,7 @@
 //! the error of the weights rounded to the grid it really gives, so nothing is lost afterwards.
 
 mod affine;
+mod e2m1;
 mod fp8_scale;
 mod power_of_two;
 mod rows;

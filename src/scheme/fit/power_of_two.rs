@@ -1,6 +1,7 @@
 //! E8M0 scales: the choice of one exponent per block of 32 E2M1 values.
 
 use super::ScaleRule;
+use super::e2m1::error;
 use super::tile::{self, LANES, Lanes, Tile};
 use crate::scheme::QTensor;
 
@@ -77,39 +78,9 @@ fn try_factor(tile: &Tile<32>, floor: &Lanes, factor: &Lanes, best: &mut Lanes, 
     }
 }
 
-/// Returns the weighted squared error of each block in units of the scale. (Squares of the weights themselves could
-/// leave the range of F32.)
-#[inline(always)]
-fn error(tile: &Tile<32>, scale: &Lanes) -> Lanes {
-    let inverse = tile::lanes(|l| 1.0 / scale[l]);
-    let mut sum = [0.0; LANES];
-    for (x, importance) in tile.x.iter().zip(&tile.importance) {
-        for l in 0..LANES {
-            let magnitude = x[l].abs() * inverse[l];
-            let difference = magnitude - nearest_magnitude(magnitude);
-            sum[l] += importance[l] * (difference * difference);
-        }
-    }
-    sum
-}
-
-/// Returns the E2M1 magnitude nearest to `a`, which is not negative; ties to even, at most 6.
-///
-/// The spacing is half the binade's power of two, and ½ below 1. Adding 1.5 · 2^23 spacings makes the last place of
-/// the sum one spacing, so the addition itself rounds.
-#[inline(always)]
-pub(super) fn nearest_magnitude(a: f32) -> f32 {
-    let above_one = if a > 1.0 { a } else { 1.0 };
-    let binade = f32::from_bits(above_one.to_bits() & 0x7f80_0000);
-    let magic = binade * (1.5 * (1 << 22) as f32);
-    let rounded = (a + magic) - magic;
-    if rounded < 6.0 { rounded } else { 6.0 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::num::Element;
 
     #[test]
     fn two_candidates_are_as_good_as_all_three_when_weights_count_alike() {
@@ -125,14 +96,6 @@ mod tests {
             tile.x.iter_mut().flatten().for_each(|x| *x = next().powi(power));
             let amax = tile.amax();
             assert_eq!(search(&tile, &amax, false), search(&tile, &amax, true));
-        }
-    }
-
-    #[test]
-    fn nearest_magnitude_is_what_the_element_encodes() {
-        for i in 0..=4096 {
-            let a = i as f32 / 256.0;
-            assert_eq!(nearest_magnitude(a), Element::E2M1.decode(Element::E2M1.encode(a)), "{a}");
         }
     }
 }
