@@ -114,6 +114,15 @@ impl Corpus {
         Ok(Corpus { name: names.join(","), parts })
     }
 
+    /// Whether one of its mixes holds conversations that are not among its texts.
+    pub fn lacks_conversations(&self) -> bool {
+        let named = |mix: &str| self.name.split(',').any(|name| name == mix);
+        let texts = MIXES.iter().filter(|(mix, _)| named(mix)).flat_map(|(_, texts)| *texts);
+        texts
+            .filter(|text| text.name.ends_with(".jsonl"))
+            .any(|text| self.parts.iter().all(|part| part.name != text.name))
+    }
+
     /// Returns one hash for the whole: a single text's own, else that of all hashes.
     pub fn sha256(&self) -> String {
         match &self.parts[..] {
@@ -341,6 +350,7 @@ mod tests {
         assert_eq!(both.name, "languages,chat");
         let plain = Corpus::open(&names(&["default"]), None).unwrap();
         assert_eq!(plain.parts.len(), 2, "conversations are left out");
+        assert!(plain.lacks_conversations() && !both.lacks_conversations());
         assert!(Corpus::open(&names(&["chat"]), None).is_err());
         let message = Corpus::open(&names(&["nowhere"]), None).unwrap_err().to_string();
         assert!(message.contains("mixes: default, general"), "{message}");

@@ -15,7 +15,7 @@ use crate::output::{Printer, Unit};
 pub fn run(args: &CalibrateArgs, printer: Printer) -> Result<Outcome> {
     let model = ModelRef::resolve(args.model.as_deref(), args.revision.as_deref(), printer)?;
     let source = Checkpoint::open(&model.path)?;
-    let windows = Windows::new(&args.calibration, &source)?;
+    let windows = Windows::new(&args.calibration, &source, printer)?;
     let bar = printer.bar(source.config.num_hidden_layers as u64, "calibrate", Unit::Count);
     let importances = mean_squares(&Cpu, &source.config, &source, windows.tokens(), &|| bar.inc(1))?;
     bar.finish_and_clear();

@@ -77,7 +77,7 @@ impl Windows {
     ///
     /// # Errors
     /// A text that cannot be read or does not fill a window, windows longer than the model's context.
-    pub fn new(args: &CalibrationArgs, source: &Checkpoint) -> Result<Self> {
+    pub fn new(args: &CalibrationArgs, source: &Checkpoint, printer: Printer) -> Result<Self> {
         let template = ChatTemplate::new(&source.tokenizer_files()?)?;
         let render = |messages: &Value| match &template {
             Some(template) => {
@@ -88,6 +88,11 @@ impl Windows {
         };
         let render: Option<RenderChat> = template.is_some().then_some(&render);
         let corpus = Corpus::open(&args.calib, render)?;
+        if render.is_none() && corpus.lacks_conversations() {
+            printer.note(
+                "note: this model has no chat template: the calibration mix goes without its conversations",
+            );
+        }
         let context = args.calib_ctx as usize;
         ensure!(
             context <= source.config.max_position_embeddings,
@@ -172,16 +177,24 @@ impl Windows {
             ));
         };
         let choice = choose_settings(backend, source, plan, self.calibration(start), effort, &tell)?;
+        if effort != Effort::Fast && choice.trials.is_empty() {
+            printer.note(format!(
+                "note: {}: default settings: {} windows of calibration text are too few to try others on",
+                plan.recipe.format.name,
+                self.tokens.len()
+            ));
+        }
         if let Some(first) = choice.trials.first()
             && choice.settings != first.settings
         {
-            let best = choice.trials.iter().min_by(|a, b| a.kld.total_cmp(&b.kld)).unwrap_or(first);
+            let chosen =
+                choice.trials.iter().find(|trial| trial.settings == choice.settings).unwrap_or(first);
             printer.note(format!(
                 "{}: chose {} of {} settings tried: KLD {:.5} on calibration text kept out, {:.5} by default",
                 plan.recipe.format.name,
-                best.change,
+                chosen.change,
                 choice.trials.len(),
-                best.kld,
+                chosen.kld,
                 first.kld
             ));
         }

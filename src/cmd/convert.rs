@@ -42,7 +42,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     let method = calibration::method(args, &source, printer)?;
     let windows = match method {
         Method::Rtn => None,
-        Method::Gptq => Some(Windows::new(&args.calibration, &source)?),
+        Method::Gptq => Some(Windows::new(&args.calibration, &source, printer)?),
     };
     let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
     let kv_scales = kv_scales(args, &source, windows.as_ref(), printer)?;
@@ -139,14 +139,14 @@ fn kv_scales(
         let dialect = recipe(args, format, Method::Rtn)?.dialect.name();
         ensure!(
             dialect == "compressed-tensors",
-            "`--kv-cache fp8`: `{format}` is written as {dialect}, which has no place for scales; use a              compressed-tensors format"
+            "`--kv-cache fp8`: `{format}` is written as {dialect}, which has no place for scales; use a compressed-tensors format"
         );
     }
     if args.dry_run {
         return Ok(Some(vec![[1.0; 2]; source.config.num_hidden_layers]));
     }
     printer.note("calibrating the scales of keys and values");
-    let own = if windows.is_none() { Some(Windows::new(&args.calibration, source)?) } else { None };
+    let own = if windows.is_none() { Some(Windows::new(&args.calibration, source, printer)?) } else { None };
     let Some(windows) = windows.or(own.as_ref()) else { return Ok(None) };
     Ok(Some(fp8_scales(&Cpu, &source.config, source, windows.tokens())?))
 }
@@ -254,7 +254,7 @@ impl WithBackend for Calibrated<'_> {
 
     fn run<B: Machine>(self, backend: &B) -> Result<Vec<Cost>> {
         let Calibrated { args, source, task, windows, sink, progress, printer } = self;
-        printer.detail(format!("calibrating on {}", backend.describe()));
+        printer.note(format!("calibrating on {}", backend.describe()));
         let choice = windows.choose(backend, args, source, &task.plan, printer)?;
         if let Some(calibration) = &mut task.manifest.calibration {
             calibration.settings = choice.record();
