@@ -1,7 +1,7 @@
 //! Reading: a file of known length and where tensors lie in it.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -39,10 +39,23 @@ impl InputFile {
             self.path.display(),
             self.len
         );
-        let mut bytes = vec![0; len as usize];
-        self.file.read_exact_at(&mut bytes, start).with_context(|| {
-            format!("{}: cannot read {len} bytes at {start}; did the file change?", self.path.display())
-        })?;
+        let mut bytes = Vec::with_capacity(len as usize);
+        while bytes.len() < len as usize {
+            let at = start + bytes.len() as u64;
+            let read = rustix::io::pread(&self.file, rustix::buffer::spare_capacity(&mut bytes), at);
+            match read.map_err(std::io::Error::from) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Ok(0) => {
+                    bail!("{}: ends at {at}, as it did not when opened; did it change?", self.path.display())
+                }
+                read => {
+                    read.with_context(|| {
+                        format!("{}: cannot read {len} bytes at {start}", self.path.display())
+                    })?;
+                }
+            }
+        }
+        bytes.truncate(len as usize);
         Ok(bytes)
     }
 }

@@ -54,13 +54,13 @@ pub(super) fn stream(
     let jobs: Vec<Job> = steps().flat_map(|(i, step)| jobs(i, step)).collect();
     let done: Vec<Distortion> = jobs
         .par_iter()
-        .map(|job| {
+        .map_init(Vec::new, |weights, job| {
             let step = &plan.steps[job.step];
             let given = Given {
                 global: globals.get(&joined(step.id)).copied(),
                 importances: imatrix.map(|m| m.of(step.id, step.cols())).transpose()?.flatten(),
             };
-            let distortion = run(source, plan, sink, step, job.rows.clone(), given)
+            let distortion = run(source, plan, sink, step, job.rows.clone(), given, weights)
                 .with_context(|| format!("{}: `{}`", source.path.display(), step.id))?;
             progress((job.rows.len() * step.cols()) as u64);
             Ok(distortion)
@@ -133,6 +133,7 @@ fn jobs(index: usize, step: &Step) -> Vec<Job> {
     (0..rows).step_by(chunk).map(|r| Job { step: index, rows: r..(r + chunk).min(rows) }).collect()
 }
 
+/// Converts rows of one step; `weights` is memory to decode them in, kept from chunk to chunk.
 fn run(
     source: &Checkpoint,
     plan: &Plan,
@@ -140,24 +141,25 @@ fn run(
     step: &Step,
     rows: Range<usize>,
     given: Given,
+    weights: &mut Vec<f32>,
 ) -> Result<Distortion> {
     let matrix = source.read_rows(step.id, rows.clone())?;
     let [chunk_rows, cols] = matrix.dims();
-    let mut weights = vec![0.0; chunk_rows * cols];
-    matrix.decode_rows(0, &mut weights);
+    weights.resize(chunk_rows * cols, 0.0);
+    matrix.decode_rows(0, weights);
     let first_row = rows.start;
     let (distortion, parts) = match step.action {
         Action::Keep(dtype) => {
-            ensure_finite(&weights, first_row, cols)?;
-            (Distortion::default(), vec![keep(&matrix, &weights, dtype, step)])
+            ensure_finite(weights, first_row, cols)?;
+            (Distortion::default(), vec![keep(&matrix, weights, dtype, step)])
         }
         Action::Quantize(scheme) => {
             let (rule, importances) = (plan.recipe.scale_rule, given.importances);
-            let q = fit_under(given.global, scheme, &weights, chunk_rows, cols, importances, rule);
-            let distortion = q.distortion(&weights, importances);
+            let q = fit_under(given.global, scheme, weights, chunk_rows, cols, importances, rule);
+            let distortion = q.distortion(weights, importances);
             // The sum of all squares (in F64, which holds the square of any F32) is finite exactly if all weights are.
             if !distortion.power.is_finite() {
-                ensure_finite(&weights, first_row, cols)?;
+                ensure_finite(weights, first_row, cols)?;
             }
             (distortion, pack(q, plan, step)?)
         }

@@ -1,21 +1,16 @@
 //! The error of rounding blocks to E2M1, which the scale searches of MXFP4 and NVFP4 share.
 
-use super::tile::{self, LANES, Lanes, Tile};
+use super::tile::{self, Lanes, Tile};
 
 /// Returns the weighted squared error of each block in units of the scale. (Squares of the weights themselves could
 /// leave the range of F32.)
 #[inline(always)]
 pub(super) fn error<const N: usize>(tile: &Tile<N>, scale: &Lanes) -> Lanes {
     let inverse = tile::lanes(|l| 1.0 / scale[l]);
-    let mut sum = [0.0; LANES];
-    for (x, importance) in tile.x.iter().zip(&tile.importance) {
-        for l in 0..LANES {
-            let magnitude = x[l].abs() * inverse[l];
-            let difference = magnitude - nearest_magnitude(magnitude);
-            sum[l] += importance[l] * (difference * difference);
-        }
-    }
-    sum
+    tile.squares(|x, l| {
+        let magnitude = x.abs() * inverse[l];
+        magnitude - nearest_magnitude(magnitude)
+    })
 }
 
 /// Returns the E2M1 magnitude nearest to `a`, which is not negative; ties to even, at most 6.

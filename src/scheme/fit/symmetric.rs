@@ -18,7 +18,7 @@ pub(super) fn fit<const N: usize>(q: &mut QTensor, weights: &[f32], importances:
     let mut tile = Tile::<N>::new();
     for first in (0..q.scales.len()).step_by(LANES) {
         let groups = tile.load(weights, importances, first);
-        let round = |scale: &Lanes| tile::lanes(|l| codec.round(scale[l]));
+        let round = |scale: &Lanes| tile::rounded(codec, scale);
         let scales = match element {
             Element::Int(8) => eight_bits(&tile, round),
             _ => {
@@ -38,14 +38,7 @@ fn eight_bits<const N: usize>(tile: &Tile<N>, round: impl Fn(&Lanes) -> Lanes) -
     for units in EIGHT_BITS {
         let scale = round(&tile::lanes(|l| amax[l] * (1.0 / units)));
         let inverse = reciprocal(&scale);
-        let mut cost = [0.0; LANES];
-        for (x, importance) in tile.x.iter().zip(&tile.importance) {
-            for l in 0..LANES {
-                let code = x[l] * inverse[l];
-                let difference = code - code.round_ties_even();
-                cost[l] += importance[l] * (difference * difference);
-            }
-        }
+        let cost = tile.squares(|x, l| tile::fraction(x, inverse[l]));
         let cost = tile::lanes(|l| cost[l] * ((1.0 / units) * (1.0 / units)));
         keep(&mut best, &mut chosen, &cost, &scale);
     }
@@ -157,9 +150,8 @@ pub(super) fn reciprocal(scale: &Lanes) -> Lanes {
 /// Replaces what was chosen wherever the cost is lower.
 #[inline(always)]
 pub(super) fn keep(best: &mut Lanes, chosen: &mut Lanes, cost: &Lanes, candidate: &Lanes) {
-    for l in 0..LANES {
-        let better = cost[l] < best[l];
-        best[l] = if better { cost[l] } else { best[l] };
-        chosen[l] = if better { candidate[l] } else { chosen[l] };
-    }
+    // As masks: from a conditional the compiler makes a branch for every lane.
+    let better: [u32; LANES] = std::array::from_fn(|l| ((cost[l] < best[l]) as u32).wrapping_neg());
+    *best = tile::select(&better, cost, best);
+    *chosen = tile::select(&better, candidate, chosen);
 }
