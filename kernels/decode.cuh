@@ -1,12 +1,5 @@
 // Stored weights → numbers, for every scheme: value = scale · element[code] + offset, rounded in that order, so that the
-// result equals QTensor::decode_row bit for bit. The scheme comes in as macros, set by backend/cuda/weight.rs:
-//
-//   ELEMENT      one of DENSE_F32, DENSE_F16, DENSE_BF16, E2M1, E4M3, INT, UINT
-//   BITS         bits of a code
-//   GROUP        columns that share a scale; ROW or TENSOR
-//   SCALE        codec of the (inner) scales
-//   OUTER        codec of the outer scales, or NONE; OUTER_GROUP as GROUP
-//   OFFSET       NONE, ADDED or SUBTRACTED; OFFSET_CODEC
+// result equals QTensor::decode_row bit for bit. The scheme comes in as macros: scheme.cuh.
 //
 // Layout. Eight codes are one unit. Dense weights and INT8 with one scale a row (PLAIN, what matrix products read as it
 // lies) keep column order. Other rows are padded with zeros to `pitch`, a multiple of 128 columns, and each piece of 128 is
@@ -22,29 +15,6 @@
 //   scales, outer, offsets, outer_offsets: stored bits of their codecs, one entry a group, 1, 2 or 4 bytes each; of eight
 //          rows together, those of a piece (or of a longer group) behind each other, row by row: what a tile reads is dense
 // Twin: scheme/qtensor.rs decode_row.
-
-#define NONE -1
-#define DENSE_F32 0
-#define DENSE_F16 1
-#define DENSE_BF16 2
-#define E2M1 3
-#define E4M3 4
-#define INT 5
-#define UINT 6
-
-#define CODEC_F32 0
-#define CODEC_F16 1
-#define CODEC_BF16 2
-#define CODEC_E8M0 3
-#define CODEC_E4M3 4
-#define CODEC_U6 5
-#define CODEC_I8 6
-
-#define ROW 0
-#define TENSOR -1
-
-#define ADDED 1
-#define SUBTRACTED 2
 
 #define DENSE (ELEMENT == DENSE_F32 || ELEMENT == DENSE_F16 || ELEMENT == DENSE_BF16)
 #if DENSE
@@ -66,13 +36,6 @@ struct Weight {
     u32 cols;
     u32 pitch;
 };
-
-// Sign, 4 exponent bits with bias 7, 3 mantissa bits. Placed in an F32's fields it is the value · 2^-120, subnormals
-// included; S.1111.111 is NaN.
-__device__ __forceinline__ float e4m3_to_float(u32 code) {
-    if ((code & 0x7f) == 0x7f) return __int_as_float(0x7fffffff);
-    return __uint_as_float((code & 0x80) << 24 | (code & 0x7f) << 20) * __uint_as_float(0x7b800000);
-}
 
 template <int CODEC> __device__ __forceinline__ float stored(const u8 *from, u32 at) {
     switch (CODEC) {

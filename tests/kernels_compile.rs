@@ -5,7 +5,7 @@
 
 use quant::backend::cuda::compile::{Kernel, compile, names};
 use quant::backend::cuda::{library, scheme_defines};
-use quant::scheme::schemes;
+use quant::scheme::{Span, schemes};
 
 fn kernel(name: &'static str, defines: &str) -> Kernel {
     Kernel::new(name, &defines.split_whitespace().collect::<Vec<_>>())
@@ -43,6 +43,36 @@ fn decoding() -> Vec<Kernel> {
     kernels
 }
 
+/// Returns all variants of the kernels that choose codes.
+fn calibrating() -> Vec<Kernel> {
+    let plain = ["coefficients", "correct", "divide", "gather_columns", "missing", "row_dots", "symmetrize"];
+    let mut kernels: Vec<Kernel> = plain.map(|name| kernel(name, "")).into();
+    kernels.push(kernel("widen_hessian", ""));
+    let grouped = [schemes::int8_grouped(128), schemes::int8_grouped(64), schemes::int4_grouped(32)];
+    for scheme in schemes::ALL.iter().chain(&grouped) {
+        let mut push = |name, more: &[&str]| {
+            let defines = scheme_defines(scheme).into_iter().chain(more.iter().map(|more| more.to_string()));
+            kernels.push(Kernel { name, defines: defines.collect() });
+        };
+        push("feedback", &[]);
+        push("values", &["WHAT=VALUE"]);
+        push("descend", &["PART=CODES"]);
+        match scheme.group {
+            Span::Row => {
+                push("values", &["WHAT=UNIT"]);
+                push("regrid", &[]);
+                push("adopt", &[]);
+            }
+            _ => push("descend", &["PART=SCALES"]),
+        }
+        if let Some((Span::Cols(_), _)) = scheme.outer {
+            push("outer_parts", &[]);
+            push("refit_outer", &[]);
+        }
+    }
+    kernels
+}
+
 fn variants() -> Vec<Kernel> {
     let mut kernels = decoding();
     for x in ["float", "f16"] {
@@ -65,6 +95,7 @@ fn variants() -> Vec<Kernel> {
             kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));
         }
     }
+    kernels.extend(calibrating());
     for name in ["advance", "compare", "gather", "score"] {
         kernels.push(kernel(name, ""));
     }

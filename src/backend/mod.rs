@@ -7,6 +7,7 @@ pub mod cuda;
 
 use anyhow::Result;
 
+use crate::method::solve::{Knobs, Solve};
 use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
@@ -166,12 +167,61 @@ pub trait Backend: Sync {
     ) -> Result<Vec<Divergence>>;
 }
 
+/// [`Moments`](crate::method::statistics::Moments) where a device has summed them; of the Hessian only the entries at and
+/// below the diagonal need be right.
+pub struct MomentSums<T> {
+    /// Input features.
+    pub cols: usize,
+    /// Number of tokens seen.
+    pub tokens: usize,
+    /// `X̃ᵀX̃`, `[cols, cols]`.
+    pub hessian: T,
+    /// `XᵀX̃`, `[cols, cols]`.
+    pub cross: T,
+    /// `(R - R̃)ᵀX̃`, `[outputs, cols]`, for linears that add to the residual stream.
+    pub drift: Option<T>,
+}
+
 /// What calibration asks of a backend beyond a forward pass.
 pub trait SecondMoments: Backend {
+    /// Chooses the codes of the linears that read one input.
+    type Solver<'a>: Solve
+    where
+        Self: 'a;
+
+    /// Returns zeros `[rows, cols]`, where sums start.
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+
     /// x -= y
     fn subtract(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
     /// sum += aᵀ · b for `a` `[n, a_cols]`, `b` `[n, b_cols]`, `sum` `[a_cols, b_cols]`: second moments of calibration.
     /// Where `a` and `b` are the same tensor, only the entries at and below the diagonal need be right.
     fn add_moment(&self, sum: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor) -> Result<()>;
+
+    /// sum\[i, j\] /= rows\[i\] · columns\[j\], where an absent factor is 1: moments of inputs in other units.
+    fn divide(&self, sum: &mut Self::Tensor, rows: Option<&[f32]>, columns: Option<&[f32]>) -> Result<()>;
+
+    /// Prepares to quantize the linears that read the input of these moments.
+    ///
+    /// # Errors
+    /// If the moments are not finite.
+    fn solver(&self, moments: MomentSums<Self::Tensor>, knobs: Knobs) -> Result<Self::Solver<'_>>;
+}
+
+impl<T> MomentSums<T> {
+    /// Divides column j of X̃ and of X by `scales[j]`: the moments of inputs in other units.
+    pub fn rescale<B: SecondMoments<Tensor = T>>(&mut self, backend: &B, scales: &[f32]) -> Result<()> {
+        backend.divide(&mut self.hessian, Some(scales), Some(scales))?;
+        backend.divide(&mut self.cross, Some(scales), Some(scales))?;
+        match &mut self.drift {
+            Some(drift) => backend.divide(drift, None, Some(scales)),
+            None => Ok(()),
+        }
+    }
+
+    /// Divides column j of X alone by `scales[j]`, where X̃ already comes in the new units.
+    pub fn rescale_full<B: SecondMoments<Tensor = T>>(&mut self, backend: &B, scales: &[f32]) -> Result<()> {
+        backend.divide(&mut self.cross, Some(scales), None)
+    }
 }

@@ -14,9 +14,8 @@ use rayon::prelude::*;
 use super::settings::Settings;
 use super::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_columns};
 use crate::backend::cpu::round_rows;
-use crate::backend::{Batch, SecondMoments};
-use crate::method::solve::{Solved, Solver};
-use crate::method::statistics::Moments;
+use crate::backend::{Batch, MomentSums, SecondMoments};
+use crate::method::solve::{Solve, Solved};
 use crate::model::TensorSource;
 use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::config::Config;
@@ -315,17 +314,17 @@ impl<B: SecondMoments> Run<'_, B> {
             if wanted.is_empty() {
                 return Ok(());
             }
-            return self.solve(source, wanted, sums.moments()?, None, None, quantized);
+            return self.solve(source, wanted, sums.moments, None, None, quantized);
         }
         let inputs = std::mem::take(&mut sums.sample);
-        let mut moments = sums.moments()?;
+        let mut moments = sums.moments;
         let mut factors = None;
         if let Some((norm, gain)) = norm {
             let found = self.norm_factors(source, norm, &inputs, &wanted, gain)?;
-            moments.rescale(&found.scales);
+            moments.rescale(self.backend, &found.scales)?;
             factors = Some(found);
         } else if let (Role::Down, Some(inner)) = (roles[0], inner) {
-            moments.rescale_full(&inner.scales);
+            moments.rescale_full(self.backend, &inner.scales)?;
             factors = Some(inner.clone());
         }
         self.solve(source, wanted, moments, factors.as_ref(), inner, quantized)
@@ -337,7 +336,7 @@ impl<B: SecondMoments> Run<'_, B> {
         &mut self,
         source: &impl TensorSource,
         wanted: Vec<(TensorId, Scheme)>,
-        moments: Moments,
+        moments: MomentSums<B::Tensor>,
         factors: Option<&Factors>,
         inner: Option<&Factors>,
         quantized: &mut Layer<B>,
@@ -354,8 +353,8 @@ impl<B: SecondMoments> Run<'_, B> {
             }
             Ok(weights)
         };
-        let solver = Solver::new(moments, self.request.settings.knobs(roles[0]))
-            .with_context(|| format!("{}", wanted[0].0))?;
+        let knobs = self.request.settings.knobs(roles[0]);
+        let solver = self.backend.solver(moments, knobs).with_context(|| format!("{}", wanted[0].0))?;
         // What engines join into one matrix gets one factor.
         let joined = wanted.iter().any(|(_, scheme)| fit::global_scale(scheme, 1.0).is_some());
         let mut amax = None;
@@ -398,9 +397,8 @@ impl<B: SecondMoments> Run<'_, B> {
                 Some(fit(scheme, &weight.to_f32(), rows, cols, None, rule))
             }
             Some(scheme) => {
-                let moments = sums.moments()?;
-                let tokens = moments.tokens;
-                let solver = Solver::new(moments, self.request.settings.knobs(Role::Head))?;
+                let tokens = sums.moments.tokens;
+                let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;
                 let solved = solver.quantize(&weight.to_f32(), weight.dims()[0], scheme, None)?;
                 let q = solved.q.clone();
                 (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing: None }))?;
@@ -436,12 +434,7 @@ fn sampled_rows(rows: usize, count: usize) -> Vec<usize> {
 /// Moments while they are summed, with the backend.
 struct Sums<'a, B: SecondMoments> {
     backend: &'a B,
-    cols: usize,
-    tokens: usize,
-    hessian: B::Tensor,
-    cross: B::Tensor,
-    /// Only for linears that add to the residual stream.
-    drift: Option<B::Tensor>,
+    moments: MomentSums<B::Tensor>,
     /// Some rows of X̃, where smoothing factors are searched.
     sample: Vec<f32>,
     /// Rows to take from each chunk.
@@ -453,11 +446,10 @@ struct Sums<'a, B: SecondMoments> {
 impl<'a, B: SecondMoments> Sums<'a, B> {
     /// Returns sums over no tokens, for inputs of `cols` columns; of drift with residual streams of `hidden` columns.
     fn new(backend: &'a B, cols: usize, hidden: Option<usize>) -> Result<Self> {
-        let zeros = |rows: usize| backend.tensor(rows, cols, &vec![0.0; rows * cols]);
+        let zeros = |rows: usize| backend.zeros(rows, cols);
         let drift = hidden.map(zeros).transpose()?;
-        let (hessian, cross) = (zeros(cols)?, zeros(cols)?);
-        let (sample, activations) = (Vec::new(), Activations::Full);
-        Ok(Sums { backend, cols, tokens: 0, hessian, cross, drift, sample, sampled: 0, activations })
+        let moments = MomentSums { cols, tokens: 0, hessian: zeros(cols)?, cross: zeros(cols)?, drift };
+        Ok(Sums { backend, moments, sample: Vec::new(), sampled: 0, activations: Activations::Full })
     }
 
     /// Returns sums over inputs as the engine rounds them: what the linear's weights really meet.
@@ -483,35 +475,21 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
             None => None,
             Some(round) => {
                 let mut values = self.backend.read(quantized)?;
-                values.par_chunks_mut(self.cols).for_each(round);
-                Some(self.backend.tensor(chunk.ids.len(), self.cols, &values)?)
+                let cols = self.moments.cols;
+                values.par_chunks_mut(cols).for_each(round);
+                Some(self.backend.tensor(chunk.ids.len(), cols, &values)?)
             }
         };
         let quantized = rounded.as_ref().unwrap_or(quantized);
-        self.backend.add_moment(&mut self.hessian, quantized, quantized)?;
-        self.backend.add_moment(&mut self.cross, full, quantized)?;
-        if let Some(drift) = &mut self.drift {
+        let moments = &mut self.moments;
+        self.backend.add_moment(&mut moments.hessian, quantized, quantized)?;
+        self.backend.add_moment(&mut moments.cross, full, quantized)?;
+        if let Some(drift) = &mut moments.drift {
             let mut difference = chunk.full.clone();
             self.backend.subtract(&mut difference, &chunk.quantized)?;
             self.backend.add_moment(drift, &difference, quantized)?;
         }
-        self.tokens += chunk.ids.len();
+        moments.tokens += chunk.ids.len();
         Ok(())
-    }
-
-    fn moments(self) -> Result<Moments> {
-        let mut hessian = self.backend.read(&self.hessian)?;
-        for row in 0..self.cols {
-            for col in 0..row {
-                hessian[col * self.cols + row] = hessian[row * self.cols + col];
-            }
-        }
-        Ok(Moments {
-            cols: self.cols,
-            tokens: self.tokens,
-            hessian,
-            cross: self.backend.read(&self.cross)?,
-            drift: self.drift.map(|drift| self.backend.read(&drift)).transpose()?,
-        })
     }
 }

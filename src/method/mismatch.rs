@@ -18,7 +18,7 @@ use super::linalg::{self, Cholesky};
 use super::statistics::Moments;
 
 /// The constant part of λ.
-const RIDGE: f32 = 0.01;
+pub(crate) const RIDGE: f32 = 0.01;
 
 /// How far a target moves, 0..=1 each.
 #[derive(Clone, Copy, Debug, PartialEq)]

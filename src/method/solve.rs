@@ -1,6 +1,7 @@
 //! One matrix from weights to codes: target, scales, feedback rounding, descent.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail};
+use rayon::prelude::*;
 
 use super::descent::descend;
 use super::gptq::{Feedback, gptq};
@@ -9,6 +10,7 @@ use super::mismatch::{Strength, corrected_target};
 use super::statistics::Moments;
 use crate::scheme::fit::{self, ScaleRule, fit_under};
 use crate::scheme::{QTensor, Scheme};
+use crate::tensor::first_non_finite;
 
 /// The knobs of calibrated rounding of one matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,6 +36,54 @@ pub struct Solved {
     pub error: f64,
 }
 
+/// Chooses the codes of the linears that read one input, on any device. [`Solver`] is the definition.
+pub trait Solve {
+    /// Returns the number of input features.
+    fn cols(&self) -> usize;
+
+    /// Returns the quantized form of `weights` `[rows, cols]`, under the factor `global` where the scheme has one for the
+    /// whole tensor (`None`: its own).
+    ///
+    /// # Errors
+    /// If weights or moments are not finite.
+    fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme, global: Option<f32>) -> Result<Solved>;
+}
+
+/// Returns the factor that a matrix's scales are fitted under: `given`, else its own, where the scheme has one.
+///
+/// # Errors
+/// If a weight is not finite.
+pub fn checked_global(weights: &[f32], scheme: &Scheme, given: Option<f32>) -> Result<Option<f32>> {
+    if let Some(at) = first_non_finite(weights) {
+        bail!("weight {at} is {}, wanted finite numbers", weights[at]);
+    }
+    Ok(given.or_else(|| fit::global_scale(scheme, fit::amax(weights))))
+}
+
+/// Rows that one thread fits at a time.
+const FIT_ROWS: usize = 64;
+
+/// Returns [`fit_under`] of `target`, its rows in parallel.
+pub fn fit_target(
+    target: &[f32],
+    cols: usize,
+    scheme: Scheme,
+    global: Option<f32>,
+    importances: &[f32],
+    rule: ScaleRule,
+) -> QTensor {
+    let rows = target.len() / cols;
+    let fitted: Vec<QTensor> = target
+        .par_chunks(FIT_ROWS * cols)
+        .map(|part| fit_under(global, scheme, part, part.len() / cols, cols, Some(importances), rule))
+        .collect();
+    let mut q = QTensor::zeroed(scheme, rows, cols);
+    for (i, part) in fitted.iter().enumerate() {
+        q.set_rows(i * FIT_ROWS, part);
+    }
+    q
+}
+
 /// The statistics of one input with everything derived from them that its linears share.
 pub struct Solver {
     moments: Moments,
@@ -54,37 +104,6 @@ impl Solver {
         Ok(Solver { importances: moments.importances(), feedback, damped, moments, knobs })
     }
 
-    /// Returns the number of input features.
-    pub fn cols(&self) -> usize {
-        self.moments.cols
-    }
-
-    /// Returns the quantized form of `weights` `[rows, cols]`, under the factor `global` where the scheme has one for the
-    /// whole tensor (`None`: its own).
-    ///
-    /// # Errors
-    /// If weights or moments are not finite.
-    pub fn quantize(
-        &self,
-        weights: &[f32],
-        rows: usize,
-        scheme: Scheme,
-        global: Option<f32>,
-    ) -> Result<Solved> {
-        let cols = self.moments.cols;
-        ensure!(weights.iter().all(|w| w.is_finite()), "weights that are not finite");
-        let target = corrected_target(weights, &self.moments, self.knobs.strength)?;
-        let global = global.or_else(|| fit::global_scale(&scheme, fit::amax(weights)));
-        let importances = Some(&self.importances[..]);
-        let mut q = fit_under(global, scheme, &target, rows, cols, importances, self.knobs.scale_rule);
-        let energy = self.energy(&target, rows).max(f64::MIN_POSITIVE);
-        let error_nearest = self.error(&q, &target) / energy;
-        gptq(&target, &mut q, &self.feedback);
-        descend(&target, &mut q, &self.damped, self.knobs.sweeps);
-        let error = self.error(&q, &target) / energy;
-        Ok(Solved { q, error_nearest, error })
-    }
-
     fn error(&self, q: &QTensor, target: &[f32]) -> f64 {
         let delta: Vec<f32> = q.decode().iter().zip(target).map(|(v, t)| v - t).collect();
         self.energy(&delta, q.rows)
@@ -96,5 +115,24 @@ impl Solver {
         let mut product = vec![0.0; a.len()];
         linalg::add_product(&mut product, a, &self.moments.hessian, [rows, cols, cols]);
         a.iter().zip(&product).map(|(a, p)| *a as f64 * *p as f64).sum()
+    }
+}
+
+impl Solve for Solver {
+    fn cols(&self) -> usize {
+        self.moments.cols
+    }
+
+    fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme, global: Option<f32>) -> Result<Solved> {
+        let global = checked_global(weights, &scheme, global)?;
+        let target = corrected_target(weights, &self.moments, self.knobs.strength)?;
+        let rule = self.knobs.scale_rule;
+        let mut q = fit_target(&target, self.moments.cols, scheme, global, &self.importances, rule);
+        let energy = self.energy(&target, rows).max(f64::MIN_POSITIVE);
+        let error_nearest = self.error(&q, &target) / energy;
+        gptq(&target, &mut q, &self.feedback);
+        descend(&target, &mut q, &self.damped, self.knobs.sweeps);
+        let error = self.error(&q, &target) / energy;
+        Ok(Solved { q, error_nearest, error })
     }
 }

@@ -48,26 +48,6 @@ impl Moments {
         self.tokens += tokens;
     }
 
-    /// Divides column j of X̃ and of X by `scales[j]`: the moments of inputs in other units.
-    pub fn rescale(&mut self, scales: &[f32]) {
-        let cols = self.cols;
-        for sums in [&mut self.hessian, &mut self.cross] {
-            for (row, scale) in sums.chunks_exact_mut(cols).zip(scales) {
-                row.iter_mut().zip(scales).for_each(|(sum, other)| *sum /= scale * other);
-            }
-        }
-        for row in self.drift.iter_mut().flat_map(|drift| drift.chunks_exact_mut(cols)) {
-            row.iter_mut().zip(scales).for_each(|(sum, scale)| *sum /= scale);
-        }
-    }
-
-    /// Divides column j of X alone by `scales[j]`, where X̃ already comes in the new units.
-    pub fn rescale_full(&mut self, scales: &[f32]) {
-        for (row, scale) in self.cross.chunks_exact_mut(self.cols).zip(scales) {
-            row.iter_mut().for_each(|sum| *sum /= scale);
-        }
-    }
-
     /// Returns the mean squared input of each column, `[cols]`: the importances of a weighted scale search.
     pub fn importances(&self) -> Vec<f32> {
         let tokens = self.tokens.max(1) as f32;

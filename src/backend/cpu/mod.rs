@@ -13,7 +13,9 @@ use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
 use self::product::{Left, Previous, Wanted, multiply_transposed};
-use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score, SecondMoments};
+use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
+use crate::method::solve::{Knobs, Solver};
+use crate::method::statistics::Moments;
 use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
@@ -169,6 +171,12 @@ impl Backend for Cpu {
 }
 
 impl SecondMoments for Cpu {
+    type Solver<'a> = Solver;
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Array2<f32>> {
+        Ok(Array2::zeros((rows, cols)))
+    }
+
     fn add_moment(&self, sum: &mut Array2<f32>, a: &Array2<f32>, b: &Array2<f32>) -> Result<()> {
         ensure!(
             a.nrows() == b.nrows() && sum.dim() == (a.ncols(), b.ncols()),
@@ -186,6 +194,29 @@ impl SecondMoments for Cpu {
     fn subtract(&self, x: &mut Array2<f32>, y: &Array2<f32>) -> Result<()> {
         *x -= y;
         Ok(())
+    }
+
+    fn divide(&self, sum: &mut Array2<f32>, rows: Option<&[f32]>, columns: Option<&[f32]>) -> Result<()> {
+        let (height, width) = sum.dim();
+        ensure!(
+            rows.is_none_or(|rows| rows.len() == height) && columns.is_none_or(|cols| cols.len() == width),
+            "factors that do not fit moments of [{height}, {width}]"
+        );
+        let factor = |factors: Option<&[f32]>, i: usize| factors.map_or(1.0, |factors| factors[i]);
+        sum.indexed_iter_mut().for_each(|((i, j), sum)| *sum /= factor(rows, i) * factor(columns, j));
+        Ok(())
+    }
+
+    fn solver(&self, moments: MomentSums<Array2<f32>>, knobs: Knobs) -> Result<Solver> {
+        let MomentSums { cols, tokens, hessian, cross, drift } = moments;
+        let mut hessian = self.read(&hessian)?;
+        for row in 0..cols {
+            for col in 0..row {
+                hessian[col * cols + row] = hessian[row * cols + col];
+            }
+        }
+        let drift = drift.map(|drift| self.read(&drift)).transpose()?;
+        Solver::new(Moments { cols, tokens, hessian, cross: self.read(&cross)?, drift }, knobs)
     }
 }
 

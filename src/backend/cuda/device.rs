@@ -11,7 +11,9 @@ use cudarc::driver::sys::{
     CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
     CUlaunchAttributeValue, CUlaunchConfig, CUmemPool_attribute, cuLaunchKernelEx,
 };
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, result};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits, result,
+};
 use cudarc::nvrtc::Ptx;
 
 use super::compile::{self, Kernel};
@@ -183,6 +185,39 @@ impl Device {
         // SAFETY: the range was just checked; memory that is not page-locked is read before the call returns.
         unsafe { result::memcpy_htod_async(buffer.at() + at as u64, bytes, self.stream.cu_stream()) }
             .context("copying to the GPU failed")
+    }
+
+    /// Copies numbers to the device as they lie in memory.
+    #[allow(unsafe_code)]
+    pub fn upload_numbers<T: DeviceRepr>(&self, values: &[T]) -> Result<Buffer> {
+        let buffer = self.allocate(size_of_val(values))?;
+        self.context.bind_to_thread()?;
+        // SAFETY: the buffer was made for these bytes; memory that is not page-locked is read before the call returns.
+        unsafe { result::memcpy_htod_async(buffer.at(), values, self.stream.cu_stream()) }
+            .context("copying to the GPU failed")?;
+        Ok(buffer)
+    }
+
+    /// Copies the first `out.len()` numbers from the device; bytes of any value must be such a number.
+    #[allow(unsafe_code)]
+    pub fn download_numbers<T: DeviceRepr + ValidAsZeroBits>(
+        &self,
+        buffer: &Buffer,
+        out: &mut [T],
+    ) -> Result<()> {
+        ensure!(size_of_val(out) <= buffer.bytes(), "a copy past the end of a buffer");
+        self.context.bind_to_thread()?;
+        // SAFETY: the range was just checked; `out` lives until the copy is done, which is waited for.
+        unsafe { result::memcpy_dtoh_async(out, buffer.at(), self.stream.cu_stream()) }
+            .context("copying from the GPU failed")?;
+        self.synchronize()
+    }
+
+    /// Allocates zeros.
+    pub fn zeros(&self, bytes: usize) -> Result<Buffer> {
+        let mut buffer = self.allocate(bytes)?;
+        self.stream.memset_zeros(&mut buffer.0).context("writing zeros on the GPU failed")?;
+        Ok(buffer)
     }
 
     /// Copies the first `out.len()` bytes from the device.

@@ -1,9 +1,13 @@
-//! Matrix products by cuBLASLt: y = x · wᵀ with `w` `[out, in]` and `x` `[n, in]`, and moments y = xᵀ · w with `w`
-//! `[n, out]` and `x` `[n, in]`, all row-major.
+//! Matrix products by cuBLASLt, all row-major:
 //!
-//! cuBLASLt counts columns first, so it sees w as `[in, out]`, to be transposed, x as `[in, n]` and y as `[out, n]`; for
-//! moments w as `[out, n]`, x as `[in, n]`, to be transposed, and y as `[out, in]`. Sums
-//! are F32 for F16 and F32 inputs (no TF32), and exact 32-bit integers for INT8.
+//! | [`Form`] | | w | x | y |
+//! |---|---|---|---|---|
+//! | `Linear` | y = x · wᵀ | `[out, input]` | `[n, input]` | `[n, out]` |
+//! | `Moment` | y = xᵀ · w | `[n, out]` | `[n, input]` | `[input, out]` |
+//! | `Plain` | y = x · w, parts of larger matrices | `[input, out]` | `[n, input]` | `[n, out]` |
+//!
+//! cuBLASLt counts columns first, so it sees every matrix transposed and multiplies w by x. Sums are F32 for F16 and F32
+//! inputs (TF32 only where a product asks for it), and exact 32-bit integers for INT8.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -21,8 +25,10 @@ pub enum Types {
     F16,
     /// F16 · F16 → F32.
     F16ToF32,
-    /// F32 · F32 → F32, for `--precise`.
+    /// F32 · F32 → F32, for `--precise` and for moments.
     F32,
+    /// The same with factors cut to the 11 significant bits of TF32.
+    Tf32,
     /// INT8 · INT8 → INT32, exact.
     Int8,
 }
@@ -36,9 +42,24 @@ impl Types {
             Types::F16 => (CUDA_R_16F, CUDA_R_16F, f32_sums, CUDA_R_32F),
             Types::F16ToF32 => (CUDA_R_16F, CUDA_R_32F, f32_sums, CUDA_R_32F),
             Types::F32 => (CUDA_R_32F, CUDA_R_32F, f32_sums, CUDA_R_32F),
+            Types::Tf32 => {
+                let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32;
+                (CUDA_R_32F, CUDA_R_32F, sums, CUDA_R_32F)
+            }
             Types::Int8 => (CUDA_R_8I, CUDA_R_32I, sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, CUDA_R_32I),
         }
     }
+}
+
+/// What is multiplied: see the module's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// y = x · wᵀ
+    Linear,
+    /// y = xᵀ · w
+    Moment,
+    /// y = x · w, with the lengths of whole rows of w, x and y.
+    Plain([usize; 3]),
 }
 
 /// Shape and types of a product.
@@ -54,8 +75,8 @@ pub struct Product {
     pub types: Types,
     /// y += instead of y =.
     pub accumulate: bool,
-    /// y `[input, out]` = xᵀ · w instead.
-    pub moment: bool,
+    /// Which product.
+    pub form: Form,
 }
 
 /// A cuBLASLt handle, its workspace and the algorithms chosen so far.
@@ -92,7 +113,7 @@ impl Gemm {
         Ok(Gemm { handle, workspace: device.allocate(WORKSPACE_BYTES)?, plans: Mutex::default() })
     }
 
-    /// Queues y = x · wᵀ (or y +=). Addresses hold `[out, input]`, `[n, input]` and `[n, out]` values of the types.
+    /// Queues a product (or adds it to y). Addresses hold matrices of the shapes and types it names.
     #[allow(unsafe_code)]
     pub fn multiply(&self, device: &Device, product: Product, w: u64, x: u64, y: u64) -> Result<()> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
@@ -136,22 +157,31 @@ impl Gemm {
 
     #[allow(unsafe_code)]
     fn plan(&self, product: Product) -> Result<Plan> {
-        let Product { n, out, input, types, moment, .. } = product;
+        let Product { n, out, input, types, form, .. } = product;
         let (from, to, sums, factors) = types.codes();
-        let layout = |number, rows: usize, cols: usize| {
-            result::create_matrix_layout(number, rows as u64, cols as u64, rows as i64)
+        // As cuBLASLt counts: (rows, columns, distance of columns).
+        let layout = |number, rows: usize, cols: usize, pitch: usize| {
+            result::create_matrix_layout(number, rows as u64, cols as u64, pitch as i64)
         };
-        let (w, x, y) = match moment {
-            false => (layout(from, input, out)?, layout(from, input, n)?, layout(to, out, n)?),
-            true => (layout(from, out, n)?, layout(from, input, n)?, layout(to, out, input)?),
+        let (w, x, y) = match form {
+            Form::Linear => {
+                (layout(from, input, out, input)?, layout(from, input, n, input)?, layout(to, out, n, out)?)
+            }
+            Form::Moment => {
+                (layout(from, out, n, out)?, layout(from, input, n, input)?, layout(to, out, input, out)?)
+            }
+            Form::Plain([w, x, y]) => {
+                (layout(from, out, input, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?)
+            }
         };
-        let which = match moment {
-            false => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-            true => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB,
+        let which = match form {
+            Form::Linear => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+            Form::Moment | Form::Plain(_) => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB,
         };
         let descriptor = result::create_matmul_desc(sums, factors)?;
         let preference = result::create_matmul_pref()?;
-        let (transposed, workspace_bytes) = (1i32, WORKSPACE_BYTES); // CUBLAS_OP_T is 1
+        // CUBLAS_OP_T is 1, CUBLAS_OP_N is 0.
+        let (transposed, workspace_bytes) = (i32::from(!matches!(form, Form::Plain(_))), WORKSPACE_BYTES);
         // SAFETY: the objects were just made; attribute pointers are valid for the calls and of the sizes given.
         let found = unsafe {
             result::set_matmul_desc_attribute(

@@ -1,6 +1,6 @@
 //! Finds CUDA's libraries at run time, so that one binary runs with and without them.
 //!
-//! The driver comes with the system. NVRTC and cuBLASLt come from, in this order: the folders in `QUANT_CUDA_LIBRARIES`
+//! The driver comes with the system. NVRTC, cuBLASLt and, for calibration, cuSOLVER come from, in this order: the folders in `QUANT_CUDA_LIBRARIES`
 //! (`:` between them), `CUDA_HOME` or `CUDA_PATH`, the system's library path, `/usr/local/cuda`, and the `nvidia-*` wheels
 //! of the active or first Python on `PATH`. A library that was opened by path is found again under its plain name, which
 //! is how the bindings (`cudarc`) look for it.
@@ -54,6 +54,16 @@ pub fn load_cublaslt() -> Result<()> {
         .as_ref()
         .map(|_| ())
         .with_context(|| missing("cuBLASLt", "libcublasLt.so.13", "nvidia-cublas"))
+}
+
+/// Opens cuSOLVER, which calibration factors matrices with; version 11 or 12, of CUDA 12 or 13.
+pub fn load_cusolver() -> Result<()> {
+    static CUSOLVER: OnceLock<Option<(Library, Option<PathBuf>)>> = OnceLock::new();
+    CUSOLVER
+        .get_or_init(|| find(&["libcusolver.so.12", "libcusolver.so.11", "libcusolver.so"]))
+        .as_ref()
+        .map(|_| ())
+        .with_context(|| missing("cuSOLVER", "libcusolver.so.12", "nvidia-cusolver"))
 }
 
 /// Loads everything a GPU run needs.

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
-use super::gemm::{Product, Types};
+use super::gemm::{Form, Product, Types};
 use super::{Cuda, Float, Stored, Tensor, Weight, macro_of};
 use crate::backend::Backend;
 use crate::scheme::Activations;
@@ -70,7 +70,7 @@ impl Cuda {
         accumulate: bool,
     ) -> Result<()> {
         let product =
-            Product { n: x.rows, out: weight.rows, input: weight.cols, types, accumulate, moment: false };
+            Product { n: x.rows, out: weight.rows, input: weight.cols, types, accumulate, form: Form::Linear };
         let decoded = self.decoded(weight)?;
         let w = decoded.as_ref().unwrap_or(weight.codes());
         self.gemm.multiply(&self.device, product, w.at(), x.at(), y.at())
@@ -130,7 +130,7 @@ impl Cuda {
                 input: weight.cols,
                 types,
                 accumulate: false,
-                moment: false,
+                form: Form::Linear,
             };
             self.gemm.multiply(&self.device, product, weight.codes().at(), codes.at(), sums.at())?;
         } else {

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
-use super::gemm::{Product, Types};
+use super::gemm::{Form, Product, Types};
 use super::{Cuda, Float, Tensor, Weight, u32_bytes};
 use crate::backend::{Divergence, RANKS, Score};
 
@@ -106,7 +106,7 @@ impl Cuda {
             input: weight.cols,
             types,
             accumulate: false,
-            moment: false,
+            form: Form::Linear,
         };
         let logits = self.device.allocate(rows * weight.rows * 4)?;
         let x = hidden.at() + (first * hidden.cols * hidden.float.bytes()) as u64;

@@ -12,6 +12,7 @@
 //! | `loss` | logits, likelihoods and divergences |
 //! | `matvec` | products of a few tokens |
 //! | `decode` | generation over a cache |
+//! | `solve` | calibrated rounding |
 //!
 //! # Rounding
 //!
@@ -37,17 +38,22 @@ pub mod library;
 mod linear;
 mod loss;
 mod matvec;
+mod solve;
 mod tensor;
 mod weight;
+
+use std::sync::OnceLock;
 
 use anyhow::{Result, ensure};
 
 use self::compile::Kernel;
 use self::device::{Arg, Device, Geometry};
-use self::gemm::{Gemm, Product, Types};
+use self::gemm::{Form, Gemm, Product, Types};
 pub use self::tensor::{Float, Tensor};
 pub use self::weight::{Stored, Weight, scheme_defines};
-use super::{AttentionShape, Backend, Batch, Divergence, Rope, Score, SecondMoments};
+pub use self::solve::CudaSolver;
+use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
+use crate::method::solve::Knobs;
 use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
@@ -68,6 +74,8 @@ pub struct Cuda {
     gemm: Gemm,
     /// Number type of what operations write.
     float: Float,
+    /// Opened by the first calibration.
+    factorizer: OnceLock<solve::Factorizer>,
 }
 
 impl Cuda {
@@ -79,7 +87,7 @@ impl Cuda {
             Precision::F16 => Float::F16,
             Precision::F32 => Float::F32,
         };
-        Ok(Cuda { device, gemm, float })
+        Ok(Cuda { device, gemm, float, factorizer: OnceLock::new() })
     }
 
     /// Returns the device, for measurements.
@@ -167,6 +175,20 @@ impl Cuda {
 }
 
 impl SecondMoments for Cuda {
+    type Solver<'a> = CudaSolver<'a>;
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        Ok(Tensor::new(rows, cols, Float::F32, self.device.zeros(4 * rows * cols)?))
+    }
+
+    fn divide(&self, sum: &mut Tensor, rows: Option<&[f32]>, columns: Option<&[f32]>) -> Result<()> {
+        self.divide_sum(sum, rows, columns)
+    }
+
+    fn solver(&self, moments: MomentSums<Tensor>, knobs: Knobs) -> Result<CudaSolver<'_>> {
+        CudaSolver::new(self, moments, knobs)
+    }
+
     fn subtract(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
         self.add_signed(x, y, "SIGN=-1.0f")
     }
@@ -192,7 +214,7 @@ impl SecondMoments for Cuda {
         let as_float = |x: &Tensor| if x.float == float { Ok(x.clone()) } else { self.cast(x, None, float) };
         let (a, b) = (as_float(a)?, as_float(b)?);
         let product =
-            Product { n: a.rows, out: b.cols, input: a.cols, types, accumulate: true, moment: true };
+            Product { n: a.rows, out: b.cols, input: a.cols, types, accumulate: true, form: Form::Moment };
         self.gemm.multiply(&self.device, product, b.at(), a.at(), sum.at())
     }
 }
@@ -259,15 +281,14 @@ impl Backend for Cuda {
 
     fn tensor(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Tensor> {
         ensure!(values.len() == rows * cols, "{} values for [{rows}, {cols}]", values.len());
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Ok(Tensor::new(rows, cols, Float::F32, self.device.upload(&bytes)?))
+        Ok(Tensor::new(rows, cols, Float::F32, self.device.upload_numbers(values)?))
     }
 
     fn read(&self, x: &Tensor) -> Result<Vec<f32>> {
         let x = if x.float == Float::F32 { x.clone() } else { self.cast(x, None, Float::F32)? };
-        let mut bytes = vec![0u8; x.count() * 4];
-        self.device.download(x.buffer(), &mut bytes)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        let mut values = vec![0.0; x.count()];
+        self.device.download_numbers(x.buffer(), &mut values)?;
+        Ok(values)
     }
 
     fn select_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {

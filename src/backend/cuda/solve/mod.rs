@@ -1,0 +1,437 @@
+//! Calibrated rounding on the GPU: the fast copy of [`crate::method::solve::Solver`], step by step.
+//!
+//! | file | what |
+//! |---|---|
+//! | `mod` | moments → factors; one matrix from weights to codes |
+//! | `factor` | Cholesky by cuSOLVER, F64 |
+//! | `grids` | codes and scales on the device |
+//! | `feedback` | GPTQ in blocks of columns |
+//! | `descent` | coordinate descent in blocks of columns |
+//! | `row_scale` | other scales for groups that are whole rows |
+//!
+//! Scales are fitted by the CPU's threads ([`fit_target`]), so that they have one definition. Everything else that is
+//! proportional to columns² is matrix products: inside a block of [`BLOCK`] columns a warp solves a row, and what a block
+//! changes reaches all other columns as one product. Factors are F64 as on the CPU; the target and GPTQ's feedback are
+//! F32; updates of descent's gradient and the reported errors run in TF32 ([`UPDATES`]). The sums' order differs from the
+//! CPU's, so codes differ where two are nearly as good.
+//!
+//! In memory at a time: two matrices `[cols, cols]` of F32 (three with the mismatch correction) and one of F64, and about
+//! 28 bytes for each of at most [`SLAB`] weights.
+
+mod descent;
+mod factor;
+mod feedback;
+mod grids;
+mod row_scale;
+
+use std::ops::Range;
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub(super) use self::factor::Factorizer;
+use self::grids::Grids;
+use super::compile::Kernel;
+use super::device::{Arg, Buffer, Geometry};
+use super::gemm::{Form, Product, Types};
+use super::{Cuda, Float, Tensor};
+use crate::backend::{MomentSums, SecondMoments};
+use crate::method::mismatch::RIDGE;
+use crate::method::solve::{Knobs, Solve, Solved, checked_global, fit_target};
+use crate::scheme::{QTensor, Scheme};
+use crate::tensor::first_non_finite;
+
+/// Columns that one kernel solves, whose coefficients fill 64 KiB of shared memory.
+const BLOCK: usize = 128;
+/// Columns whose changes reach the columns outside of them together: their product reads and writes everything once, which
+/// costs as much as multiplying by this many.
+const WIDE: usize = 1024;
+/// Rows that share a block's coefficients, a warp each.
+const WARPS: usize = 16;
+/// Weights solved at a time.
+const SLAB: usize = 1 << 26;
+/// Arithmetic of descent's gradient updates and of reported errors. H cut to TF32 is H to 2^-11 of each entry, the same in
+/// every product, so descent minimises a loss that differs by that much.
+const UPDATES: Types = Types::Tf32;
+
+/// A part of a row-major matrix: its first element's address, and the length of a whole row.
+#[derive(Clone, Copy)]
+struct View {
+    at: u64,
+    pitch: usize,
+}
+
+impl View {
+    /// Returns the part that starts at a row and column of `buffer` `[_, pitch]`, F32.
+    fn of(buffer: &Buffer, pitch: usize, row: usize, col: usize) -> Self {
+        View { at: buffer.at() + 4 * (row * pitch + col) as u64, pitch }
+    }
+}
+
+/// The statistics of one input on the device, with everything derived from them that its linears share.
+pub struct CudaSolver<'a> {
+    cuda: &'a Cuda,
+    factorizer: &'a Factorizer,
+    cols: usize,
+    knobs: Knobs,
+    importances: Vec<f32>,
+    /// Damped, `[cols, cols]`.
+    hessian: Tensor,
+    /// What damping added to its diagonal.
+    added: f32,
+    /// Column to visit at each step of feedback.
+    order: Buffer,
+    /// Of feedback, `[cols, cols]`.
+    coefficients: Buffer,
+    correction: Option<Correction>,
+}
+
+/// What the mismatch correction needs.
+struct Correction {
+    /// `XᵀX̃ - X̃ᵀX̃`
+    difference: Tensor,
+    drift: Option<Tensor>,
+    /// Lower factor of `X̃ᵀX̃ + λI`, F64.
+    factor: Buffer,
+}
+
+impl<'a> CudaSolver<'a> {
+    /// Prepares to quantize the linears that read the input of these moments.
+    ///
+    /// # Errors
+    /// If the moments are not finite, or memory is short.
+    pub(super) fn new(cuda: &'a Cuda, moments: MomentSums<Tensor>, knobs: Knobs) -> Result<Self> {
+        let MomentSums { cols, tokens, mut hessian, mut cross, drift } = moments;
+        let shape = (cols, cols, Float::F32);
+        for sum in [&hessian, &cross] {
+            ensure!((sum.rows, sum.cols, sum.float) == shape, "moments [{}, {}]", sum.rows, sum.cols);
+        }
+        let factorizer = cuda.factorizer()?;
+        let diagonal = cuda.symmetrize(&mut hessian, 0.0)?;
+        let mean = diagonal.iter().map(|&h| f64::from(h)).sum::<f64>() / cols.max(1) as f64;
+        ensure!(mean.is_finite(), "the inputs' second moments are not finite; check the calibration text");
+        let added = |damp: f32| if mean > 0.0 { (f64::from(damp) * mean) as f32 } else { 1.0 };
+        let scarcity = cols as f32 / tokens.max(1) as f32;
+
+        let mut order: Vec<u32> = (0..cols as u32).collect();
+        order.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]).then(a.cmp(&b)));
+        let order = cuda.device.upload_numbers(&order)?;
+        let wide = cuda.device.allocate(8 * cols * cols)?;
+        let mut damp = (knobs.damp + scarcity.min(1.0)).max(1e-6);
+        loop {
+            cuda.widen(&wide, &hessian, Some(&order), added(damp))?;
+            if factorizer.factor(&cuda.device, &wide, cols)? {
+                break;
+            }
+            ensure!(damp < 0.99, "the inputs' second moments are not finite; check the calibration text");
+            damp = (damp * 10.0).min(1.0);
+        }
+        let coefficients = cuda.device.allocate(4 * cols * cols)?;
+        let args = [Arg::Pointer(coefficients.at()), Arg::Pointer(wide.at()), Arg::U32(cols as u32)];
+        cuda.device.launch(Kernel::new("coefficients", &[]), by_rows(cols, cols), &args)?;
+
+        let drift = drift.filter(|_| knobs.strength.residual != 0.0);
+        let correction = if (knobs.strength.inputs == 0.0 && drift.is_none()) || tokens == 0 {
+            None
+        } else {
+            cuda.subtract(&mut cross, &hessian)?;
+            cuda.widen(&wide, &hessian, None, added(RIDGE + scarcity))?;
+            if !factorizer.factor(&cuda.device, &wide, cols)? {
+                bail!("input-mismatch correction: calibration inputs are not finite");
+            }
+            Some(Correction { difference: cross, drift, factor: wide })
+        };
+        cuda.symmetrize(&mut hessian, added(damp))?;
+        let importances = diagonal.iter().map(|h| h / tokens.max(1) as f32).collect();
+        let added = added(damp);
+        Ok(CudaSolver {
+            cuda,
+            factorizer,
+            cols,
+            knobs,
+            importances,
+            hessian,
+            added,
+            order,
+            coefficients,
+            correction,
+        })
+    }
+
+    /// Returns what rows of a matrix are rounded towards: `weights` `[rows, cols]` are its rows from `first` on.
+    fn target(&self, weights: &[f32], first: usize) -> Result<Buffer> {
+        let (device, cols) = (&self.cuda.device, self.cols);
+        let rows = weights.len() / cols;
+        let target = device.upload_numbers(weights)?;
+        let Some(Correction { difference, drift, factor }) = &self.correction else { return Ok(target) };
+        let product = device.allocate(4 * weights.len())?;
+        let view = |buffer: &Buffer| View::of(buffer, cols, 0, 0);
+        self.multiply(
+            Types::F32,
+            [rows, cols, cols],
+            view(&target),
+            view(difference.buffer()),
+            view(&product),
+            false,
+        )?;
+        let missing = device.allocate(8 * weights.len())?;
+        let drift = match drift {
+            Some(drift) => {
+                ensure!(drift.cols == cols && first + rows <= drift.rows, "drift of {} rows", drift.rows);
+                drift.at() + 4 * (first * cols) as u64
+            }
+            None => 0,
+        };
+        let flat = Geometry::flat(weights.len().div_ceil(256), 256);
+        device.launch(
+            Kernel::new("missing", &[]),
+            flat,
+            &[
+                Arg::Pointer(missing.at()),
+                Arg::Pointer(product.at()),
+                Arg::Pointer(drift),
+                Arg::F32(self.knobs.strength.inputs),
+                Arg::F32(self.knobs.strength.residual),
+                Arg::U64(weights.len() as u64),
+            ],
+        )?;
+        drop(product);
+        self.factorizer.solve_right(device, factor, cols, &missing, rows)?;
+        let args =
+            [Arg::Pointer(target.at()), Arg::Pointer(missing.at()), Arg::U64(weights.len() as u64)];
+        device.launch(Kernel::new("correct", &[]), flat, &args)?;
+        Ok(target)
+    }
+
+    /// Queues y = x · w, or y +=, for x `[n, input]`, w `[input, out]`, y `[n, out]`, F32.
+    fn multiply(
+        &self,
+        types: Types,
+        [n, input, out]: [usize; 3],
+        x: View,
+        w: View,
+        y: View,
+        accumulate: bool,
+    ) -> Result<()> {
+        if n * input * out == 0 {
+            return Ok(());
+        }
+        let form = Form::Plain([w.pitch, x.pitch, y.pitch]);
+        let product = Product { n, out, input, types, accumulate, form };
+        self.cuda.gemm.multiply(&self.cuda.device, product, w.at, x.at, y.at)
+    }
+
+    /// Queues y = a · H for a `[rows, cols]`.
+    fn with_hessian(&self, types: Types, a: &Buffer, rows: usize) -> Result<Buffer> {
+        let y = self.cuda.device.allocate(4 * rows * self.cols)?;
+        let view = |buffer: &Buffer| View::of(buffer, self.cols, 0, 0);
+        let shape = [rows, self.cols, self.cols];
+        self.multiply(types, shape, view(a), view(self.hessian.buffer()), view(&y), false)?;
+        Ok(y)
+    }
+
+    /// Queues changes to the gradient: columns `changed` moved by `changes` (from column `at` on), of which columns
+    /// `reached` hear.
+    fn spread(
+        &self,
+        (changes, pitch, at): (&Buffer, usize, usize),
+        changed: Range<usize>,
+        gradient: &Buffer,
+        reached: Range<usize>,
+        rows: usize,
+    ) -> Result<()> {
+        let cols = self.cols;
+        self.multiply(
+            UPDATES,
+            [rows, changed.len(), reached.len()],
+            View::of(changes, pitch, 0, at),
+            View::of(self.hessian.buffer(), cols, changed.start, reached.start),
+            View::of(gradient, cols, 0, reached.start),
+            true,
+        )
+    }
+
+    /// Returns values less `target` where there is one, `[rows, cols]`; units instead of values if `what` is `UNIT`.
+    fn values(&self, q: &Grids, what: &str, target: Option<&Buffer>) -> Result<Buffer> {
+        let y = self.cuda.device.allocate(4 * q.rows * q.cols)?;
+        self.cuda.device.launch(
+            q.kernel("values", &[&format!("WHAT={what}")]),
+            by_rows(q.rows, q.cols),
+            &[
+                Arg::Struct(&q.words()),
+                Arg::Pointer(target.map_or(0, Buffer::at)),
+                Arg::Pointer(y.at()),
+                Arg::U32(q.rows as u32),
+            ],
+        )?;
+        Ok(y)
+    }
+
+    /// Returns Σ a ∘ b of each row, for `[rows, cols]`.
+    fn row_dots(&self, a: &Buffer, b: &Buffer, rows: usize) -> Result<Vec<f64>> {
+        let device = &self.cuda.device;
+        let sums = device.allocate(8 * rows)?;
+        device.launch(
+            Kernel::new("row_dots", &[]),
+            Geometry::flat(rows, 256),
+            &[
+                Arg::Pointer(a.at()),
+                Arg::Pointer(b.at()),
+                Arg::Pointer(sums.at()),
+                Arg::U32(self.cols as u32),
+            ],
+        )?;
+        let mut found = vec![0.0; rows];
+        device.download_numbers(&sums, &mut found)?;
+        Ok(found)
+    }
+
+    /// Returns tr(a H aᵀ) for `a` `[rows, cols]`, with the Hessian as it was before damping.
+    fn energy(&self, a: &Buffer, rows: usize) -> Result<f64> {
+        let product = self.with_hessian(UPDATES, a, rows)?;
+        let damped: f64 = self.row_dots(a, &product, rows)?.iter().sum();
+        let squares: f64 = self.row_dots(a, a, rows)?.iter().sum();
+        Ok(damped - f64::from(self.added) * squares)
+    }
+
+    /// Returns codes and scales for rows of a matrix from `first` on, with their errors' and their target's energy.
+    fn solve(&self, weights: &[f32], first: usize, scheme: Scheme, global: Option<f32>) -> Result<Part> {
+        let (device, cols) = (&self.cuda.device, self.cols);
+        let rows = weights.len() / cols;
+        let target = self.target(weights, first)?;
+        let mut values = vec![0.0f32; weights.len()];
+        device.download_numbers(&target, &mut values)?;
+        if let Some(at) = first_non_finite(&values) {
+            bail!("calibration moves weight {at} to {}; check the calibration text", values[at]);
+        }
+        let mut q = fit_target(&values, cols, scheme, global, &self.importances, self.knobs.scale_rule);
+        drop(values);
+        let mut grids = Grids::upload(device, &q)?;
+        let energy = self.energy(&target, rows)?;
+        let nearest = self.energy(&self.values(&grids, "VALUE", Some(&target))?, rows)?;
+        self.feed_back(&target, &grids)?;
+        self.descend(&target, &mut grids)?;
+        let error = self.energy(&self.values(&grids, "VALUE", Some(&target))?, rows)?;
+        grids.download(device, &mut q)?;
+        Ok(Part { q, energy, nearest, error })
+    }
+}
+
+/// Some rows of a solved matrix.
+struct Part {
+    q: QTensor,
+    energy: f64,
+    nearest: f64,
+    error: f64,
+}
+
+impl Solve for CudaSolver<'_> {
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme, global: Option<f32>) -> Result<Solved> {
+        let global = checked_global(weights, &scheme, global)?;
+        let mut q = QTensor::zeroed(scheme, rows, self.cols);
+        let (mut energy, mut nearest, mut error) = (0.0, 0.0, 0.0);
+        let slab = (SLAB / self.cols).max(1);
+        for (i, weights) in weights.chunks(slab * self.cols).enumerate() {
+            let part = self.solve(weights, i * slab, scheme, global)?;
+            q.set_rows(i * slab, &part.q);
+            energy += part.energy;
+            nearest += part.nearest;
+            error += part.error;
+        }
+        let energy = energy.max(f64::MIN_POSITIVE);
+        Ok(Solved { q, error_nearest: nearest / energy, error: error / energy })
+    }
+}
+
+impl Cuda {
+    /// Returns cuSOLVER, opened when it is first needed.
+    fn factorizer(&self) -> Result<&Factorizer> {
+        if self.factorizer.get().is_none() {
+            // Another thread may have been faster; then this one's handle closes again.
+            self.factorizer.set(Factorizer::new(self.device.stream())?).ok();
+        }
+        self.factorizer.get().context("cuSOLVER was just opened")
+    }
+
+    /// Mirrors the lower half of `[n, n]`, adds to the diagonal, and returns the diagonal before that.
+    fn symmetrize(&self, sum: &mut Tensor, add: f32) -> Result<Vec<f32>> {
+        let n = sum.cols;
+        sum.make_unique(&self.device)?;
+        let diagonal = self.device.allocate(4 * n)?;
+        let args =
+            [Arg::Pointer(sum.at()), Arg::Pointer(diagonal.at()), Arg::F32(add), Arg::U32(n as u32)];
+        self.device.launch(Kernel::new("symmetrize", &[]), by_rows(n, n), &args)?;
+        let mut values = vec![0.0; n];
+        self.device.download_numbers(&diagonal, &mut values)?;
+        Ok(values)
+    }
+
+    /// Queues the lower half of `sum` with `add` on its diagonal in F64, in the reverse of `order` where there is one.
+    fn widen(&self, wide: &Buffer, sum: &Tensor, order: Option<&Buffer>, add: f32) -> Result<()> {
+        let n = sum.cols;
+        self.device.launch(
+            Kernel::new("widen_hessian", &[]),
+            by_rows(n, n),
+            &[
+                Arg::Pointer(wide.at()),
+                Arg::Pointer(sum.at()),
+                Arg::Pointer(order.map_or(0, Buffer::at)),
+                Arg::F32(add),
+                Arg::U32(n as u32),
+            ],
+        )
+    }
+
+    /// Queues sum\[i, j\] /= rows\[i\] · columns\[j\].
+    pub(super) fn divide_sum(
+        &self,
+        sum: &mut Tensor,
+        rows: Option<&[f32]>,
+        columns: Option<&[f32]>,
+    ) -> Result<()> {
+        ensure!(
+            rows.is_none_or(|rows| rows.len() == sum.rows)
+                && columns.is_none_or(|columns| columns.len() == sum.cols),
+            "factors that do not fit moments of [{}, {}]",
+            sum.rows,
+            sum.cols
+        );
+        sum.make_unique(&self.device)?;
+        let upload = |factors: Option<&[f32]>| factors.map(|f| self.device.upload_numbers(f)).transpose();
+        let (rows, columns) = (upload(rows)?, upload(columns)?);
+        let pointer = |factors: &Option<Buffer>| Arg::Pointer(factors.as_ref().map_or(0, Buffer::at));
+        self.device.launch(
+            Kernel::new("divide", &[]),
+            by_rows(sum.rows, sum.cols),
+            &[
+                Arg::Pointer(sum.at()),
+                pointer(&rows),
+                pointer(&columns),
+                Arg::U32(sum.rows as u32),
+                Arg::U32(sum.cols as u32),
+            ],
+        )
+    }
+}
+
+/// Returns the geometry of kernels that walk rows: 256 columns a block, rows in steps of the grid.
+fn by_rows(rows: usize, cols: usize) -> Geometry {
+    Geometry { grid: [cols.div_ceil(256), rows.min(4096), 1], block: [256, 1], shared: 0 }
+}
+
+/// Returns the geometry of kernels that solve a row a warp with a block's coefficients in shared memory.
+fn by_warps(rows: usize) -> Geometry {
+    Geometry {
+        grid: [rows.div_ceil(WARPS), 1, 1],
+        block: [32, WARPS as u32],
+        shared: (4 * BLOCK * BLOCK) as u32,
+    }
+}
+
+/// Returns the ranges of `length` columns that cover `range`, the last one shorter.
+fn pieces(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(length).map(move |start| start..range.end.min(start + length))
+}
