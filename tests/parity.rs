@@ -483,7 +483,7 @@ fn add() {
 
 #[test]
 fn moments() {
-    on_gpu(|cuda, _| {
+    on_gpu(|cuda, rounding| {
         let mut random = Random(15);
         let (n, a_cols, b_cols) = (300, 136, 72);
         let values =
@@ -511,10 +511,9 @@ fn moments() {
         }
         let found = run(cuda, &values, n, |cuda, x| cuda.rounded(&x).unwrap());
         let expected = run(&Cpu, &values, n, |_, x| x);
-        for (found, expected) in found.iter().zip(&expected) {
-            // Inputs are exact in F16, so only the order of 300 sums of about 1 differs.
-            assert_close("moments", found, expected, |_| F32 * n as f32);
-        }
+        // Inputs are exact in F16, so only the order of 300 sums of about 1 differs; differences are cut to as many bits.
+        assert_close("moments", &found[0], &expected[0], |_| F32 * n as f32);
+        assert_close("moments", &found[1], &expected[1], |_| (F32 + 2.0 * rounding) * n as f32);
     });
 }
 

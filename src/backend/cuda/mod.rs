@@ -193,8 +193,9 @@ impl SecondMoments for Cuda {
         self.add_signed(x, y, "SIGN=-1.0f")
     }
 
-    /// Inputs of linears are F16 already, so their products are exact and only sums are rounded, in F32; where one side is
-    /// F32 (residual streams) the other is widened and products run in F32 without TF32.
+    /// Inputs of linears are F16 already, so their products are exact and only sums are rounded, in F32. Where one side is
+    /// F32 (residual streams), products run in TF32, which holds the F16 side exactly and cuts the other to as many bits;
+    /// under `--precise` everything is F32.
     fn add_moment(&self, sum: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
         ensure!(
             a.rows == b.rows && sum.rows == a.cols && sum.cols == b.cols && sum.float == Float::F32,
@@ -209,7 +210,8 @@ impl SecondMoments for Cuda {
         sum.make_unique(&self.device)?;
         let (types, float) = match (a.float, b.float) {
             (Float::F16, Float::F16) => (Types::F16ToF32, Float::F16),
-            _ => (Types::F32, Float::F32),
+            (Float::F32, Float::F32) => (Types::F32, Float::F32),
+            _ => (Types::Tf32, Float::F32),
         };
         let as_float = |x: &Tensor| if x.float == float { Ok(x.clone()) } else { self.cast(x, None, float) };
         let (a, b) = (as_float(a)?, as_float(b)?);
