@@ -97,7 +97,8 @@ fn compare(knobs: Knobs, problem: &Problem, bound: f64) {
         let name = scheme.name;
         eprintln!("{name}: {:.2} % of codes equal, error ratio {:.6}", 100.0 * share, ratio);
         let nearest = found.error_nearest / expected.error_nearest;
-        assert!((nearest - 1.0).abs() < 1e-3, "{name}: nearest codes {nearest}");
+        // Both fit scales on the CPU, to targets that differ in the last bits: a search may tip over in one block of hundreds.
+        assert!((nearest - 1.0).abs() < 1e-2, "{name}: nearest codes {nearest}");
         assert!((ratio - 1.0).abs() < bound, "{name}: {} for {}", found.error, expected.error);
         assert!(share > 0.97, "{name}: {share} of the codes");
         assert!(found.error <= found.error_nearest, "{name}");

@@ -69,8 +69,14 @@ impl Cuda {
         y: &mut Tensor,
         accumulate: bool,
     ) -> Result<()> {
-        let product =
-            Product { n: x.rows, out: weight.rows, input: weight.cols, types, accumulate, form: Form::Linear };
+        let product = Product {
+            n: x.rows,
+            out: weight.rows,
+            input: weight.cols,
+            types,
+            accumulate,
+            form: Form::Linear,
+        };
         let decoded = self.decoded(weight)?;
         let w = decoded.as_ref().unwrap_or(weight.codes());
         self.gemm.multiply(&self.device, product, w.at(), x.at(), y.at())

@@ -196,8 +196,7 @@ impl<'a> CudaSolver<'a> {
         )?;
         drop(product);
         self.factorizer.solve_right(device, factor, cols, &missing, rows)?;
-        let args =
-            [Arg::Pointer(target.at()), Arg::Pointer(missing.at()), Arg::U64(weights.len() as u64)];
+        let args = [Arg::Pointer(target.at()), Arg::Pointer(missing.at()), Arg::U64(weights.len() as u64)];
         device.launch(Kernel::new("correct", &[]), flat, &args)?;
         Ok(target)
     }
@@ -361,8 +360,7 @@ impl Cuda {
         let n = sum.cols;
         sum.make_unique(&self.device)?;
         let diagonal = self.device.allocate(4 * n)?;
-        let args =
-            [Arg::Pointer(sum.at()), Arg::Pointer(diagonal.at()), Arg::F32(add), Arg::U32(n as u32)];
+        let args = [Arg::Pointer(sum.at()), Arg::Pointer(diagonal.at()), Arg::F32(add), Arg::U32(n as u32)];
         self.device.launch(Kernel::new("symmetrize", &[]), by_rows(n, n), &args)?;
         let mut values = vec![0.0; n];
         self.device.download_numbers(&diagonal, &mut values)?;

@@ -27,8 +27,7 @@ impl CudaSolver<'_> {
             let before = self.row_dots(&moved, &gradient, rows)?;
             let after = self.row_dots(&moved, &trial_gradient, rows)?;
             let mut better = vec![0u32; rows];
-            for (((least, better), before), after) in
-                least.iter_mut().zip(&mut better).zip(before).zip(after)
+            for (((least, better), before), after) in least.iter_mut().zip(&mut better).zip(before).zip(after)
             {
                 if before + after < *least {
                     (*least, *better) = (before + after, 1);
