@@ -6,7 +6,7 @@
 #
 # QUANT_TEST_MODELS   model folders, `:` between them, for the whole-model part (default: none, part left out)
 # QUANT_TEST_TEXT     text for them
-# QUANT_TEST_BINARIES a folder with the test executables `parity`, `generation`, `same_answer` and `speed`, for machines
+# QUANT_TEST_BINARIES a folder with the test executables `parity`, `generation`, `solver`, `same_answer` and `speed`, for machines
 #                     without cargo; built here otherwise
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -37,6 +37,7 @@ gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1
 } >"$table"
 "$(binary parity)" >>"$table" 2>&1 || failed=1
 "$(binary generation)" >>"$table" 2>&1 || failed=1
+"$(binary solver)" --nocapture --test-threads=1 >>"$table" 2>&1 || failed=1
 echo '```' >>"$table"
 
 if [ -n "${QUANT_TEST_MODELS:-}" ]; then
