@@ -65,14 +65,20 @@ const STRENGTHS: [Change; 2] =
     [("correction × 0.6", |s| scale_strengths(s, 0.6)), ("correction × 1.4", |s| scale_strengths(s, 1.4))];
 const DAMPING: [Change; 2] = [("damping 0.02", |s| s.damp = 0.02), ("damping 0.1", |s| s.damp = 0.1)];
 const SMOOTHING: [Change; 2] = [
-    ("smoothing 0.25", |s| s.smoothing = Smoothing::Fixed(0.25)),
-    ("smoothing 0.4", |s| s.smoothing = Smoothing::Fixed(0.4)),
+    ("smoothing 0.25", |s| {
+        (s.smoothing, s.inner_smoothing) = (Smoothing::Fixed(0.25), Smoothing::Fixed(0.25))
+    }),
+    ("smoothing 0.4", |s| (s.smoothing, s.inner_smoothing) = (Smoothing::Fixed(0.4), Smoothing::Fixed(0.4))),
 ];
 /// For inputs that are rounded too.
 const INPUT_SMOOTHING: [Change; 3] = [
-    ("smoothing searched", |s| s.smoothing = Smoothing::Search),
-    ("smoothing 0.5", |s| s.smoothing = Smoothing::Fixed(0.5)),
-    ("smoothing 0.8", |s| s.smoothing = Smoothing::Fixed(0.8)),
+    ("smoothing behind norms searched", |s| s.smoothing = Smoothing::Search),
+    ("smoothing behind norms 0.5", |s| s.smoothing = Smoothing::Fixed(0.5)),
+    ("smoothing behind norms 0.8", |s| s.smoothing = Smoothing::Fixed(0.8)),
+];
+const INNER_SMOOTHING: [Change; 2] = [
+    ("smoothing of down off", |s| s.inner_smoothing = Smoothing::Off),
+    ("smoothing of down 0.6", |s| s.inner_smoothing = Smoothing::Fixed(0.6)),
 ];
 
 impl Effort {
@@ -82,9 +88,9 @@ impl Effort {
         match self {
             Effort::Fast => vec![],
             Effort::Balanced if full => vec![&STRENGTHS],
-            Effort::Balanced => vec![&INPUT_SMOOTHING],
+            Effort::Balanced => vec![&INNER_SMOOTHING, &INPUT_SMOOTHING[..1]],
             Effort::Best if full => vec![&STRENGTHS, &DAMPING, &SMOOTHING],
-            Effort::Best => vec![&INPUT_SMOOTHING, &STRENGTHS, &DAMPING],
+            Effort::Best => vec![&INNER_SMOOTHING, &INPUT_SMOOTHING, &STRENGTHS, &DAMPING],
         }
     }
 }
@@ -154,15 +160,16 @@ impl Choice {
         let s = &self.settings;
         // As F32 prints itself: 0.4, not 0.4000000059604645.
         let number = |x: f32| x.to_string().parse::<f64>().unwrap_or(f64::NAN);
+        let smoothing = |smoothing| match smoothing {
+            Smoothing::Off => json!("off"),
+            Smoothing::Search => json!("search"),
+            Smoothing::Fixed(strength) => json!(number(strength)),
+        };
         json!({
             "mismatch": number(s.mismatch), "mismatch_later": number(s.mismatch_later),
             "residual": number(s.residual), "damp": number(s.damp), "sweeps": s.sweeps,
             "scale_rule": s.scale_rule.to_string(),
-            "smoothing": match s.smoothing {
-                Smoothing::Off => json!("off"),
-                Smoothing::Search => json!("search"),
-                Smoothing::Fixed(strength) => json!(number(strength)),
-            },
+            "smoothing": smoothing(s.smoothing), "inner_smoothing": smoothing(s.inner_smoothing),
             "trials": trials.collect::<Vec<_>>(),
         })
     }

@@ -245,7 +245,7 @@ impl<B: SecondMoments> Run<'_, B> {
         layer: usize,
         quantized: &Layer<B>,
     ) -> Result<Option<Factors>> {
-        let (smoothing, wanted) = (self.request.settings.smoothing, self.wanted(layer, &[Role::Down]));
+        let (smoothing, wanted) = (self.request.settings.inner_smoothing, self.wanted(layer, &[Role::Down]));
         let up = (self.request.scheme)(TensorId::in_layer(layer, Role::Up));
         if smoothing == Smoothing::Off || wanted.is_empty() || up.is_none() || self.config.mlp_bias {
             return Ok(None);
@@ -260,7 +260,8 @@ impl<B: SecondMoments> Run<'_, B> {
         let weights = [(source.read(wanted[0].0)?.to_f32(), wanted[0].1)];
         let cols = self.config.intermediate_size;
         let activations = self.request.activations;
-        let linears = Linears { inputs: &inputs, cols, weights: &weights, activations };
+        let linears =
+            Linears { inputs: &inputs, cols, weights: &weights, activations, against_weights: false };
         linears.factors(self.backend, smoothing).map(Some)
     }
 
@@ -276,7 +277,8 @@ impl<B: SecondMoments> Run<'_, B> {
         let weights = wanted.iter().map(|&(id, scheme)| Ok((source.read(id)?.to_f32(), scheme)));
         let weights = weights.collect::<Result<Vec<_>>>()?;
         let (cols, activations) = (self.config.hidden_size, self.request.activations);
-        let linears = Linears { inputs, cols, weights: &weights, activations };
+        let against_weights = activations != Activations::Full;
+        let linears = Linears { inputs, cols, weights: &weights, activations, against_weights };
         let mut factors = linears.factors(self.backend, self.request.settings.smoothing)?;
         let Matrix::Dense(stored) = source.read(norm)? else {
             bail!("`{norm}` is quantized, wanted plain numbers")

@@ -166,7 +166,8 @@ impl Windows {
         printer: Printer,
     ) -> Result<Choice> {
         let effort = Effort::from(args.effort);
-        let mut start = Settings { scale_rule: plan.recipe.scale_rule, ..Settings::default() };
+        let inputs = plan.recipe.format.activations;
+        let mut start = Settings { scale_rule: plan.recipe.scale_rule, ..Settings::for_inputs(inputs) };
         if effort == Effort::Fast {
             start.sweeps = 1;
         }
