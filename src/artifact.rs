@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::checkpoint::Checkpoint;
 use crate::container::gguf::{GgufSink, Metadata};
 use crate::container::safetensors::SafetensorsSink;
-use crate::container::{Sink, TensorSpec};
+use crate::container::{Opening, Sink, TensorSpec};
 use crate::dialect::compressed_tensors::config::Quantization;
 use crate::dialect::gguf;
 use crate::names::TensorId;
@@ -61,15 +61,31 @@ impl Artifact {
         }
     }
 
+    /// Adds everything that is known of the output to a hash: layout, metadata, side files.
+    pub fn identify(&self, hash: &mut blake3::Hasher) {
+        hash.update(format!("{:?}", self.specs).as_bytes());
+        match &self.rest {
+            Rest::File(metadata) => {
+                hash.update(format!("{metadata:?}").as_bytes());
+            }
+            Rest::Folder { shard_bytes, files } => {
+                hash.update(&shard_bytes.to_le_bytes());
+                for (name, bytes) in files {
+                    hash.update(format!("{name} {}\n", bytes.len()).as_bytes()).update(bytes);
+                }
+            }
+        }
+    }
+
     /// Creates the output under a temporary name, ready for its weights.
     ///
     /// # Errors
     /// An output that exists and is not to be replaced, a folder that cannot be written, a full disk.
-    pub fn create(&self, out: &Path, force: bool) -> Result<Box<dyn Sink>> {
+    pub fn create(&self, out: &Path, opening: Opening) -> Result<Box<dyn Sink>> {
         match &self.rest {
-            Rest::File(metadata) => Ok(Box::new(GgufSink::create(out, force, metadata, &self.specs)?)),
+            Rest::File(metadata) => Ok(Box::new(GgufSink::create(out, opening, metadata, &self.specs)?)),
             Rest::Folder { shard_bytes, files } => {
-                let sink = SafetensorsSink::create(out, force, &self.specs, &[], *shard_bytes)?;
+                let sink = SafetensorsSink::create(out, opening, &self.specs, &[], *shard_bytes)?;
                 for (name, bytes) in files {
                     sink.add_file(name, bytes)?;
                 }

@@ -108,6 +108,9 @@ pub struct ConvertArgs {
     /// Replace an existing output
     #[arg(long)]
     pub force: bool,
+    /// Do not go on from what an interrupted run has left, and delete that
+    #[arg(long)]
+    pub fresh: bool,
     /// Print the plan and stop: schemes, fallbacks, sizes, memory, who can load it
     #[arg(long)]
     pub dry_run: bool,

@@ -319,7 +319,7 @@ fn combined(files: &Hashes) -> String {
 }
 
 /// Options that do not change what is written, and whether a value follows.
-const SILENT: [(&str, bool); 17] = [
+const SILENT: [(&str, bool); 18] = [
     ("--threads", true),
     ("--out", true),
     ("-o", true),
@@ -337,6 +337,7 @@ const SILENT: [(&str, bool); 17] = [
     ("--verbose", false),
     ("-v", false),
     ("--revision", true),
+    ("--fresh", false),
 ];
 
 /// Returns the command that makes these bytes: options that change nothing in them are left out (the hub revision is

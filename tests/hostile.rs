@@ -10,7 +10,7 @@ use quant::artifact::Artifact;
 use quant::checkpoint::Checkpoint;
 use quant::container::gguf::{Gguf, GgufSink, Metadata};
 use quant::container::safetensors::{SHARD_BYTES, Safetensors, SafetensorsSink};
-use quant::container::{Sink, Storage, TensorSpec};
+use quant::container::{Opening, Sink, Storage, TensorSpec};
 use quant::plan::Plan;
 use quant::recipe::Recipe;
 use quant::tensor::Dtype;
@@ -122,7 +122,7 @@ fn gguf() -> Vec<u8> {
     metadata.set("general.architecture", "llama");
     metadata.set("list", vec![7u32, 8]);
     let specs = [spec("a.weight", Dtype::F32, &[2, 4]), spec("b.weight", Dtype::F16, &[16])];
-    let sink = GgufSink::create(&path, false, &metadata, &specs).unwrap();
+    let sink = GgufSink::create(&path, Opening::default(), &metadata, &specs).unwrap();
     specs.iter().enumerate().for_each(|(i, s)| sink.write(i, 0, &vec![0; s.bytes() as usize]).unwrap());
     Box::new(sink).finish().unwrap();
     fs::read(path).unwrap()
@@ -198,7 +198,7 @@ fn parts_of_a_split_gguf_are_all_needed_and_numbered() {
         metadata.set("split.count", 2u16);
         metadata.set("split.tensors.count", 2i32);
         let path = dir.path().join(format!("m-0000{}-of-00002.gguf", number + 1));
-        let sink = GgufSink::create(&path, true, &metadata, &[spec(name, Dtype::F32, &[1])]).unwrap();
+        let sink = GgufSink::create(&path, REPLACING, &metadata, &[spec(name, Dtype::F32, &[1])]).unwrap();
         sink.write(0, 0, &[number as u8; 4]).unwrap();
         Box::new(sink).finish().unwrap();
         path
@@ -254,7 +254,7 @@ impl Model {
         let folder = self.folder();
         let specs: Vec<_> =
             self.tensors.iter().map(|(name, dtype, shape)| spec(name, *dtype, shape)).collect();
-        let sink = SafetensorsSink::create(&folder, true, &specs, &[], self.shard_bytes).unwrap();
+        let sink = SafetensorsSink::create(&folder, REPLACING, &specs, &[], self.shard_bytes).unwrap();
         specs.iter().enumerate().for_each(|(i, s)| sink.write(i, 0, &vec![0; s.bytes() as usize]).unwrap());
         sink.add_file("config.json", self.config.to_string().as_bytes()).unwrap();
         Box::new(sink).finish().unwrap();
@@ -266,6 +266,7 @@ impl Model {
     }
 }
 
+const REPLACING: Opening = Opening { force: true, key: None };
 const UP: &str = "model.layers.0.mlp.up_proj.weight";
 
 #[test]
@@ -386,7 +387,9 @@ fn outputs_that_cannot_be_made_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("out.gguf");
     let specs = [spec("a.weight", Dtype::F32, &[4])];
-    let create = |path: &Path, force| GgufSink::create(path, force, &Metadata::default(), &specs);
+    let create = |path: &Path, force| {
+        GgufSink::create(path, Opening { force, key: None }, &Metadata::default(), &specs)
+    };
 
     fs::write(&path, "precious").unwrap();
     assert_error(create(&path, false), &["out.gguf", "exists already", "--force"]);
@@ -398,13 +401,14 @@ fn outputs_that_cannot_be_made_leave_nothing() {
     );
     assert_error(create(&path.join("x.gguf"), false), &["out.gguf"]);
     assert_error(create(dir.path(), true), &["found a folder, wanted to write a file"]);
-    let folder_sink = |path: &Path| SafetensorsSink::create(path, true, &specs, &[], SHARD_BYTES);
+    let folder_sink = |path: &Path| SafetensorsSink::create(path, REPLACING, &specs, &[], SHARD_BYTES);
     assert_error(folder_sink(&path), &["out.gguf", "found a file, wanted to write a folder"]);
 
     // No process, root included, may create files here.
     assert_error(create(Path::new("/proc/quant-out/m.gguf"), false), &["/proc/quant-out"]);
     let vast = [spec("a.weight", Dtype::F32, &[1 << 50])];
-    let too_large = GgufSink::create(&dir.path().join("vast.gguf"), false, &Metadata::default(), &vast);
+    let too_large =
+        GgufSink::create(&dir.path().join("vast.gguf"), Opening::default(), &Metadata::default(), &vast);
     assert_error(too_large, &["the output takes 45035996273", "free"]);
 
     let unfinished = folder_sink(&dir.path().join("model")).unwrap();
@@ -426,6 +430,6 @@ fn a_folder_without_write_permission_is_named() {
     if fs::write(closed.join("probe"), "").is_ok() {
         return; // Root may write anywhere; the test above covers it.
     }
-    let created = GgufSink::create(&closed.join("m.gguf"), false, &Metadata::default(), &[]);
+    let created = GgufSink::create(&closed.join("m.gguf"), Opening::default(), &Metadata::default(), &[]);
     assert_error(created, &["m.gguf", "cannot be created", "may write to"]);
 }

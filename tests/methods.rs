@@ -66,6 +66,8 @@ fn calibrated(format: &str, held_out: usize) -> (Vec<(TensorId, QTensor)>, Optio
         scheme: &scheme_of(&source, format),
         activations: Activations::Full,
         settings: Settings::default(),
+        finished: None,
+        room: None,
     };
     let mut tensors = Vec::new();
     let kld = calibrate(&Cpu, &source.config, &source, &request, &mut |done| {

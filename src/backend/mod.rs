@@ -4,6 +4,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod parked;
 
 use anyhow::Result;
 
@@ -83,6 +84,11 @@ pub trait Backend: Sync {
     /// Returns how many tokens of independent sequences one pass should hold to keep the device busy.
     fn tokens_at_once(&self) -> usize {
         1
+    }
+
+    /// Returns the bytes of one number of what operations write; the residual stream is F32 on every device.
+    fn value_bytes(&self) -> usize {
+        4
     }
 
     /// Waits until everything that was asked for is done; devices that work on their own need it before a clock is read.

@@ -6,9 +6,10 @@
 //! size, never on a clock: the same inputs make the same choice on every machine.
 
 use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::driver::{Request, calibrate};
+use super::driver::{Finished, Request, calibrate};
 use super::settings::Settings;
 use super::smoothing::Smoothing;
 use crate::backend::SecondMoments;
@@ -33,7 +34,7 @@ const TRIAL_WINDOWS: (usize, usize) = (24, 12);
 const MARGIN: f64 = 0.005;
 
 /// One candidate and what came of it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trial {
     /// What it changed.
     pub change: String,
@@ -81,7 +82,27 @@ const INNER_SMOOTHING: [Change; 2] = [
     ("smoothing of down 0.6", |s| s.inner_smoothing = Smoothing::Fixed(0.6)),
 ];
 
+/// What a search knows and who hears of it.
+pub struct Search<'a> {
+    /// How much may be tried.
+    pub effort: Effort,
+    /// Trials of an earlier search for the same request: they are not run again.
+    pub known: &'a [Trial],
+    /// Hears of each trial.
+    pub tell: &'a dyn Fn(&Trial) -> Result<()>,
+    /// Hears of each layer of a trial that is finished.
+    pub progress: &'a dyn Fn(),
+}
+
 impl Effort {
+    /// Returns how many settings are tried at most, the first ones included.
+    pub fn trials(self, activations: Activations) -> usize {
+        match self.candidates(activations).iter().map(|group| group.len()).sum() {
+            0 => 0,
+            changes => 1 + changes,
+        }
+    }
+
     /// Returns the candidates, grouped by setting.
     fn candidates(self, activations: Activations) -> Vec<&'static [Change]> {
         let full = activations == Activations::Full;
@@ -96,7 +117,7 @@ impl Effort {
 }
 
 /// Tries candidates for `request`, whose settings are where the search starts and whose windows are divided into counted
-/// and kept out. `tell` hears of each trial.
+/// and kept out.
 ///
 /// # Errors
 /// If calibration fails.
@@ -105,13 +126,12 @@ pub fn choose<B: SecondMoments>(
     config: &Config,
     source: &impl TensorSource,
     request: &Request,
-    effort: Effort,
-    tell: &dyn Fn(&Trial),
+    search: &Search,
 ) -> Result<Choice> {
     let mut choice = Choice { settings: request.settings, trials: Vec::new() };
     let (counted, held_out) = TRIAL_WINDOWS;
     let available = request.windows.len();
-    let candidates = effort.candidates(request.activations);
+    let candidates = search.effort.candidates(request.activations);
     if candidates.is_empty() || available < 2 * held_out {
         return Ok(choice);
     }
@@ -125,16 +145,27 @@ pub fn choose<B: SecondMoments>(
     let held_out = last.len();
     windows.append(&mut last);
     let measure = |change: &str, settings: Settings| -> Result<Trial> {
+        let known = |trial: &&Trial| trial.change == change && trial.settings == settings;
+        if let Some(trial) = search.known.iter().find(known) {
+            (0..config.num_hidden_layers).for_each(|_| (search.progress)());
+            return Ok(trial.clone());
+        }
         let trial = Settings { sweeps: settings.sweeps.min(1), ..settings };
-        let request =
-            Request { windows: &windows, held_out, settings: trial, scheme: request.scheme, ..*request };
-        let kld = calibrate(backend, config, source, &request, &mut |_| Ok(()))?;
+        let (scheme, finished) = (request.scheme, None);
+        let request = Request { windows: &windows, held_out, settings: trial, scheme, finished, ..*request };
+        let kld = calibrate(backend, config, source, &request, &mut |finished| {
+            if let Finished::Layer(_) = finished {
+                (search.progress)();
+            }
+            Ok(())
+        })?;
         let kld = kld.unwrap_or(f64::NAN);
         ensure!(kld.is_finite(), "the divergence on calibration text is {kld}");
-        Ok(Trial { change: change.to_string(), settings, kld })
+        let trial = Trial { change: change.to_string(), settings, kld };
+        (search.tell)(&trial)?;
+        Ok(trial)
     };
     let first = measure("defaults", choice.settings)?;
-    tell(&first);
     let mut least = first.kld;
     choice.trials.push(first);
     for group in candidates {
@@ -143,7 +174,6 @@ pub fn choose<B: SecondMoments>(
             let mut settings = from;
             change(&mut settings);
             let trial = measure(name, settings)?;
-            tell(&trial);
             if trial.kld < least * (1.0 - MARGIN) {
                 (least, choice.settings) = (trial.kld, settings);
             }

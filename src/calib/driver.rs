@@ -3,21 +3,25 @@
 //!
 //! Per layer and in order: q, k, v → o → gate, up → down. Each stage sums the second moments of its input in both
 //! streams ([`Moments`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
-//! they changed. In memory at a time: the residual streams of both models, one layer of each, one stage's moments.
+//! they changed. In memory at a time: the residual streams of both models ([`Parked`], so that the device need not hold
+//! them), one layer of each, one stage's moments, and as many inputs of o and down as there is room for; the others are
+//! computed again once their linear is quantized. [`super::memory`] counts it.
+//!
+//! Layers that an interrupted run has finished are taken from it and only run forward ([`FinishedLayers`]).
 //!
 //! Windows past `held_out` ride along without being counted: comparing both models' outputs on them at the end says how
 //! good these settings are, on text the statistics have not seen.
 
 use anyhow::{Context, Result, bail};
-use rayon::prelude::*;
 
 use super::settings::Settings;
 use super::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_columns};
-use crate::backend::cpu::round_rows;
+use super::sums::{Sums, sampled_rows};
+use crate::backend::parked::{Parked, Room};
 use crate::backend::{Batch, MomentSums, SecondMoments};
 use crate::method::solve::{Solve, Solved};
 use crate::model::TensorSource;
-use crate::model::block::{Layer, LayerConstants, Linear};
+use crate::model::block::{Half, Layer, LayerConstants};
 use crate::model::config::Config;
 use crate::names::{Role, TensorId};
 use crate::scheme::fit::{self, fit};
@@ -25,7 +29,7 @@ use crate::scheme::{Activations, QTensor, Scheme};
 use crate::tensor::Matrix;
 
 /// Tokens that pass through a layer together.
-const CHUNK_TOKENS: usize = 4096;
+pub(super) const CHUNK_TOKENS: usize = 4096;
 /// Tokens whose inputs a search for smoothing factors sees, of every chunk at most.
 const SAMPLED_TOKENS: usize = 512;
 
@@ -41,14 +45,29 @@ pub struct Request<'a> {
     pub activations: Activations,
     /// How codes are chosen.
     pub settings: Settings,
+    /// What an interrupted run has left.
+    pub finished: Option<&'a dyn FinishedLayers>,
+    /// Device memory for what waits between two uses, bytes; `None`: as much as it takes.
+    pub room: Option<u64>,
 }
 
-/// A finished tensor.
+/// Layers that an earlier run of the same request has finished.
+pub trait FinishedLayers {
+    /// Returns what it emitted of a layer; `None` if it did not finish the layer or one before it.
+    ///
+    /// # Errors
+    /// If what it left cannot be read.
+    fn layer(&self, layer: usize) -> Result<Option<Vec<Finished>>>;
+}
+
+/// What is finished.
 pub enum Finished {
     /// Codes and scales.
     Quantized(Calibrated),
     /// A norm's gain, into which smoothing factors were folded.
     Rewritten(TensorId, Vec<f32>),
+    /// All tensors of a layer.
+    Layer(usize),
 }
 
 /// A quantized tensor.
@@ -70,7 +89,7 @@ impl Request<'_> {
     }
 }
 
-/// Receives every tensor of the request as it is finished, in the order of a forward pass.
+/// Receives every tensor of the request as it is finished, in the order of a forward pass, and the end of every layer.
 pub type Emit<'a> = &'a mut dyn FnMut(Finished) -> Result<()>;
 
 /// Quantizes every weight of `request` and hands it to `emit`. Returns the mean KL divergence, in nats, of the quantized
@@ -86,28 +105,35 @@ pub fn calibrate<B: SecondMoments>(
     emit: Emit,
 ) -> Result<Option<f64>> {
     let constants = LayerConstants::new(config);
-    let mut run = Run { backend, config, constants, request, chunks: Vec::new(), emit };
+    let room = Room::new(request.room);
+    let mut run = Run { backend, config, constants, request, chunks: Vec::new(), room, emit };
     let table = quantized_embeddings(&mut run, source)?;
     run.embed(source, table)?;
     for layer in 0..config.num_hidden_layers {
         let full = Layer::load(backend, config, source, layer)?;
         let mut quantized = Layer::load(backend, config, source, layer)?;
-        run.layer(source, layer, &full, &mut quantized).with_context(|| format!("layer {layer}"))?;
+        let finished = request.finished.map(|finished| finished.layer(layer)).transpose()?.flatten();
+        match finished {
+            Some(tensors) => run.replay(tensors, &full, &mut quantized),
+            None => run.layer(source, layer, &full, &mut quantized),
+        }
+        .with_context(|| format!("layer {layer}"))?;
+        (run.emit)(Finished::Layer(layer))?;
     }
     run.head(source)
 }
 
 /// Equally long windows on their way through both models.
-struct Chunk<T> {
+struct Chunk<B: SecondMoments> {
     ids: Vec<u32>,
     batch: Batch,
     /// Whether it counts for the statistics.
     counted: bool,
     /// Residual streams of the full-precision and the quantized model, `[n, hidden]`.
-    full: T,
-    quantized: T,
-    /// Input of the quantized model's next linear that adds to the stream.
-    pending: Option<T>,
+    full: Parked<B>,
+    quantized: Parked<B>,
+    /// Input of the quantized model's next linear that adds to the stream, where there is room for it.
+    pending: Option<B::Tensor>,
 }
 
 struct Run<'a, B: SecondMoments> {
@@ -115,7 +141,9 @@ struct Run<'a, B: SecondMoments> {
     config: &'a Config,
     constants: LayerConstants,
     request: &'a Request<'a>,
-    chunks: Vec<Chunk<B::Tensor>>,
+    chunks: Vec<Chunk<B>>,
+    /// What the streams leave of the device's memory.
+    room: Room,
     emit: Emit<'a>,
 }
 
@@ -134,24 +162,26 @@ fn quantized_embeddings<B: SecondMoments>(
     Ok(Some(q))
 }
 
-impl<B: SecondMoments> Run<'_, B> {
+impl<'a, B: SecondMoments> Run<'a, B> {
     /// Starts both streams with the embeddings of all windows.
     fn embed(&mut self, source: &impl TensorSource, quantized: Option<QTensor>) -> Result<()> {
         let full = self.backend.upload(source.read(TensorId::global(Role::Embed))?)?;
         let quantized = quantized.map(|q| self.backend.upload(Matrix::Quantized(q))).transpose()?;
         let windows = self.request.windows;
         let (counted, held_out) = windows.split_at(windows.len() - self.request.held_out);
-        let tokens = windows[0].len();
+        let (tokens, hidden) = (windows[0].len(), self.config.hidden_size);
         for (windows, counted) in [(counted, true), (held_out, false)] {
             for windows in windows.chunks((CHUNK_TOKENS / tokens).max(1)) {
                 let ids = windows.concat();
                 let stream = self.backend.embed(&full, &ids)?;
+                let other = match &quantized {
+                    Some(table) => self.backend.embed(table, &ids)?,
+                    None => stream.clone(),
+                };
+                let place = self.room.place((2 * ids.len() * hidden * 4) as u64);
                 self.chunks.push(Chunk {
-                    quantized: match &quantized {
-                        Some(table) => self.backend.embed(table, &ids)?,
-                        None => stream.clone(),
-                    },
-                    full: stream,
+                    full: Parked::new(self.backend, place, stream, hidden)?,
+                    quantized: Parked::new(self.backend, place, other, hidden)?,
                     batch: Batch { sequences: windows.len(), tokens },
                     counted,
                     ids,
@@ -170,64 +200,114 @@ impl<B: SecondMoments> Run<'_, B> {
         full: &Layer<B>,
         quantized: &mut Layer<B>,
     ) -> Result<()> {
-        let (backend, config, constants) = (self.backend, self.config, self.constants.clone());
-        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-        let norm = |x: &B::Tensor, gain: &B::Tensor| backend.rms_norm(x, gain, constants.eps);
-        let counted = self.chunks.iter().filter(|chunk| chunk.counted).count().max(1);
+        let mut inner = None;
+        for half in Half::ALL {
+            if half == Half::FeedForward {
+                inner = self.inner_factors(source, index, quantized)?;
+            }
+            let sums = self.sum_normed(half, full)?;
+            self.stage(source, index, half.inputs(), sums, inner.as_ref(), quantized)?;
+            let sums = self.sum_mixed(half, full, quantized)?;
+            self.stage(source, index, &[half.output()], sums, inner.as_ref(), quantized)?;
+            self.add_output(half, quantized)?;
+        }
+        Ok(())
+    }
+
+    /// Sums what the first linears of a half read.
+    fn sum_normed(&self, half: Half, full: &Layer<B>) -> Result<Sums<'a, B>> {
+        let backend = self.backend;
+        let counted = || self.chunks.iter().filter(|chunk| chunk.counted);
         let smooth = self.request.settings.smoothing != Smoothing::Off;
         // Smoothing changes the units of a norm's outputs before they are rounded, after they are summed.
         let rounded = if smooth { Activations::Full } else { self.request.activations };
-        let sampled = if smooth { (2 * SAMPLED_TOKENS).div_ceil(counted) } else { 0 };
-
-        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled).with_rounding(rounded);
-        for chunk in &mut self.chunks {
-            let input = norm(&chunk.full, &full.attn_norm)?;
-            sums.add(chunk, &input, &norm(&chunk.quantized, &full.attn_norm)?)?;
+        let sampled = if smooth { (2 * SAMPLED_TOKENS).div_ceil(counted().count().max(1)) } else { 0 };
+        let sums = Sums::new(backend, self.config.hidden_size, None)?;
+        let mut sums = sums.with_sample(sampled).with_rounding(rounded);
+        for chunk in counted() {
+            let norm = |stream: &Parked<B>| {
+                backend.rms_norm(stream.get(backend)?.as_ref(), full.norm(half), self.constants.eps)
+            };
+            sums.add(chunk.ids.len(), &norm(&chunk.full)?, &norm(&chunk.quantized)?, None)?;
         }
-        self.stage(source, index, &[Role::Q, Role::K, Role::V], sums, None, quantized)?;
-
-        let width = config.num_attention_heads * config.head_dim;
-        let mut sums = Sums::new(backend, width, Some(hidden))?.with_rounding(self.request.activations);
-        for chunk in &mut self.chunks {
-            let (input, input_q) =
-                (norm(&chunk.full, &full.attn_norm)?, norm(&chunk.quantized, &quantized.attn_norm)?);
-            let mixed = full.attend(backend, &constants, &input, chunk.batch)?;
-            let mixed_q = quantized.attend(backend, &constants, &input_q, chunk.batch)?;
-            sums.add(chunk, &mixed, &mixed_q)?;
-            full.o.add_forward(backend, &mut chunk.full, &mixed)?;
-            chunk.pending = Some(mixed_q);
-        }
-        self.stage(source, index, &[Role::O], sums, None, quantized)?;
-        self.add_pending(&quantized.o)?;
-
-        let inner = self.inner_factors(source, index, quantized)?;
-
-        let mut sums = Sums::new(backend, hidden, None)?.with_sample(sampled).with_rounding(rounded);
-        for chunk in &mut self.chunks {
-            let input = norm(&chunk.full, &full.ffn_norm)?;
-            sums.add(chunk, &input, &norm(&chunk.quantized, &full.ffn_norm)?)?;
-        }
-        self.stage(source, index, &[Role::Gate, Role::Up], sums, inner.as_ref(), quantized)?;
-
-        let mut sums = Sums::new(backend, ffn, Some(hidden))?.with_rounding(self.request.activations);
-        for chunk in &mut self.chunks {
-            let gated = full.gated(backend, &norm(&chunk.full, &full.ffn_norm)?)?;
-            let gated_q = quantized.gated(backend, &norm(&chunk.quantized, &quantized.ffn_norm)?)?;
-            sums.add(chunk, &gated, &gated_q)?;
-            full.down.add_forward(backend, &mut chunk.full, &gated)?;
-            chunk.pending = Some(gated_q);
-        }
-        self.stage(source, index, &[Role::Down], sums, inner.as_ref(), quantized)?;
-        self.add_pending(&quantized.down)
+        Ok(sums)
     }
 
-    /// Adds the outputs of a linear, now quantized, to the quantized model's residual streams.
-    fn add_pending(&mut self, linear: &Linear<B>) -> Result<()> {
+    /// Sums what the last linear of a half reads, and carries the full-precision streams through the half.
+    fn sum_mixed(&mut self, half: Half, full: &Layer<B>, quantized: &Layer<B>) -> Result<Sums<'a, B>> {
+        let (backend, config, constants) = (self.backend, self.config, &self.constants);
+        let width = match half {
+            Half::Attention => config.num_attention_heads * config.head_dim,
+            Half::FeedForward => config.intermediate_size,
+        };
+        let sums = Sums::new(backend, width, Some(config.hidden_size))?;
+        let mut sums = sums.with_rounding(self.request.activations);
+        let mut room = self.room;
+        for Chunk { ids, batch, counted, full: stream, quantized: other, pending } in &mut self.chunks {
+            let other = other.get(backend)?;
+            let mixed_q = quantized.mixed(backend, constants, half, &other, *batch)?;
+            stream.update(backend, |stream| {
+                let mixed = full.mixed(backend, constants, half, stream, *batch)?;
+                if *counted {
+                    sums.add(ids.len(), &mixed, &mixed_q, Some((stream, &other)))?;
+                }
+                full.output(half).add_forward(backend, stream, &mixed)
+            })?;
+            let bytes = ids.len() * width * backend.value_bytes();
+            *pending = room.take(bytes as u64).then_some(mixed_q);
+        }
+        Ok(sums)
+    }
+
+    /// Carries the quantized model's streams through a half whose linears are all quantized now.
+    fn add_output(&mut self, half: Half, quantized: &Layer<B>) -> Result<()> {
+        let (backend, constants) = (self.backend, &self.constants);
         for chunk in &mut self.chunks {
-            if let Some(input) = chunk.pending.take() {
-                linear.add_forward(self.backend, &mut chunk.quantized, &input)?;
+            let (pending, batch) = (chunk.pending.take(), chunk.batch);
+            chunk.quantized.update(backend, |stream| {
+                let mixed = match pending {
+                    Some(mixed) => mixed,
+                    None => quantized.mixed(backend, constants, half, stream, batch)?,
+                };
+                quantized.output(half).add_forward(backend, stream, &mixed)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Emits a layer that an earlier run has finished, and carries both streams through it.
+    fn replay(&mut self, finished: Vec<Finished>, full: &Layer<B>, quantized: &mut Layer<B>) -> Result<()> {
+        let (backend, constants) = (self.backend, &self.constants);
+        for tensor in finished {
+            match &tensor {
+                Finished::Quantized(done) => self.exchange(done.id, &done.solved.q, quantized)?,
+                Finished::Rewritten(id, values) => {
+                    let gain = backend.tensor(1, values.len(), values)?;
+                    match id.role {
+                        Role::AttnNorm => quantized.attn_norm = gain,
+                        Role::FfnNorm => quantized.ffn_norm = gain,
+                        _ => bail!("`{id}` is no norm of a layer"),
+                    }
+                }
+                Finished::Layer(_) => {}
+            }
+            (self.emit)(tensor)?;
+        }
+        for Chunk { batch, full: stream, quantized: other, .. } in &mut self.chunks {
+            for (stream, layer) in [(stream, full), (other, &*quantized)] {
+                stream
+                    .update(backend, |x| layer.forward(backend, constants, x, *batch, &mut |_, _| Ok(())))?;
             }
         }
+        Ok(())
+    }
+
+    /// Puts a quantized weight into the quantized layer.
+    fn exchange(&self, id: TensorId, q: &QTensor, quantized: &mut Layer<B>) -> Result<()> {
+        let linear =
+            quantized.linear_mut(id.role).with_context(|| format!("`{id}` is no linear of a layer"))?;
+        linear.weight = self.backend.upload(Matrix::Quantized(q.clone()))?;
+        linear.activations = self.request.activations;
         Ok(())
     }
 
@@ -252,7 +332,8 @@ impl<B: SecondMoments> Run<'_, B> {
         }
         let mut inputs = Vec::new();
         for chunk in self.chunks.iter().filter(|chunk| chunk.counted).take(2) {
-            let normed = self.backend.rms_norm(&chunk.quantized, &quantized.ffn_norm, self.constants.eps)?;
+            let stream = chunk.quantized.get(self.backend)?;
+            let normed = self.backend.rms_norm(&stream, &quantized.ffn_norm, self.constants.eps)?;
             let rows = sampled_rows(chunk.ids.len(), SAMPLED_TOKENS);
             let normed = self.backend.select_rows(&normed, &rows)?;
             inputs.extend(self.backend.read(&quantized.gated(self.backend, &normed)?)?);
@@ -368,9 +449,7 @@ impl<B: SecondMoments> Run<'_, B> {
             let rows = weights.len() / solver.cols();
             let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
             let solved = solver.quantize(&weights, rows, scheme, global).with_context(|| format!("{id}"))?;
-            let linear = quantized.linear_mut(id.role).context("stages list linears only")?;
-            linear.weight = self.backend.upload(Matrix::Quantized(solved.q.clone()))?;
-            linear.activations = self.request.activations;
+            self.exchange(id, &solved.q, quantized)?;
             let smoothing = factors.map(|factors| factors.strength);
             (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing }))?;
         }
@@ -379,15 +458,9 @@ impl<B: SecondMoments> Run<'_, B> {
 
     /// Quantizes the head, if the request says so, and compares both models on the held-out windows.
     fn head(&mut self, source: &impl TensorSource) -> Result<Option<f64>> {
-        let (backend, eps) = (self.backend, self.constants.eps);
+        let backend = self.backend;
         let gain = source.read(TensorId::global(Role::OutputNorm))?.to_f32();
         let gain = backend.tensor(1, gain.len(), &gain)?;
-        let mut sums = Sums::new(backend, self.config.hidden_size, None)?;
-        for chunk in &mut self.chunks {
-            chunk.full = backend.rms_norm(&chunk.full, &gain, eps)?;
-            chunk.quantized = backend.rms_norm(&chunk.quantized, &gain, eps)?;
-            sums.add(chunk, &chunk.full, &chunk.quantized)?;
-        }
         let id = TensorId::global(if self.config.tie_word_embeddings { Role::Embed } else { Role::Head });
         let weight = source.read(id)?;
         let full = backend.upload(weight.clone())?;
@@ -399,6 +472,11 @@ impl<B: SecondMoments> Run<'_, B> {
                 Some(fit(scheme, &weight.to_f32(), rows, cols, None, rule))
             }
             Some(scheme) => {
+                let mut sums = Sums::new(backend, self.config.hidden_size, None)?;
+                for chunk in self.chunks.iter().filter(|chunk| chunk.counted) {
+                    let [full, quantized] = self.normed(chunk, &gain)?;
+                    sums.add(chunk.ids.len(), &full, &quantized, None)?;
+                }
                 let tokens = sums.moments.tokens;
                 let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;
                 let solved = solver.quantize(&weight.to_f32(), weight.dims()[0], scheme, None)?;
@@ -408,90 +486,31 @@ impl<B: SecondMoments> Run<'_, B> {
             }
         };
         let quantized = quantized.map(|q| backend.upload(Matrix::Quantized(q))).transpose()?;
-        self.divergence(&full, quantized.as_ref().unwrap_or(&full))
+        self.divergence(&gain, &full, quantized.as_ref().unwrap_or(&full))
     }
 
-    fn divergence(&self, full: &B::Weight, quantized: &B::Weight) -> Result<Option<f64>> {
+    /// Returns the final hidden states of both models.
+    fn normed(&self, chunk: &Chunk<B>, gain: &B::Tensor) -> Result<[B::Tensor; 2]> {
+        let norm = |stream: &Parked<B>| {
+            self.backend.rms_norm(stream.get(self.backend)?.as_ref(), gain, self.constants.eps)
+        };
+        Ok([norm(&chunk.full)?, norm(&chunk.quantized)?])
+    }
+
+    fn divergence(&self, gain: &B::Tensor, full: &B::Weight, quantized: &B::Weight) -> Result<Option<f64>> {
         let (mut sum, mut count) = (0.0, 0usize);
         for chunk in self.chunks.iter().filter(|chunk| !chunk.counted) {
             let tokens = chunk.batch.tokens;
             let scored: Vec<usize> =
                 (0..chunk.ids.len()).filter(|at| (tokens / 2..tokens - 1).contains(&(at % tokens))).collect();
             let targets: Vec<u32> = scored.iter().map(|&at| chunk.ids[at + 1]).collect();
-            let baseline = self.backend.select_rows(&chunk.full, &scored)?;
-            let model = self.backend.select_rows(&chunk.quantized, &scored)?;
+            let [baseline, model] = self.normed(chunk, gain)?;
+            let baseline = self.backend.select_rows(&baseline, &scored)?;
+            let model = self.backend.select_rows(&model, &scored)?;
             let scores = self.backend.compare((&baseline, full), (&model, quantized), &targets)?;
             sum += scores.iter().map(|score| score.kld as f64).sum::<f64>();
             count += scores.len();
         }
         Ok((count > 0).then(|| sum / count as f64))
-    }
-}
-
-/// Returns rows spread evenly over `rows`, the first among them, about `count`.
-fn sampled_rows(rows: usize, count: usize) -> Vec<usize> {
-    (0..rows).step_by(rows.div_ceil(count).max(1)).collect()
-}
-
-/// Moments while they are summed, with the backend.
-struct Sums<'a, B: SecondMoments> {
-    backend: &'a B,
-    moments: MomentSums<B::Tensor>,
-    /// Some rows of X̃, where smoothing factors are searched.
-    sample: Vec<f32>,
-    /// Rows to take from each chunk.
-    sampled: usize,
-    /// What the engine does to X̃ before it multiplies.
-    activations: Activations,
-}
-
-impl<'a, B: SecondMoments> Sums<'a, B> {
-    /// Returns sums over no tokens, for inputs of `cols` columns; of drift with residual streams of `hidden` columns.
-    fn new(backend: &'a B, cols: usize, hidden: Option<usize>) -> Result<Self> {
-        let zeros = |rows: usize| backend.zeros(rows, cols);
-        let drift = hidden.map(zeros).transpose()?;
-        let moments = MomentSums { cols, tokens: 0, hessian: zeros(cols)?, cross: zeros(cols)?, drift };
-        Ok(Sums { backend, moments, sample: Vec::new(), sampled: 0, activations: Activations::Full })
-    }
-
-    /// Returns sums over inputs as the engine rounds them: what the linear's weights really meet.
-    fn with_rounding(self, activations: Activations) -> Self {
-        Sums { activations, ..self }
-    }
-
-    /// Returns sums that also keep about `tokens` rows of X̃ of every chunk.
-    fn with_sample(self, tokens: usize) -> Self {
-        Sums { sampled: tokens, ..self }
-    }
-
-    /// Adds a chunk's inputs of the next linears in both models.
-    fn add(&mut self, chunk: &Chunk<B::Tensor>, full: &B::Tensor, quantized: &B::Tensor) -> Result<()> {
-        if !chunk.counted {
-            return Ok(());
-        }
-        if self.sampled > 0 {
-            let rows = sampled_rows(chunk.ids.len(), self.sampled);
-            self.sample.extend(self.backend.read(&self.backend.select_rows(quantized, &rows)?)?);
-        }
-        let rounded = match round_rows(self.activations) {
-            None => None,
-            Some(round) => {
-                let mut values = self.backend.read(quantized)?;
-                let cols = self.moments.cols;
-                values.par_chunks_mut(cols).for_each(round);
-                Some(self.backend.tensor(chunk.ids.len(), cols, &values)?)
-            }
-        };
-        let quantized = rounded.as_ref().unwrap_or(quantized);
-        let moments = &mut self.moments;
-        self.backend.add_moment(&mut moments.hessian, quantized, quantized)?;
-        self.backend.add_moment(&mut moments.cross, full, quantized)?;
-        if let Some(drift) = &mut moments.drift {
-            let mut difference = chunk.full.clone();
-            self.backend.subtract(&mut difference, &chunk.quantized)?;
-            self.backend.add_moment(drift, &difference, quantized)?;
-        }
-        moments.tokens += chunk.ids.len();
-        Ok(())
     }
 }

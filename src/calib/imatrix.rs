@@ -16,7 +16,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::container::gguf::{Gguf, GgufSink, Kind, Metadata, Value};
-use crate::container::{Sink, Storage, TensorSpec};
+use crate::container::{Opening, Sink, Storage, TensorSpec};
 use crate::names::TensorId;
 use crate::tensor::{Dtype, bytes_from_floats, floats_from_bytes};
 
@@ -138,7 +138,7 @@ impl Imatrix {
                 contents.push(bytes_from_floats(Dtype::F32, &values));
             }
         }
-        let sink = GgufSink::create(path, force, &metadata, &specs)?;
+        let sink = GgufSink::create(path, Opening { force, key: None }, &metadata, &specs)?;
         for (index, bytes) in contents.iter().enumerate() {
             sink.write(index, 0, bytes)?;
         }

@@ -15,3 +15,4 @@ pub mod importance;
 pub mod kv_cache;
 pub mod settings;
 pub mod smoothing;
+mod sums;

@@ -1,5 +1,7 @@
 //! The settings of a calibrated run, and what each linear gets of them.
 
+use serde::{Deserialize, Serialize};
+
 use super::smoothing::Smoothing;
 use crate::method::mismatch::Strength;
 use crate::method::solve::Knobs;
@@ -8,7 +10,7 @@ use crate::scheme::Activations;
 use crate::scheme::fit::ScaleRule;
 
 /// How a model is calibrated.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// Strength of the input-mismatch correction of q, k, v.
     pub mismatch: f32,

@@ -17,6 +17,7 @@
 //! a few tokens with huge activations would outweigh all others.
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::scheme::fit::{ScaleRule, fit};
@@ -24,7 +25,7 @@ use crate::scheme::{Activations, Scheme};
 use crate::tensor::{Dense, Matrix};
 
 /// Whether and how strongly.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Smoothing {
     /// Not at all.
     Off,

@@ -287,7 +287,7 @@ mod tests {
 
     use super::*;
     use crate::container::safetensors::{SHARD_BYTES, SafetensorsSink};
-    use crate::container::{Sink, Storage, TensorSpec};
+    use crate::container::{Opening, Sink, Storage, TensorSpec};
     use crate::dialect::compressed_tensors::{CompressedTensors, config::Quantization};
     use crate::names::Role;
     use crate::scheme::schemes::{INT8, MXFP4, Q4_0};
@@ -319,7 +319,7 @@ mod tests {
                 shape: shape.clone(),
             })
             .collect();
-        let sink = SafetensorsSink::create(folder, false, &specs, &[], shard_bytes).unwrap();
+        let sink = SafetensorsSink::create(folder, Opening::default(), &specs, &[], shard_bytes).unwrap();
         tensors.iter().enumerate().for_each(|(i, t)| sink.write(i, 0, &t.3).unwrap());
         sink.add_file("config.json", config.to_string().as_bytes()).unwrap();
         Box::new(sink).finish().unwrap();
@@ -429,7 +429,8 @@ mod tests {
             payload.push(bytes);
             wanted.push((id, matrix));
         }
-        let sink = crate::container::gguf::GgufSink::create(&path, false, &metadata, &specs).unwrap();
+        let sink =
+            crate::container::gguf::GgufSink::create(&path, Opening::default(), &metadata, &specs).unwrap();
         payload.iter().enumerate().for_each(|(i, bytes)| sink.write(i, 0, bytes).unwrap());
         Box::new(sink).finish().unwrap();
 

@@ -7,17 +7,17 @@ use serde_json::Value;
 
 use crate::artifact::file_name;
 use crate::backend::SecondMoments;
-use crate::calib::choose::{Choice, Effort, Trial};
+use crate::calib::choose::{Choice, Effort, Search, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
 use crate::calib::imatrix::Imatrix;
 use crate::calib::importance;
 use crate::calib::settings::Settings;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{CalibrationArgs, ConvertArgs, MethodArg};
-use crate::convert::{Calibration, choose_settings};
+use crate::convert::{Calibration, Output, choose_settings};
 use crate::manifest::{self, CalibrationText};
 use crate::model::chat_template::{Chat, ChatTemplate};
-use crate::output::Printer;
+use crate::output::{Printer, Unit};
 use crate::plan::{Action, Plan};
 use crate::recipe::Method;
 
@@ -125,6 +125,14 @@ impl Windows {
         Ok(Windows { tokens, record, corpus })
     }
 
+    /// Adds all tokens to a hash.
+    pub fn identify(&self, hash: &mut blake3::Hasher) {
+        for window in &self.tokens {
+            let bytes: Vec<u8> = window.iter().flat_map(|id| id.to_le_bytes()).collect();
+            hash.update(&(window.len() as u64).to_le_bytes()).update(&bytes);
+        }
+    }
+
     /// Returns what the manifest says of them.
     pub fn record(&self) -> manifest::Calibration {
         self.record.clone()
@@ -150,7 +158,17 @@ impl Windows {
 
     /// Returns the calibration with those settings.
     pub fn calibration(&self, settings: Settings) -> Calibration<'_> {
-        Calibration { windows: &self.tokens, held_out: 0, settings }
+        Calibration { windows: &self.tokens, held_out: 0, settings, room: None }
+    }
+
+    /// Returns the settings that a search begins with.
+    pub fn start(&self, args: &ConvertArgs, plan: &Plan) -> Settings {
+        let inputs = plan.recipe.format.activations;
+        let start = Settings { scale_rule: plan.recipe.scale_rule, ..Settings::for_inputs(inputs) };
+        match Effort::from(args.effort) {
+            Effort::Fast => Settings { sweeps: 1, ..start },
+            _ => start,
+        }
     }
 
     /// Finds the settings for a plan, as `--effort` says, and tells what was tried.
@@ -162,22 +180,23 @@ impl Windows {
         backend: &B,
         args: &ConvertArgs,
         source: &Checkpoint,
-        plan: &Plan,
+        Output { plan, journal, .. }: Output,
         printer: Printer,
     ) -> Result<Choice> {
         let effort = Effort::from(args.effort);
-        let inputs = plan.recipe.format.activations;
-        let mut start = Settings { scale_rule: plan.recipe.scale_rule, ..Settings::for_inputs(inputs) };
-        if effort == Effort::Fast {
-            start.sweeps = 1;
-        }
+        let trials = effort.trials(plan.recipe.format.activations);
+        let bar = printer.bar((trials * source.config.num_hidden_layers) as u64, "settings", Unit::Count);
+        let start = self.start(args, plan);
         let tell = |trial: &Trial| {
             printer.detail(format!(
                 "{}: {}: KLD {:.5} on text kept out",
                 plan.recipe.format.name, trial.change, trial.kld
             ));
+            journal.add_trial(trial)
         };
-        let choice = choose_settings(backend, source, plan, self.calibration(start), effort, &tell)?;
+        let search = Search { effort, known: journal.trials(), tell: &tell, progress: &|| bar.inc(1) };
+        let choice = choose_settings(backend, source, plan, self.calibration(start), &search)?;
+        bar.finish_and_clear();
         if effort != Effort::Fast && choice.trials.is_empty() {
             printer.note(format!(
                 "note: {}: default settings: {} windows of calibration text are too few to try others on",

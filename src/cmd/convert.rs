@@ -15,8 +15,9 @@ use crate::calib::imatrix::Imatrix;
 use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
-use crate::container::Sink;
-use crate::convert::{self, Cost};
+use crate::container::{Opening, Sink, leftovers};
+use crate::convert::journal::{self, Journal};
+use crate::convert::{self, Cost, Output};
 use crate::eval::speed::Machine;
 use crate::eval::{Metric, Report, Row};
 use crate::manifest::{self, Evaluation, Manifest, SchemeRecord, Source, TensorRecord};
@@ -217,23 +218,44 @@ fn write(
     imatrix: Option<&Imatrix>,
     printer: Printer,
 ) -> Result<()> {
-    let sink = task.artifact.create(&task.out, args.force)?;
-    let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
-    let progress = |weights| bar.inc(weights);
     let costs = match windows {
-        None => convert::convert(source, &task.plan, sink.as_ref(), imatrix, &progress)?,
+        None => {
+            clear_leftovers(args, &task.out, None, printer)?;
+            let sink = task.artifact.create(&task.out, Opening { force: args.force, key: None })?;
+            let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
+            let progress = |weights| bar.inc(weights);
+            let costs = convert::convert(source, &task.plan, sink.as_ref(), imatrix, &progress)?;
+            sink.finish()?;
+            bar.finish_and_clear();
+            costs
+        }
         Some(windows) => {
-            let work =
-                Calibrated { args, source, task, windows, sink: sink.as_ref(), progress: &progress, printer };
+            let work = Calibrated { args, source, task, windows, printer };
             measure::on_named_device(&args.source.device, args.protocol.precise, printer.silent(), work)?
         }
     };
-    sink.finish()?;
-    bar.finish_and_clear();
     for (step, cost) in task.plan.steps.iter().zip(costs) {
         let record = record(&task.plan, step, cost);
         printer.detail(detail(task.plan.recipe.format.name, step, cost));
         task.manifest.tensors.insert(step.id.to_string(), record);
+    }
+    Ok(())
+}
+
+/// Deletes what interrupted runs have left of an output and cannot be gone on with, and tells of the rest. `key` is that
+/// of this run.
+fn clear_leftovers(args: &ConvertArgs, out: &Path, key: Option<&str>, printer: Printer) -> Result<()> {
+    for left in leftovers::of(out)? {
+        let shown = left.path.display();
+        if left.key.is_none() || args.fresh {
+            left.remove()?;
+            printer.note(format!("removed {shown}, left by an interrupted run"));
+        } else if left.key.as_deref() != key {
+            printer.note(format!(
+                "note: {shown} is left by an interrupted run with other settings; the same command as then goes on \
+                 from it, `--fresh` deletes it"
+            ));
+        }
     }
     Ok(())
 }
@@ -244,8 +266,6 @@ struct Calibrated<'a> {
     source: &'a Checkpoint,
     task: &'a mut Task,
     windows: &'a Windows,
-    sink: &'a dyn Sink,
-    progress: &'a (dyn Fn(u64) + Sync),
     printer: Printer,
 }
 
@@ -253,14 +273,70 @@ impl WithBackend for Calibrated<'_> {
     type Output = Vec<Cost>;
 
     fn run<B: Machine>(self, backend: &B) -> Result<Vec<Cost>> {
-        let Calibrated { args, source, task, windows, sink, progress, printer } = self;
+        let Calibrated { args, source, task, printer, .. } = &self;
+        let key = self.key(backend)?;
         printer.note(format!("calibrating on {}", backend.describe()));
-        let choice = windows.choose(backend, args, source, &task.plan, printer)?;
-        if let Some(calibration) = &mut task.manifest.calibration {
+        clear_leftovers(args, &task.out, Some(journal::short(&key)), *printer)?;
+        let opening = Opening { force: args.force, key: Some(journal::short(&key)) };
+        let sink = task.artifact.create(&task.out, opening)?;
+        let journal = Journal::open(&task.out, &key)?;
+        if journal.is_worth_keeping() {
+            printer.note(format!(
+                "going on from an interrupted run: {} of {} layers are finished, {} settings tried; `--fresh` begins anew",
+                journal.layers().len(),
+                source.config.num_hidden_layers,
+                journal.trials().len()
+            ));
+        }
+        let (out, printer) = (task.out.clone(), *printer);
+        let done = self.convert(backend, sink.as_ref(), &journal).inspect_err(|_| {
+            if journal.is_worth_keeping() {
+                printer.note(format!(
+                    "what is finished of {} is kept; the same command goes on from it",
+                    out.display()
+                ));
+            }
+        })?;
+        sink.finish()?;
+        journal.finish()?;
+        Ok(done)
+    }
+}
+
+impl Calibrated<'_> {
+    /// Returns a hash of everything the output's bytes depend on.
+    fn key<B: Machine>(&self, backend: &B) -> Result<String> {
+        let Calibrated { args, task, windows, .. } = self;
+        let Task { plan, artifact, manifest, .. } = &**task;
+        journal::key(|hash| {
+            let start = windows.start(args, plan);
+            let facts = format!("{:?}\n{:?}\n{start:?}\n{}\n", plan.steps, args.effort, backend.arithmetic());
+            hash.update(facts.as_bytes());
+            hash.update(&serde_json::to_vec(&(&manifest.source, &manifest.recipe, &manifest.calibration))?);
+            windows.identify(hash);
+            artifact.identify(hash);
+            plan.outputs.iter().filter_map(|output| output.fixed.as_ref()).for_each(|bytes| {
+                hash.update(bytes);
+            });
+            Ok(())
+        })
+    }
+
+    /// Chooses settings and writes every tensor.
+    fn convert<B: Machine>(self, backend: &B, sink: &dyn Sink, journal: &Journal) -> Result<Vec<Cost>> {
+        let Calibrated { args, source, task, windows, printer } = self;
+        let Task { plan, manifest, .. } = task;
+        let output = Output { plan, sink, journal };
+        let choice = windows.choose(backend, args, source, output, printer)?;
+        if let Some(calibration) = &mut manifest.calibration {
             calibration.settings = choice.record();
         }
+        let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
         let calibration = windows.calibration(choice.settings);
-        Ok(convert::convert_calibrated(backend, source, &task.plan, sink, calibration, progress)?.0)
+        let costs =
+            convert::convert_calibrated(backend, source, output, calibration, &|weights| bar.inc(weights))?.0;
+        bar.finish_and_clear();
+        Ok(costs)
     }
 }
 

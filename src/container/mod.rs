@@ -3,12 +3,14 @@
 
 pub mod gguf;
 mod input;
-mod output;
+pub mod leftovers;
+pub(crate) mod output;
 pub mod safetensors;
 
 use anyhow::Result;
 
 pub use input::{InputFile, Located};
+pub use output::Opening;
 
 use crate::tensor::Dtype;
 
@@ -56,6 +58,10 @@ pub trait Sink: Sync {
     /// Writes bytes of a tensor (its index in the specs the sink was made with) from `offset` on; in any order, from
     /// any thread.
     fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Returns what was written of a tensor, by this run or, with an [`Opening::key`], by one that was interrupted; zeros
+    /// where nothing was.
+    fn read(&self, tensor: usize) -> Result<Vec<u8>>;
 
     /// Makes the output durable and gives it its final name. An error if bytes of a tensor were never written.
     fn finish(self: Box<Self>) -> Result<()>;

@@ -1,8 +1,8 @@
 //! Writing: a temporary sibling of the output that takes the final name only when complete.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,26 +10,44 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::TensorSpec;
 
-/// An output in the making: `.NAME.partial-PID` beside its final place, removed on drop unless published.
+/// How an output is created.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Opening<'a> {
+    /// Whether an existing output is replaced.
+    pub force: bool,
+    /// With a key, what an interrupted run with that key has written is still there, and a run that fails leaves its own.
+    pub key: Option<&'a str>,
+}
+
+/// An output in the making: `.NAME.partial-PID` beside its final place, removed on drop unless published; with a key
+/// `.NAME.partial-KEY`, which stays. Locked while its process lives.
 #[derive(Debug)]
 pub(super) struct Draft {
     target: PathBuf,
     temporary: PathBuf,
     force: bool,
+    /// Whether it stays where it is when it is not published.
+    stays: bool,
     published: bool,
+    /// Held, not read.
+    _lock: Option<File>,
 }
 
 impl Draft {
-    /// Prepares a file. An existing output is an error unless `force`; so are a missing parent and too little space.
-    pub(super) fn file(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+    /// Creates a file of `len` bytes that starts with `header`; what else a kept one holds is left. An existing output is
+    /// an error unless it is to be replaced; so are a parent that cannot be written and too little space.
+    pub(super) fn file(target: &Path, opening: Opening, header: &[u8], len: u64) -> Result<(Self, File)> {
         if target.is_dir() {
             bail!("{}: found a folder, wanted to write a file; choose another name", target.display());
         }
-        Self::prepare(target, force, bytes)
+        let mut draft = Self::prepare(target, opening, len)?;
+        let file = create_file(&draft.temporary, target, header, len)?;
+        draft.lock()?;
+        Ok((draft, file))
     }
 
     /// Prepares a folder, as [`Draft::file`]; `force` replaces only a folder that is empty or holds a model.
-    pub(super) fn folder(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+    pub(super) fn folder(target: &Path, opening: Opening, bytes: u64) -> Result<Self> {
         if target.exists() && !target.is_dir() {
             bail!("{}: found a file, wanted to write a folder; choose another name", target.display());
         }
@@ -40,27 +58,46 @@ impl Draft {
                 target.display()
             );
         }
-        let draft = Self::prepare(target, force, bytes)?;
-        fs::create_dir(&draft.temporary).with_context(|| cannot_create(target))?;
+        let mut draft = Self::prepare(target, opening, bytes)?;
+        fs::create_dir_all(&draft.temporary).with_context(|| cannot_create(target))?;
+        draft.lock()?;
         Ok(draft)
     }
 
-    fn prepare(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+    fn prepare(target: &Path, opening: Opening, bytes: u64) -> Result<Self> {
+        let Opening { force, key } = opening;
         if !force && target.symlink_metadata().is_ok() {
             bail!(
                 "{}: exists already; pass `--force` to replace it, or choose another name",
                 target.display()
             );
         }
-        let name = target.file_name().with_context(|| format!("{}: names no file", target.display()))?;
         let parent = parent_of(target);
         fs::create_dir_all(parent)
             .with_context(|| format!("{}: cannot create the folder for the output", parent.display()))?;
-        ensure_space(parent, bytes)?;
-        let temporary = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        // A crashed run of the same process id left it; nobody else has the name.
-        remove(&temporary)?;
-        Ok(Draft { target: target.to_path_buf(), temporary, force, published: false })
+        let temporary = match key {
+            Some(key) => partial_path(target, key)?,
+            None => partial_path(target, &std::process::id().to_string())?,
+        };
+        if key.is_none() {
+            // A crashed run of the same process id left it; nobody else has the name.
+            remove(&temporary)?;
+        }
+        ensure_space(parent, bytes.saturating_sub(allocated(&temporary)?))?;
+        let (target, stays) = (target.to_path_buf(), key.is_some());
+        Ok(Draft { target, temporary, force, stays, published: false, _lock: None })
+    }
+
+    /// Tells other processes that this one is alive, where the file system knows locks.
+    fn lock(&mut self) -> Result<()> {
+        let Ok(file) = File::open(&self.temporary) else { return Ok(()) };
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            // It is the other's.
+            self.stays = true;
+            bail!("{}: another run is writing it", self.target.display());
+        }
+        self._lock = Some(file);
+        Ok(())
     }
 
     /// Returns the temporary path: the file itself, or the folder that takes the files.
@@ -102,7 +139,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published && !self.stays {
             // Nothing can be reported from here, and a leftover has a name that says what it is.
             let _ = remove(&self.temporary);
         }
@@ -150,6 +187,16 @@ impl Payload {
         Ok(())
     }
 
+    /// See [`super::Sink::read`].
+    pub(super) fn read(&self, tensor: usize) -> Result<Vec<u8>> {
+        let (spec, slot, _) = &self.tensors[tensor];
+        let (path, file) = &self.files[slot.file];
+        let mut bytes = vec![0; spec.bytes() as usize];
+        file.read_exact_at(&mut bytes, slot.start)
+            .with_context(|| format!("{}: cannot read `{}` back", path.display(), spec.name))?;
+        Ok(bytes)
+    }
+
     /// Checks that all bytes came and makes them durable.
     pub(super) fn sync(&self) -> Result<()> {
         for (spec, slot, written) in &self.tensors {
@@ -168,10 +215,10 @@ impl Payload {
     }
 }
 
-/// Creates a file of its final length, starting with `header`.
+/// Creates a file of its final length, starting with `header`; one that is there keeps what follows.
 pub(super) fn create_file(path: &Path, shown: &Path, header: &[u8], len: u64) -> Result<File> {
     let create = || -> io::Result<File> {
-        let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
         file.write_all_at(header, 0)?;
         file.set_len(len)?;
         Ok(file)
@@ -186,11 +233,22 @@ pub(super) fn sync_folder(path: &Path) -> Result<()> {
         .with_context(|| format!("{}: cannot be flushed to disk", path.display()))
 }
 
+/// Returns where an output lies while it is made: `.NAME.partial-SUFFIX` beside it.
+pub(crate) fn partial_path(target: &Path, suffix: &str) -> Result<PathBuf> {
+    Ok(parent_of(target).join(format!("{}{suffix}", partial_prefix(target)?)))
+}
+
+/// Returns what the names of all files that belong to an unfinished output start with.
+pub(crate) fn partial_prefix(target: &Path) -> Result<String> {
+    let name = target.file_name().with_context(|| format!("{}: names no file", target.display()))?;
+    Ok(format!(".{}.partial-", name.to_string_lossy()))
+}
+
 fn cannot_create(path: &Path) -> String {
     format!("{}: cannot be created; choose an output in a folder you may write to", path.display())
 }
 
-fn parent_of(path: &Path) -> &Path {
+pub(super) fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -219,8 +277,22 @@ fn ensure_space(folder: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
+/// Returns the disk space that a file, or the files of a folder, have already; 0 if there is none.
+fn allocated(path: &Path) -> Result<u64> {
+    let Ok(metadata) = path.metadata() else { return Ok(0) };
+    if !metadata.is_dir() {
+        return Ok(metadata.blocks() * 512);
+    }
+    let failed = || format!("{}: cannot be listed", path.display());
+    let mut sum = 0;
+    for entry in fs::read_dir(path).with_context(failed)? {
+        sum += entry.and_then(|entry| entry.metadata()).with_context(failed)?.blocks() * 512;
+    }
+    Ok(sum)
+}
+
 /// Removes a file or a folder; no error if there is none.
-fn remove(path: &Path) -> Result<()> {
+pub(crate) fn remove(path: &Path) -> Result<()> {
     let removed = match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => Err(error),

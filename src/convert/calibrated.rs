@@ -1,66 +1,163 @@
 //! Codes chosen layer by layer on calibration inputs; kept tensors stream.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
+use super::journal::{FinishedLayer, FinishedTensor, Journal, Outcome};
 use super::stream::stream;
-use super::{Cost, pack, write_decided, write_rows};
+use super::{Cost, pack, unpack, write_decided, write_rows};
 use crate::backend::SecondMoments;
-use crate::calib::choose::{Choice, Effort, Trial, choose};
-use crate::calib::driver::{self, Finished};
+use crate::calib::choose::{Choice, Search, choose};
+use crate::calib::driver::{self, Calibrated, Finished, FinishedLayers, Request};
 use crate::calib::settings::Settings;
 use crate::checkpoint::Checkpoint;
 use crate::container::Sink;
+use crate::method::solve::Solved;
 use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::Scheme;
-use crate::tensor::bytes_from_floats;
+use crate::tensor::{bytes_from_floats, floats_from_bytes};
 
 /// Converts a plan with calibrated codes: kept tensors stream as in [`super::convert`], the others come from
-/// [`driver::calibrate`] layer by layer. Also returns the KL divergence on held-out calibration windows.
+/// [`driver::calibrate`] layer by layer. Layers in `journal` are taken from what `sink` already holds. Also returns the KL
+/// divergence on held-out calibration windows.
 pub fn convert_calibrated<B: SecondMoments>(
     backend: &B,
     source: &Checkpoint,
-    plan: &Plan,
-    sink: &dyn Sink,
+    output: Output,
     calibration: Calibration,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<(Vec<Cost>, Option<f64>)> {
+    let Output { plan, sink, journal } = output;
     write_decided(plan, sink)?;
     let place: BTreeMap<TensorId, usize> = plan.steps.iter().enumerate().map(|(i, s)| (s.id, i)).collect();
     let schemes = schemes(plan);
     let scheme = |id| schemes.get(&id).copied();
-    let request = calibration.request(plan, &scheme);
+    let finished = Recovery { output, place: &place, broken: Cell::new(false) };
+    let request = Request { finished: Some(&finished), ..calibration.request(plan, &scheme) };
     let kept = |step: &Step| matches!(step.action, Action::Keep(_)) && !request.rewrites(step.id);
     let mut costs = stream(source, plan, sink, None, progress, kept)?;
-    let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |finished| {
-        let tensor = match finished {
-            Finished::Quantized(tensor) => tensor,
+    let mut layer = Vec::new();
+    let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |done| {
+        let (step, outcome) = match done {
+            Finished::Layer(index) => {
+                let tensors = std::mem::take(&mut layer);
+                let known = index < journal.layers().len() && !finished.broken.get();
+                return if known {
+                    Ok(())
+                } else {
+                    journal.add_layer(FinishedLayer { layer: index, tensors })
+                };
+            }
             Finished::Rewritten(id, values) => {
-                return write_vector(plan, sink, &plan.steps[place[&id]], &values);
+                let step = &plan.steps[place[&id]];
+                write_vector(plan, sink, step, &values)?;
+                (step, None)
+            }
+            Finished::Quantized(Calibrated { id, solved, tokens, smoothing }) => {
+                let step = &plan.steps[place[&id]];
+                let (error, error_nearest) = (solved.error, solved.error_nearest);
+                costs[place[&id]] = match error.is_finite() {
+                    true => Cost { error, error_nearest: Some(error_nearest), smoothing },
+                    // Embeddings have no input to weigh errors with.
+                    false => {
+                        let weights = source.read(id)?.to_f32();
+                        Cost { error: solved.q.distortion(&weights, None).relative(), ..Cost::default() }
+                    }
+                };
+                let parts = pack(solved.q, plan, step)?;
+                write_rows(plan, sink, step, 0..step.rows(), &parts)?;
+                progress((step.rows() * step.cols()) as u64);
+                (step, Some(Outcome { error, error_nearest, tokens, smoothing }))
             }
         };
-        let at = place[&tensor.id];
-        let step = &plan.steps[at];
-        costs[at] = match tensor.solved.error.is_finite() {
-            true => Cost {
-                error: tensor.solved.error,
-                error_nearest: Some(tensor.solved.error_nearest),
-                smoothing: tensor.smoothing,
-            },
-            // Embeddings have no input to weigh errors with.
-            false => Cost {
-                error: tensor.solved.q.distortion(&source.read(step.id)?.to_f32(), None).relative(),
-                ..Cost::default()
-            },
-        };
-        let parts = pack(tensor.solved.q, plan, step)?;
-        write_rows(plan, sink, step, 0..step.rows(), &parts)?;
-        progress((step.rows() * step.cols()) as u64);
+        if step.id.layer.is_some() {
+            let hash = hash(&output.read(step)?);
+            layer.push(FinishedTensor { name: step.id.hf_name(), hash, outcome });
+        }
         Ok(())
     })?;
     Ok((costs, held_out))
+}
+
+/// An output in the making.
+#[derive(Clone, Copy)]
+pub struct Output<'a> {
+    /// What it will hold.
+    pub plan: &'a Plan,
+    /// Where its bytes go.
+    pub sink: &'a dyn Sink,
+    /// What is finished.
+    pub journal: &'a Journal,
+}
+
+impl Output<'_> {
+    /// Reads back the parts of a step that are not fixed.
+    fn read(&self, step: &Step) -> Result<Vec<Vec<u8>>> {
+        let parts = step.parts.clone().filter(|&index| self.plan.outputs[index].fixed.is_none());
+        parts.map(|index| self.sink.read(index)).collect()
+    }
+}
+
+fn hash(parts: &[Vec<u8>]) -> String {
+    let mut hash = blake3::Hasher::new();
+    parts.iter().for_each(|part| {
+        hash.update(part);
+    });
+    hash.finalize().to_hex().to_string()
+}
+
+/// The layers that an interrupted run has written.
+struct Recovery<'a> {
+    output: Output<'a>,
+    place: &'a BTreeMap<TensorId, usize>,
+    /// Whether bytes were found that are not what the journal says: that layer and all later ones are made again.
+    broken: Cell<bool>,
+}
+
+impl FinishedLayers for Recovery<'_> {
+    fn layer(&self, layer: usize) -> Result<Option<Vec<Finished>>> {
+        let Some(record) = self.output.journal.layers().get(layer) else { return Ok(None) };
+        let mut tensors = Vec::new();
+        for tensor in &record.tensors {
+            match self.tensor(tensor)? {
+                Some(tensor) if !self.broken.get() => tensors.push(tensor),
+                _ => {
+                    self.broken.set(true);
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(tensors))
+    }
+}
+
+impl Recovery<'_> {
+    /// Reads a tensor back; `None` if its bytes are not those that were noted.
+    fn tensor(&self, tensor: &FinishedTensor) -> Result<Option<Finished>> {
+        let plan = self.output.plan;
+        let found = TensorId::from_hf(&tensor.name).and_then(|id| self.place.get(&id));
+        let step =
+            &plan.steps[*found.with_context(|| format!("the journal has an unknown `{}`", tensor.name))?];
+        let parts = self.output.read(step)?;
+        if hash(&parts) != tensor.hash {
+            return Ok(None);
+        }
+        Ok(Some(match (step.action, tensor.outcome) {
+            (Action::Keep(dtype), None) => {
+                let mut values = vec![0.0; step.rows()];
+                floats_from_bytes(dtype, &parts[0], &mut values);
+                Finished::Rewritten(step.id, values)
+            }
+            (Action::Quantize(scheme), Some(Outcome { error, error_nearest, tokens, smoothing })) => {
+                let solved = Solved { q: unpack(scheme, &parts, plan, step)?, error, error_nearest };
+                Finished::Quantized(Calibrated { id: step.id, solved, tokens, smoothing })
+            }
+            _ => bail!("the journal says of `{}` what the plan does not", tensor.name),
+        }))
+    }
 }
 
 /// Returns the settings that suit the source under this plan, found on `calibration`'s windows, from its settings on.
@@ -69,13 +166,12 @@ pub fn choose_settings<B: SecondMoments>(
     source: &Checkpoint,
     plan: &Plan,
     calibration: Calibration,
-    effort: Effort,
-    tell: &dyn Fn(&Trial),
+    search: &Search,
 ) -> Result<Choice> {
     let schemes = schemes(plan);
     let scheme = |id| schemes.get(&id).copied();
     let request = calibration.request(plan, &scheme);
-    choose(backend, &source.config, source, &request, effort, tell)
+    choose(backend, &source.config, source, &request, search)
 }
 
 /// Returns the scheme of every tensor that is quantized.
@@ -88,17 +184,15 @@ fn schemes(plan: &Plan) -> BTreeMap<TensorId, Scheme> {
 }
 
 impl<'a> Calibration<'a> {
-    fn request(
-        &self,
-        plan: &Plan,
-        scheme: &'a (dyn Fn(TensorId) -> Option<Scheme> + Sync),
-    ) -> driver::Request<'a> {
-        driver::Request {
+    fn request(&self, plan: &Plan, scheme: &'a (dyn Fn(TensorId) -> Option<Scheme> + Sync)) -> Request<'a> {
+        Request {
             windows: self.windows,
             held_out: self.held_out,
             scheme,
             activations: plan.recipe.format.activations,
             settings: self.settings,
+            finished: None,
+            room: self.room,
         }
     }
 }
@@ -118,4 +212,6 @@ pub struct Calibration<'a> {
     pub held_out: usize,
     /// How codes are chosen.
     pub settings: Settings,
+    /// Device memory for what waits between two uses, bytes; `None`: as much as it takes.
+    pub room: Option<u64>,
 }

@@ -2,8 +2,10 @@
 //!
 //! - [`stream`](mod@stream): nearest codes in chunks of rows, in parallel, so that memory does not grow with the model.
 //! - [`calibrated`]: codes chosen layer by layer on calibration inputs.
+//! - [`journal`]: what a calibrated conversion has finished, for the next run if this one is killed.
 
 pub mod calibrated;
+pub mod journal;
 pub mod stream;
 
 use std::ops::Range;
@@ -12,10 +14,10 @@ use anyhow::Result;
 
 use crate::container::Sink;
 use crate::plan::{Plan, Step};
-use crate::scheme::QTensor;
+use crate::scheme::{QTensor, Scheme};
 use crate::tensor::{Dtype, bytes_from_floats};
 
-pub use calibrated::{Calibration, choose_settings, convert_calibrated};
+pub use calibrated::{Calibration, Output, choose_settings, convert_calibrated};
 pub use stream::{convert, peak_bytes};
 
 /// What rounding cost one tensor.
@@ -55,6 +57,19 @@ fn pack(q: QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
             plan.recipe.dialect.pack(&q.permute_rows(&order), activations)
         }
     }
+}
+
+/// Inverse of [`pack`] for all rows of a step.
+fn unpack(scheme: Scheme, parts: &[Vec<u8>], plan: &Plan, step: &Step) -> Result<QTensor> {
+    let activations = plan.recipe.activations(step.id);
+    let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+    let q = plan.recipe.dialect.unpack(&scheme, activations, step.rows(), step.cols(), &parts)?;
+    let Some(order) = &step.row_order else { return Ok(q) };
+    let run = order.len();
+    let mut place = vec![0; run];
+    order.iter().enumerate().for_each(|(stored, &row)| place[row] = stored);
+    let order: Vec<usize> = (0..q.rows).map(|row| row / run * run + place[row % run]).collect();
+    Ok(q.permute_rows(&order))
 }
 
 /// Writes those rows of each part.

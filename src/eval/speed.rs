@@ -36,13 +36,23 @@ pub trait Machine: Generate + SecondMoments {
         Ok(None)
     }
 
+    /// Returns what decides the last bit of its results.
+    fn arithmetic(&self) -> String {
+        self.describe()
+    }
+
     /// Returns the bytes of its own memory that are free; `None` for a device that has no memory of its own.
     fn free_memory(&self) -> Result<Option<u64>> {
         Ok(None)
     }
 }
 
-impl Machine for Cpu {}
+impl Machine for Cpu {
+    /// The same on every machine and for every number of threads.
+    fn arithmetic(&self) -> String {
+        "cpu".to_string()
+    }
+}
 
 impl Machine for Cuda {
     fn ceilings(&self) -> Result<Option<Ceilings>> {

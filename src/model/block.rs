@@ -76,6 +76,36 @@ impl<B: Backend> Linear<B> {
     }
 }
 
+/// One of the two parts of a layer that add to the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// q, k, v; attention; o.
+    Attention,
+    /// gate, up; down.
+    FeedForward,
+}
+
+impl Half {
+    /// Both, in the order they run.
+    pub const ALL: [Half; 2] = [Half::Attention, Half::FeedForward];
+
+    /// Returns the linears that read the normed stream.
+    pub fn inputs(self) -> &'static [Role] {
+        match self {
+            Half::Attention => &[Role::Q, Role::K, Role::V],
+            Half::FeedForward => &[Role::Gate, Role::Up],
+        }
+    }
+
+    /// Returns the linear that adds to the stream.
+    pub fn output(self) -> Role {
+        match self {
+            Half::Attention => Role::O,
+            Half::FeedForward => Role::Down,
+        }
+    }
+}
+
 /// The weights of one decoder layer. Fields are public so that calibration can exchange a linear for its quantized form.
 #[allow(missing_docs)]
 pub struct Layer<B: Backend> {
@@ -190,6 +220,38 @@ impl<B: Backend> Layer<B> {
         self.o.add_forward(backend, x, mixed)?;
         let normed = backend.rms_norm(x, &self.ffn_norm, constants.eps)?;
         self.down.add_forward(backend, x, &self.gated(backend, &normed)?)
+    }
+
+    /// Returns the gain of a half's norm `[hidden]`.
+    pub fn norm(&self, half: Half) -> &B::Tensor {
+        match half {
+            Half::Attention => &self.attn_norm,
+            Half::FeedForward => &self.ffn_norm,
+        }
+    }
+
+    /// Returns the linear with which a half adds to the residual stream.
+    pub fn output(&self, half: Half) -> &Linear<B> {
+        match half {
+            Half::Attention => &self.o,
+            Half::FeedForward => &self.down,
+        }
+    }
+
+    /// Returns what a half's output linear takes, for the residual stream `x` `[n, hidden]`.
+    pub fn mixed(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        half: Half,
+        x: &B::Tensor,
+        batch: Batch,
+    ) -> Result<B::Tensor> {
+        let normed = backend.rms_norm(x, self.norm(half), constants.eps)?;
+        match half {
+            Half::Attention => self.attend(backend, constants, &normed, batch),
+            Half::FeedForward => self.gated(backend, &normed),
+        }
     }
 
     /// Returns the values mixed by attention `[n, heads · head_dim]`, what `o` takes, for normed inputs `[n, hidden]`.

@@ -267,6 +267,10 @@ impl Backend for Cuda {
         format!("{}, {precision}", self.device.name())
     }
 
+    fn value_bytes(&self) -> usize {
+        self.float.bytes()
+    }
+
     fn wait(&self) -> Result<()> {
         self.device.synchronize()
     }

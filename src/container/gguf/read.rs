@@ -282,7 +282,7 @@ impl<R: Read> Reader<R> {
 mod tests {
     use super::super::GgufSink;
     use super::*;
-    use crate::container::Sink;
+    use crate::container::{Opening, Sink};
     use crate::tensor::Dtype;
 
     fn every_kind() -> Metadata {
@@ -321,7 +321,7 @@ mod tests {
     fn what_was_written_is_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.gguf");
-        let sink = GgufSink::create(&path, false, &every_kind(), &specs()).unwrap();
+        let sink = GgufSink::create(&path, Opening::default(), &every_kind(), &specs()).unwrap();
         let payload: Vec<Vec<u8>> =
             specs().iter().enumerate().map(|(i, spec)| vec![i as u8 + 1; spec.bytes() as usize]).collect();
         for (i, bytes) in payload.iter().enumerate().rev() {
@@ -345,7 +345,7 @@ mod tests {
     fn a_sink_with_missing_bytes_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.gguf");
-        let sink = GgufSink::create(&path, false, &Metadata::default(), &specs()).unwrap();
+        let sink = GgufSink::create(&path, Opening::default(), &Metadata::default(), &specs()).unwrap();
         assert!(sink.write(0, 4, &[0; 12]).is_err(), "past the tensor's end");
         let error = Box::new(sink).finish().unwrap_err().to_string();
         assert!(error.contains("`a.weight`: 0 bytes were written, wanted 12"), "{error}");

@@ -4,8 +4,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use super::{ALIGNMENT, GgmlType, MAGIC, MAX_DIMS, MAX_NAME, Metadata, VERSION, Value};
-use crate::container::output::{self, Draft, Payload, Slot};
-use crate::container::{Sink, Storage, TensorSpec};
+use crate::container::output::{Draft, Payload, Slot};
+use crate::container::{Opening, Sink, Storage, TensorSpec};
 
 /// A GGUF file in the making.
 #[derive(Debug)]
@@ -21,13 +21,12 @@ impl GgufSink {
     /// # Errors
     /// A tensor that GGUF cannot hold, an existing output that is not to be replaced, a parent that cannot be written,
     /// a disk too small.
-    pub fn create(path: &Path, force: bool, metadata: &Metadata, specs: &[TensorSpec]) -> Result<Self> {
+    pub fn create(path: &Path, opening: Opening, metadata: &Metadata, specs: &[TensorSpec]) -> Result<Self> {
         let (header, offsets, payload_bytes) =
             header(metadata, specs).with_context(|| format!("{}", path.display()))?;
         let start = header.len() as u64;
         let len = start + payload_bytes;
-        let draft = Draft::file(path, force, len)?;
-        let file = output::create_file(draft.path(), path, &header, len)?;
+        let (draft, file) = Draft::file(path, opening, &header, len)?;
         let slots = offsets.into_iter().map(|offset| Slot { file: 0, start: start + offset });
         let tensors = specs.iter().cloned().zip(slots).collect();
         Ok(GgufSink { draft, payload: Payload::new(vec![(path.to_path_buf(), file)], tensors) })
@@ -43,6 +42,10 @@ impl GgufSink {
 impl Sink for GgufSink {
     fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
         self.payload.write(tensor, offset, bytes)
+    }
+
+    fn read(&self, tensor: usize) -> Result<Vec<u8>> {
+        self.payload.read(tensor)
     }
 
     fn finish(self: Box<Self>) -> Result<()> {

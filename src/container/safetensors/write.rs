@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::DTYPES;
 use crate::container::output::{self, Draft, Payload, Slot};
-use crate::container::{Sink, Storage, TensorSpec};
+use crate::container::{Opening, Sink, Storage, TensorSpec};
 
 /// Size at which a checkpoint is split unless told otherwise: 5 GB, as transformers does.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
@@ -31,14 +31,14 @@ impl SafetensorsSink {
     /// The output exists and is not to be replaced, its parent cannot be written, or the disk is too small.
     pub fn create(
         folder: &Path,
-        force: bool,
+        opening: Opening,
         specs: &[TensorSpec],
         metadata: &[(&str, &str)],
         shard_bytes: u64,
     ) -> Result<Self> {
         let shards = split(specs, shard_bytes);
         let total: u64 = specs.iter().map(TensorSpec::bytes).sum();
-        let draft = Draft::folder(folder, force, total)?;
+        let draft = Draft::folder(folder, opening, total)?;
         let mut files = Vec::new();
         let mut slots = vec![Slot { file: 0, start: 0 }; specs.len()];
         for (number, members) in shards.iter().enumerate() {
@@ -88,6 +88,10 @@ impl SafetensorsSink {
 impl Sink for SafetensorsSink {
     fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
         self.payload.write(tensor, offset, bytes)
+    }
+
+    fn read(&self, tensor: usize) -> Result<Vec<u8>> {
+        self.payload.read(tensor)
     }
 
     fn finish(self: Box<Self>) -> Result<()> {
@@ -203,7 +207,8 @@ mod tests {
     }
 
     fn write(folder: &Path, shard_bytes: u64) {
-        let sink = SafetensorsSink::create(folder, false, &specs(), &[("k", "v")], shard_bytes).unwrap();
+        let sink = SafetensorsSink::create(folder, Opening::default(), &specs(), &[("k", "v")], shard_bytes)
+            .unwrap();
         for (i, spec) in specs().iter().enumerate() {
             sink.write(i, 0, &vec![i as u8; spec.bytes() as usize]).unwrap();
         }
@@ -265,7 +270,8 @@ mod tests {
     fn only_folders_that_hold_a_model_are_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("out");
-        let create = |force| SafetensorsSink::create(&folder, force, &[], &[], SHARD_BYTES);
+        let create =
+            |force| SafetensorsSink::create(&folder, Opening { force, key: None }, &[], &[], SHARD_BYTES);
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("letters.txt"), "dear").unwrap();
         assert!(create(false).unwrap_err().to_string().contains("is no model"));

@@ -218,7 +218,7 @@ mod tests {
 
     use super::*;
     use crate::container::gguf::GgufSink;
-    use crate::container::{Sink, Storage, TensorSpec};
+    use crate::container::{Opening, Sink, Storage, TensorSpec};
     use crate::dialect::Dialect;
 
     fn config(class: &str, extra: &[(&str, serde_json::Value)]) -> Config {
@@ -265,7 +265,7 @@ mod tests {
             shape: shape.clone(),
         };
         let specs: Vec<_> = tensors.iter().map(spec).collect();
-        let sink = GgufSink::create(&path, false, &metadata, &specs).unwrap();
+        let sink = GgufSink::create(&path, Opening::default(), &metadata, &specs).unwrap();
         for (i, (_, _, values)) in tensors.iter().enumerate() {
             let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
             sink.write(i, 0, &bytes).unwrap();

@@ -12,16 +12,17 @@ mod super_block;
 mod symmetric;
 mod tile;
 
-use multiversion::multiversion;
-
 use std::fmt;
+
+use multiversion::multiversion;
+use serde::{Deserialize, Serialize};
 
 use super::{Offset, QTensor, Scheme, Span};
 use crate::method::rtn;
 use crate::num::{Codec, Element};
 
 /// How the exponent of an E8M0 scale is chosen from a block's largest magnitude: `e = ceil(log2(amax / T))`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub enum ScaleRule {
     /// T = 8: `floor(log2 amax) - 2`, OCP's rule and ggml's. Clips blocks whose maximum lies in (6, 8) · 2^e.
     Floor,
