@@ -6,6 +6,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand,
 
 use crate::calib::choose::Effort;
 use crate::eval::gate::{self, Rule};
+use crate::memory::{Bytes, Limits};
 use crate::model::kv_cache::KvCache;
 use crate::scheme::fit::ScaleRule;
 
@@ -108,6 +109,9 @@ pub struct ConvertArgs {
     /// Replace an existing output
     #[arg(long)]
     pub force: bool,
+    /// How much memory is used.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Do not go on from what an interrupted run has left, and delete that
     #[arg(long)]
     pub fresh: bool,
@@ -208,6 +212,9 @@ pub struct EvalArgs {
     /// Where the models come from and where they run.
     #[command(flatten)]
     pub source: SourceArgs,
+    /// How much memory is used.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// How they are measured.
     #[command(flatten)]
     pub protocol: ProtocolArgs,
@@ -399,6 +406,23 @@ pub struct SourceArgs {
     /// Where models run: auto, cpu or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: String,
+}
+
+/// How much memory is used.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct MemoryArgs {
+    /// Most GPU memory to use, such as 12G; what does not fit is streamed [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<Bytes>,
+    /// Most memory of the machine to use, such as 24G [default: what is available]
+    #[arg(long, value_name = "SIZE")]
+    pub ram: Option<Bytes>,
+}
+
+impl From<MemoryArgs> for Limits {
+    fn from(args: MemoryArgs) -> Self {
+        Limits { vram: args.vram, ram: args.ram }
+    }
 }
 
 /// How models are measured.

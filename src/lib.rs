@@ -33,6 +33,7 @@ pub mod generate;
 pub mod hub;
 pub mod loaders;
 pub mod manifest;
+pub mod memory;
 pub mod method;
 pub mod model;
 pub mod names;

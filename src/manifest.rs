@@ -319,7 +319,7 @@ fn combined(files: &Hashes) -> String {
 }
 
 /// Options that do not change what is written, and whether a value follows.
-const SILENT: [(&str, bool); 18] = [
+const SILENT: [(&str, bool); 20] = [
     ("--threads", true),
     ("--out", true),
     ("-o", true),
@@ -338,6 +338,8 @@ const SILENT: [(&str, bool); 18] = [
     ("-v", false),
     ("--revision", true),
     ("--fresh", false),
+    ("--vram", true),
+    ("--ram", true),
 ];
 
 /// Returns the command that makes these bytes: options that change nothing in them are left out (the hub revision is

@@ -130,7 +130,8 @@ fn container() -> Option<u64> {
     let read = |name: &str| fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok();
     let limit: u64 = read("memory.max")?.trim().parse().ok()?;
     let used: u64 = read("memory.current")?.trim().parse().ok()?;
-    let files = read("memory.stat")?.lines().find_map(|line| line.strip_prefix("file ")?.parse::<u64>().ok())?;
+    let files =
+        read("memory.stat")?.lines().find_map(|line| line.strip_prefix("file ")?.parse::<u64>().ok())?;
     Some(limit.saturating_sub(used.saturating_sub(files)))
 }
 
@@ -140,7 +141,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
-        for (text, bytes) in [("12G", 12_000_000_000), ("800m", 800_000_000), ("1.5GiB", 1_610_612_736), ("7", 7)] {
+        for (text, bytes) in
+            [("12G", 12_000_000_000), ("800m", 800_000_000), ("1.5GiB", 1_610_612_736), ("7", 7)]
+        {
             assert_eq!(text.parse::<Bytes>().unwrap(), Bytes(bytes), "{text}");
         }
         for text in ["", "G", "12Q", "-3G", "0G", "1.2.3M", "nanG"] {
@@ -150,7 +153,8 @@ mod tests {
 
     #[test]
     fn limits_bound_what_there_is() {
-        let limits = |vram: Option<u64>, ram: Option<u64>| Limits { vram: vram.map(Bytes), ram: ram.map(Bytes) };
+        let limits =
+            |vram: Option<u64>, ram: Option<u64>| Limits { vram: vram.map(Bytes), ram: ram.map(Bytes) };
         let gpu = |vram, free| Budget::new(limits(vram, None), Some(free)).unwrap().device.unwrap();
         assert_eq!(gpu(None, 1_000_000_000), 950_000_000);
         assert_eq!(gpu(Some(12_000_000_000), 80_000_000_000), 10_735_000_000);

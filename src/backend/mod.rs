@@ -4,6 +4,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod footprint;
 pub mod parked;
 
 use anyhow::Result;

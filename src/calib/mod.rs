@@ -5,7 +5,7 @@
 //! - [`importance`], [`imatrix`]: mean squared inputs, in memory and as llama.cpp stores them.
 //! - [`settings`]: strengths, damping, sweeps, and which linear gets what.
 //! - [`smoothing`]: exact rewrites that make inputs or weights easier to round.
-//! - [`driver`]: layer by layer, both models side by side.
+//! - [`driver`]: layer by layer, both models side by side; [`memory`]: what that takes, and what of it lies where.
 
 pub mod choose;
 pub mod corpus;
@@ -13,6 +13,7 @@ pub mod driver;
 pub mod imatrix;
 pub mod importance;
 pub mod kv_cache;
+pub mod memory;
 pub mod settings;
 pub mod smoothing;
 mod sums;

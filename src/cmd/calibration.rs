@@ -10,13 +10,16 @@ use crate::backend::SecondMoments;
 use crate::calib::choose::{Choice, Effort, Search, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
 use crate::calib::imatrix::Imatrix;
-use crate::calib::importance;
 use crate::calib::settings::Settings;
+use crate::calib::{importance, memory};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{CalibrationArgs, ConvertArgs, MethodArg};
 use crate::convert::{Calibration, Output, choose_settings};
+use crate::eval::speed::Machine;
 use crate::manifest::{self, CalibrationText};
+use crate::memory::{Budget, Limits};
 use crate::model::chat_template::{Chat, ChatTemplate};
+use crate::names::{Role, TensorId};
 use crate::output::{Printer, Unit};
 use crate::plan::{Action, Plan};
 use crate::recipe::Method;
@@ -156,9 +159,40 @@ impl Windows {
         }
     }
 
-    /// Returns the calibration with those settings.
-    pub fn calibration(&self, settings: Settings) -> Calibration<'_> {
-        Calibration { windows: &self.tokens, held_out: 0, settings, room: None }
+    /// Returns the calibration with those settings, in that much device memory for streams.
+    pub fn calibration(&self, settings: Settings, room: Option<u64>) -> Calibration<'_> {
+        Calibration { windows: &self.tokens, held_out: 0, settings, room }
+    }
+
+    /// Returns the device memory that streams may take, `None` for as much as it takes, and tells what calibration takes.
+    ///
+    /// # Errors
+    /// If it does not fit what may be used.
+    pub fn room<B: Machine>(
+        &self,
+        backend: &B,
+        limits: Limits,
+        source: &Checkpoint,
+        plan: &Plan,
+        printer: Printer,
+    ) -> Result<Option<u64>> {
+        let budget = Budget::new(limits, backend.free_memory()?)?;
+        let down = source.tensors.get(&TensorId::in_layer(0, Role::Down));
+        let weight_bytes = down.map_or(4, |info| backend.weight_bytes(info).div_ceil(info.weights().max(1)));
+        let rounds = [Role::Embed, Role::Head].map(|role| {
+            let step = plan.steps.iter().find(|step| step.id == TensorId::global(role));
+            step.is_some_and(|step| matches!(step.action, Action::Quantize(_)))
+        });
+        let n_ctx = self.tokens.first().map_or(1, Vec::len);
+        let tokens = self.tokens.len() * n_ctx;
+        let work = memory::Work { config: &source.config, weight_bytes, tokens, n_ctx, rounds };
+        let memory::Plan { room, told } = memory::plan(backend, budget, work)?;
+        if limits == Limits::default() {
+            printer.detail(&told)
+        } else {
+            printer.note(&told)
+        }
+        Ok(room)
     }
 
     /// Returns the settings that a search begins with.
@@ -181,6 +215,7 @@ impl Windows {
         args: &ConvertArgs,
         source: &Checkpoint,
         Output { plan, journal, .. }: Output,
+        room: Option<u64>,
         printer: Printer,
     ) -> Result<Choice> {
         let effort = Effort::from(args.effort);
@@ -195,7 +230,7 @@ impl Windows {
             journal.add_trial(trial)
         };
         let search = Search { effort, known: journal.trials(), tell: &tell, progress: &|| bar.inc(1) };
-        let choice = choose_settings(backend, source, plan, self.calibration(start), &search)?;
+        let choice = choose_settings(backend, source, plan, self.calibration(start, room), &search)?;
         bar.finish_and_clear();
         if effort != Effort::Fast && choice.trials.is_empty() {
             printer.note(format!(

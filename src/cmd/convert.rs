@@ -55,7 +55,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     let request = (!args.no_validate)
         .then(|| Request::new(&args.protocol, &args.source.device, &source))
         .transpose()?
-        .map(|request| request.within_budget(source.total_weights()));
+        .map(|request| request.within_budget(source.total_weights()).within(args.memory.into()));
     if let (Some(windows), Some(request)) = (&windows, &request) {
         windows.warn_of_overlap(request.content(), printer);
     }
@@ -327,12 +327,13 @@ impl Calibrated<'_> {
         let Calibrated { args, source, task, windows, printer } = self;
         let Task { plan, manifest, .. } = task;
         let output = Output { plan, sink, journal };
-        let choice = windows.choose(backend, args, source, output, printer)?;
+        let room = windows.room(backend, args.memory.into(), source, plan, printer)?;
+        let choice = windows.choose(backend, args, source, output, room, printer)?;
         if let Some(calibration) = &mut manifest.calibration {
             calibration.settings = choice.record();
         }
         let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
-        let calibration = windows.calibration(choice.settings);
+        let calibration = windows.calibration(choice.settings, room);
         let costs =
             convert::convert_calibrated(backend, source, output, calibration, &|weights| bar.inc(weights))?.0;
         bar.finish_and_clear();

@@ -42,7 +42,8 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
         models => models.iter().map(|model| open(Some(model))).collect::<Result<_>>()?,
     };
     let reference = baseline.as_ref().unwrap_or(&models[0]);
-    let mut request = Request::new(&args.protocol, &args.source.device, reference)?;
+    let request = Request::new(&args.protocol, &args.source.device, reference)?;
+    let mut request = request.within(args.memory.into());
     request.add_slices(slices, reference)?;
     if let Some(folder) = &args.chunks_cache {
         let timed = gates.iter().any(Gate::needs_speed);

@@ -16,15 +16,17 @@ use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
 use crate::eval::cache::{self, Cache};
 use crate::eval::report::{self, Part, Report, Timed};
+use crate::eval::residency::{self, Residency};
 use crate::eval::samples::Samples;
 use crate::eval::slices::{self, Slice};
 use crate::eval::speed::Machine;
-use crate::eval::{self, About, Protocol, Scored, Subject, Text};
-use crate::generate::Generate;
+use crate::eval::{self, About, Protocol, Schedule, Scored, Subject, Text};
 use crate::manifest;
+use crate::memory::{Budget, Limits};
 use crate::model::Model;
 use crate::model::chat_template::ChatTemplate;
 use crate::model::kv_cache::KvCache;
+use crate::model::layers::{Held, Layers, Streamed};
 use crate::output::{Printer, Unit};
 
 /// Windows of the embedded text that are evaluated unless told otherwise.
@@ -44,6 +46,7 @@ pub struct Request {
     questions: Option<Questions>,
     device: String,
     precise: bool,
+    limits: Limits,
 }
 
 impl Request {
@@ -76,7 +79,14 @@ impl Request {
             questions: None,
             device: device.to_string(),
             precise: args.precise,
+            limits: Limits::default(),
         })
+    }
+
+    /// Bounds the memory that measuring takes.
+    pub fn within(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Returns the main text as it was read.
@@ -117,9 +127,11 @@ impl Request {
         [&self.text].into_iter().chain(&self.slices)
     }
 
-    /// Returns how many windows that many models run.
-    fn runs(&self, models: usize) -> u64 {
-        (self.texts().map(|text| text.protocol.windows).sum::<usize>() * models) as u64
+    /// Returns how many windows go through how many layers.
+    fn steps<'a>(&self, models: impl Iterator<Item = &'a Checkpoint>) -> u64 {
+        let layers: usize = models.map(|model| model.config.num_hidden_layers).sum();
+        let windows: usize = self.texts().map(|text| text.protocol.windows).sum();
+        (windows * layers * (1 + self.kv_caches.len())) as u64
     }
 
     /// Adds texts of one kind of content each, tokenized as the main text is.
@@ -220,17 +232,23 @@ struct Evaluation<'a> {
 impl WithBackend for Evaluation<'_> {
     type Output = Report;
 
-    fn run<B: Generate>(self, backend: &B) -> Result<Report> {
+    fn run<B: Machine>(self, backend: &B) -> Result<Report> {
         let Evaluation { request, baseline, models, printer } = self;
-        let variants = (baseline.iter().len() + models.len()) * (1 + request.kv_caches.len());
-        let bar = printer.bar(request.runs(variants), "measuring", Unit::Count);
+        let all: Vec<&Checkpoint> = baseline.into_iter().chain(models.iter().copied()).collect();
+        let streamed = request.schedule(backend, &all, printer)?;
+        let bar = printer.bar(request.steps(all.iter().copied()), "measuring", Unit::Count);
         let progress = |windows: usize| bar.inc(windows as u64);
-        let samples = match (&request.cache, baseline) {
-            (Some(folder), Some(baseline)) => {
-                let cache = Cache::open(folder)?;
-                against_states(backend, request, &cache, baseline, models, &progress)?
+        let schedule = streamed.unwrap_or(Schedule::resident(backend));
+        let run = Run { backend, request, schedule, streamed: streamed.is_some(), progress: &progress };
+        let samples = match (&request.cache, baseline, streamed) {
+            (Some(folder), Some(baseline), None) => {
+                run.against_states(&Cache::open(folder)?, baseline, models, |model| load(backend, model))?
             }
-            _ => side_by_side(backend, request, baseline, models, &progress)?,
+            (Some(folder), Some(baseline), Some(_)) => {
+                run.against_states(&Cache::open(folder)?, baseline, models, stream)?
+            }
+            (_, _, None) => run.side_by_side(baseline, models, |model| load(backend, model))?,
+            (_, _, Some(_)) => run.side_by_side(baseline, models, stream)?,
         };
         bar.finish_and_clear();
         let everyone: Vec<About> = baseline
@@ -264,72 +282,127 @@ impl WithBackend for Evaluation<'_> {
 /// Samples of every text, and for each of every model, the baseline first.
 type Found = Vec<Vec<Samples>>;
 
-/// Loads all models at once and runs them in lock step.
-fn side_by_side<B: Backend>(
-    backend: &B,
-    request: &Request,
-    baseline: Option<&Checkpoint>,
-    models: &[&Checkpoint],
-    progress: &dyn Fn(usize),
-) -> Result<Found> {
-    let baseline_model = baseline.map(|checkpoint| load(backend, checkpoint)).transpose()?;
-    let loaded = models.iter().map(|checkpoint| load(backend, checkpoint)).collect::<Result<Vec<_>>>()?;
-    let baseline = baseline.zip(baseline_model.as_ref());
-    let subjects =
-        baseline.iter().flat_map(|&(checkpoint, model)| variants(request, checkpoint, model)).skip(1);
-    let others = models.iter().zip(&loaded);
-    let others = others.flat_map(|(checkpoint, model)| variants(request, checkpoint, model));
-    let subjects: Vec<Subject<B>> = subjects.chain(others).collect();
-    let baseline = baseline.map(|(checkpoint, model)| subject(checkpoint, model));
-    let run = |text: &Text| {
-        eval::run(backend, baseline.as_ref(), &subjects, text, progress).with_context(|| text.name.clone())
-    };
-    request.texts().map(run).collect()
+/// A backend and how models run on it.
+#[derive(Clone, Copy)]
+struct Run<'a, B> {
+    backend: &'a B,
+    request: &'a Request,
+    schedule: Schedule,
+    /// Whether weights stay in their files.
+    streamed: bool,
+    progress: &'a dyn Fn(usize),
 }
 
-/// Loads one model at a time and runs it against the baseline's stored states; the baseline runs only where they lack.
-fn against_states<B: Backend>(
-    backend: &B,
-    request: &Request,
-    cache: &Cache,
-    baseline: &Checkpoint,
-    models: &[&Checkpoint],
-    progress: &dyn Fn(usize),
-) -> Result<Found> {
-    let device = backend.describe();
-    let hash = content_hash(baseline)?;
-    let keys: Vec<String> =
-        request.texts().map(|text| Cache::key(&hash, text, &device)).collect::<Result<_>>()?;
-    let find = |text, key: &String| cache.find(key, text, baseline.config.hidden_size);
-    let mut states =
-        request.texts().zip(&keys).map(|(text, key)| find(text, key)).collect::<Result<Vec<_>>>()?;
-    if states.iter().any(Option::is_none) {
-        let model = load(backend, baseline)?;
-        let subject = subject(baseline, &model);
-        for ((text, key), states) in request.texts().zip(&keys).zip(&mut states) {
-            if states.is_none() {
-                *states = Some(cache.record(key, backend, &subject, text, progress)?);
+impl<'a, B: Backend> Run<'a, B> {
+    /// Opens all models at once and runs them in lock step.
+    fn side_by_side<'m, M: Layers<B>>(
+        self,
+        baseline: Option<&'m Checkpoint>,
+        models: &[&'m Checkpoint],
+        open: impl Fn(&'m Checkpoint) -> Result<M>,
+    ) -> Result<Found> {
+        let Run { backend, request, schedule, progress, .. } = self;
+        let baseline_model = baseline.map(&open).transpose()?;
+        let opened = models.iter().map(|checkpoint| open(checkpoint)).collect::<Result<Vec<_>>>()?;
+        let baseline = baseline.zip(baseline_model.as_ref());
+        let subjects =
+            baseline.iter().flat_map(|&(checkpoint, model)| variants(request, checkpoint, model)).skip(1);
+        let others = models.iter().zip(&opened);
+        let others = others.flat_map(|(checkpoint, model)| variants(request, checkpoint, model));
+        let subjects: Vec<Subject<M>> = subjects.chain(others).collect();
+        let baseline = baseline.map(|(checkpoint, model)| subject(checkpoint, model));
+        let run = |text: &Text| {
+            eval::run(backend, schedule, baseline.as_ref(), &subjects, text, progress)
+                .with_context(|| text.name.clone())
+        };
+        request.texts().map(run).collect()
+    }
+
+    /// Opens one model at a time and runs it against the baseline's stored states; the baseline runs only where they lack.
+    fn against_states<'m, M: Layers<B>>(
+        self,
+        cache: &Cache,
+        baseline: &'m Checkpoint,
+        models: &[&'m Checkpoint],
+        open: impl Fn(&'m Checkpoint) -> Result<M>,
+    ) -> Result<Found> {
+        let Run { backend, request, schedule, progress, .. } = self;
+        let device = backend.describe();
+        let hash = content_hash(baseline)?;
+        let keys: Vec<String> =
+            request.texts().map(|text| Cache::key(&hash, text, &device)).collect::<Result<_>>()?;
+        let find = |text, key: &String| cache.find(key, text, baseline.config.hidden_size);
+        let mut states =
+            request.texts().zip(&keys).map(|(text, key)| find(text, key)).collect::<Result<Vec<_>>>()?;
+        if states.iter().any(Option::is_none) {
+            let model = open(baseline)?;
+            let subject = subject(baseline, &model);
+            for ((text, key), states) in request.texts().zip(&keys).zip(&mut states) {
+                if states.is_none() {
+                    *states = Some(cache.record(key, (backend, schedule), &subject, text, progress)?);
+                }
             }
         }
-    }
-    let head = Model::load_head(backend, &baseline.config, baseline)
-        .with_context(|| format!("{}", baseline.path.display()))?;
-    let mut found: Found = request.texts().map(|_| Vec::new()).collect();
-    for checkpoint in models {
-        eval::check_vocabulary(&checkpoint.config, &about(baseline), &baseline.config)
-            .with_context(|| about(checkpoint).name)?;
-        let model = load(backend, checkpoint)?;
-        let subject = subject(checkpoint, &model);
-        for ((text, states), found) in request.texts().zip(states.iter().flatten()).zip(&mut found) {
-            let samples = cache::run(backend, (states, &head), &subject, text, progress)
-                .with_context(|| text.name.clone())?;
-            if found.is_empty() {
-                found.push(samples.of_baseline());
+        let load_head = || {
+            Model::load_head(backend, &baseline.config, baseline)
+                .with_context(|| format!("{}", baseline.path.display()))
+        };
+        let lent = if self.streamed { None } else { Some(load_head()?) };
+        let head = || match &lent {
+            Some(head) => Ok(Held::Lent(head)),
+            None => load_head().map(Held::Read),
+        };
+        let mut found: Found = request.texts().map(|_| Vec::new()).collect();
+        for &checkpoint in models {
+            eval::check_vocabulary(&checkpoint.config, &about(baseline), &baseline.config)
+                .with_context(|| about(checkpoint).name)?;
+            let model = open(checkpoint)?;
+            let subject = subject(checkpoint, &model);
+            for ((text, states), found) in request.texts().zip(states.iter().flatten()).zip(&mut found) {
+                let samples = cache::run((backend, schedule), (states, &head), &subject, text, progress)
+                    .with_context(|| text.name.clone())?;
+                if found.is_empty() {
+                    found.push(samples.of_baseline());
+                }
+                found.push(samples);
             }
-            found.push(samples);
         }
+        Ok(found)
     }
-    Ok(found)
+}
+
+impl Request {
+    /// Decides whether `models`, the baseline first, lie in memory (`None`) or are streamed, and tells.
+    ///
+    /// # Errors
+    /// If they do not fit even so, or are to generate and cannot be in memory.
+    fn schedule<B: Machine>(
+        &self,
+        backend: &B,
+        models: &[&Checkpoint],
+        printer: Printer,
+    ) -> Result<Option<Schedule>> {
+        let budget = Budget::new(self.limits, backend.free_memory()?)?;
+        let texts: Vec<&Text> = self.texts().collect();
+        let Residency { streamed, told } =
+            residency::decide(backend, budget, models, self.cache.is_none(), &texts)?;
+        ensure!(
+            streamed.is_none() || self.questions.is_none(),
+            "`--suites` and `--tasks` let models generate, which needs them in memory; {told}; leave them out, or raise \
+             what may be used"
+        );
+        if streamed.is_some() || self.limits != Limits::default() {
+            printer.note(&told);
+        } else {
+            printer.detail(&told);
+        }
+        Ok(streamed)
+    }
+}
+
+/// Opens a model whose layers are read when they are needed.
+fn stream(checkpoint: &Checkpoint) -> Result<Streamed<'_, Checkpoint>> {
+    Streamed::new(&checkpoint.config, checkpoint).with_context(|| format!("{}", checkpoint.path.display()))
 }
 
 pub fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Result<Model<B>> {
@@ -354,7 +427,7 @@ fn about(checkpoint: &Checkpoint) -> About {
     }
 }
 
-pub fn subject<'a, B: Backend>(checkpoint: &Checkpoint, model: &'a Model<B>) -> Subject<'a, B> {
+pub fn subject<'a, M>(checkpoint: &Checkpoint, model: &'a M) -> Subject<'a, M> {
     let About { name, format, bytes, bits_per_weight } = about(checkpoint);
     Subject { name, format, bytes, bits_per_weight, model, kv_cache: KvCache::Exact }
 }
@@ -365,11 +438,11 @@ fn kinds(request: &Request) -> impl Iterator<Item = KvCache> {
 }
 
 /// Returns a model with every cache.
-fn variants<'a, B: Backend>(
+fn variants<'a, M>(
     request: &Request,
     checkpoint: &Checkpoint,
-    model: &'a Model<B>,
-) -> impl Iterator<Item = Subject<'a, B>> {
+    model: &'a M,
+) -> impl Iterator<Item = Subject<'a, M>> {
     kinds(request).map(move |kv_cache| {
         let About { name, format, bytes, bits_per_weight } = about(checkpoint).with_cache(kv_cache);
         Subject { name, format, bytes, bits_per_weight, model, kv_cache }

@@ -16,8 +16,10 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::samples::Samples;
-use super::{Subject, Text, check_fits, measure, passes};
+use super::{Schedule, Subject, Text, Work, check_fits, groups};
 use crate::backend::Backend;
+use crate::backend::parked::{Parked, Room};
+use crate::model::layers::{Held, Layers};
 
 /// Most bytes that a folder of states holds: an 8B model's states for a million scored positions.
 pub const LIMIT: u64 = 16_000_000_000;
@@ -71,15 +73,15 @@ impl Cache {
     ///
     /// # Errors
     /// States larger than the folder may grow, a full disk, and whatever running the model refuses.
-    pub fn record<B: Backend>(
+    pub fn record<B: Backend, M: Layers<B>>(
         &self,
         key: &str,
-        backend: &B,
-        baseline: &Subject<B>,
+        (backend, schedule): (&B, Schedule),
+        baseline: &Subject<M>,
         text: &Text,
         progress: &dyn Fn(usize),
     ) -> Result<States> {
-        let cols = baseline.model.config.hidden_size;
+        let cols = baseline.model.config().hidden_size;
         let wanted = bytes(text, cols);
         ensure!(
             wanted <= self.limit,
@@ -88,16 +90,20 @@ impl Cache {
             self.limit
         );
         self.make_room(wanted)?;
-        check_fits(&baseline.model.config, text)?;
+        check_fits(baseline.model.config(), text)?;
         let context = || format!("{}: cannot be written", self.folder.display());
         let mut out = BufWriter::new(NamedTempFile::new_in(&self.folder).with_context(context)?);
         let mut samples = Samples::new(text.protocol.scored().len(), false);
-        for pass in passes(backend, text) {
-            let hidden = measure(backend, baseline, &pass.ids, &text.protocol, None, &mut samples)?;
-            for value in backend.read(&hidden)? {
-                out.write_all(&value.to_le_bytes()).with_context(context)?;
+        for group in groups(schedule, text) {
+            let work = Work { backend, subject: baseline, protocol: &text.protocol, group: &group };
+            let hidden = work.hidden(Room::new(schedule.room), &mut samples, progress)?;
+            // Its losses are not kept, but must be finite.
+            work.score(&hidden, &mut samples)?;
+            for hidden in &hidden {
+                for value in backend.read(hidden.get(backend)?.as_ref())? {
+                    out.write_all(&value.to_le_bytes()).with_context(context)?;
+                }
             }
-            progress(pass.windows.len());
         }
         let path = self.path(key);
         let temporary = out.into_inner().map_err(|error| error.into_error()).with_context(context)?;
@@ -155,26 +161,33 @@ impl States {
     }
 }
 
-/// Runs a model against stored states, as [`super::run`] does against a live baseline. `head` is the baseline's.
+/// Returns a baseline's head.
+pub type Head<'a, B> = dyn Fn() -> Result<Held<'a, <B as Backend>::Weight>> + 'a;
+
+/// Runs a model against stored states, as [`super::run`] does against a live baseline, of which only the head is needed.
 ///
 /// # Errors
 /// As [`super::run`].
-pub fn run<B: Backend>(
-    backend: &B,
-    (states, head): (&States, &B::Weight),
-    subject: &Subject<B>,
+pub fn run<B: Backend, M: Layers<B>>(
+    (backend, schedule): (&B, Schedule),
+    (states, head): (&States, &Head<B>),
+    subject: &Subject<M>,
     text: &Text,
     progress: &dyn Fn(usize),
 ) -> Result<Samples> {
-    check_fits(&subject.model.config, text).with_context(|| subject.name.clone())?;
+    check_fits(subject.model.config(), text).with_context(|| subject.name.clone())?;
     let per_window = text.protocol.scored().len();
     let mut samples = Samples::new(per_window, true);
-    for pass in passes(backend, text) {
-        let reference = (states.read(backend, pass.windows.clone(), per_window)?, head);
-        measure(backend, subject, &pass.ids, &text.protocol, Some(&reference), &mut samples).with_context(
-            || format!("{}, windows {} to {}", subject.name, pass.windows.start + 1, pass.windows.end),
-        )?;
-        progress(pass.windows.len());
+    for group in groups(schedule, text) {
+        let work = Work { backend, subject, protocol: &text.protocol, group: &group };
+        let hidden = work.hidden(Room::new(schedule.room), &mut samples, progress)?;
+        let head = head()?;
+        for (hidden, pass) in hidden.iter().zip(&group) {
+            let reference = states.read(backend, pass.windows.clone(), per_window)?;
+            let reference = [Parked::Device(reference)];
+            let work = Work { group: std::slice::from_ref(pass), ..work };
+            work.compare(&reference, &head, std::slice::from_ref(hidden), &mut samples)?;
+        }
     }
     Ok(samples)
 }
@@ -195,10 +208,12 @@ mod tests {
         let cache = Cache::open(&folder.path().join("states")).unwrap();
         let key = Cache::key("abc", &text, "cpu").unwrap();
         assert!(cache.find(&key, &text, base.model.config.hidden_size).unwrap().is_none());
-        cache.record(&key, &Cpu, &base, &text, &|_| ()).unwrap();
+        let on = (&Cpu, Schedule { pass_tokens: 32, group_tokens: 64, room: Some(0) });
+        cache.record(&key, on, &base, &text, &|_| ()).unwrap();
         let states = cache.find(&key, &text, base.model.config.hidden_size).unwrap().unwrap();
-        let stored = run(&Cpu, (&states, base.model.head()), &other, &text, &|_| ()).unwrap();
-        let live = eval::run(&Cpu, Some(&base), &[other], &text, &|_| ()).unwrap();
+        let head = || Ok(Held::Lent(base.model.head()));
+        let stored = run(on, (&states, &head), &other, &text, &|_| ()).unwrap();
+        let live = eval::run(&Cpu, Schedule::resident(&Cpu), Some(&base), &[other], &text, &|_| ()).unwrap();
         assert_eq!(stored.measures(), live[1].measures());
         assert_eq!(stored.of_baseline().measures(), live[0].measures());
     }
@@ -226,9 +241,10 @@ mod tests {
         let cols = base.model.config.hidden_size;
         let folder = tempfile::tempdir().unwrap();
         let mut cache = Cache::open(folder.path()).unwrap();
+        let on = (&Cpu, Schedule::resident(&Cpu));
         cache.limit = 2 * bytes(&text, cols);
         for key in ["a", "b", "c"] {
-            cache.record(key, &Cpu, &base, &text, &|_| ()).unwrap();
+            cache.record(key, on, &base, &text, &|_| ()).unwrap();
         }
         let there = ["a", "b", "c"].map(|key| cache.find(key, &text, cols).unwrap().is_some());
         assert_eq!(there.iter().filter(|there| **there).count(), 2);
@@ -236,7 +252,7 @@ mod tests {
         File::options().write(true).open(cache.path("c")).unwrap().set_len(8).unwrap();
         assert!(cache.find("c", &text, cols).err().unwrap().to_string().contains("8 bytes"));
         cache.limit = 8;
-        let refusal = cache.record("d", &Cpu, &base, &text, &|_| ()).err().unwrap().to_string();
+        let refusal = cache.record("d", on, &base, &text, &|_| ()).err().unwrap().to_string();
         assert!(refusal.contains("fewer `--windows`"), "{refusal}");
     }
 }

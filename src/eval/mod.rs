@@ -1,8 +1,9 @@
 //! Measuring what was written: perplexity, and divergence from a baseline.
 //!
-//! All models walk through the windows in lock step, as many at once as the backend likes, so that their activations are
-//! all that is kept beside the weights and the baseline runs once per window. Logits are exact and never stored
-//! ([`Backend::compare`]). What a model says of each position is kept ([`Samples`]); every number and its interval comes
+//! All models walk through the windows in lock step ([`Schedule`] says how many at once), so that their activations are
+//! all that is kept beside the weights and the baseline runs once per window. Models in memory take a pass of windows at a
+//! time; of models in files each layer is read once for a whole group of passes, whose residual streams wait meanwhile
+//! ([`residency`] decides). Logits are exact and never stored ([`Backend::compare`]). What a model says of each position is kept ([`Samples`]); every number and its interval comes
 //! from there ([`metric`] is the table of them).
 
 pub mod answers;
@@ -12,6 +13,7 @@ pub mod gate;
 pub mod metric;
 pub mod protocol;
 pub mod report;
+pub mod residency;
 pub mod samples;
 pub mod sensitivity;
 pub mod slices;
@@ -29,13 +31,15 @@ pub use self::metric::{Estimate, Measures, Metric};
 pub use self::protocol::{Protocol, Scored};
 pub use self::report::{Report, Row};
 pub use self::samples::Samples;
+use crate::backend::parked::{Parked, Room};
 use crate::backend::{Backend, Batch};
-use crate::model::Model;
+use crate::model::block::{Layer, LayerConstants};
 use crate::model::config::Config;
 use crate::model::kv_cache::KvCache;
+use crate::model::layers::Layers;
 
 /// A loaded model and what its row says of it.
-pub struct Subject<'a, B: Backend> {
+pub struct Subject<'a, M> {
     /// Name as the user gave it.
     pub name: String,
     /// Format name.
@@ -45,7 +49,7 @@ pub struct Subject<'a, B: Backend> {
     /// `8 · bytes / weights`.
     pub bits_per_weight: f64,
     /// The weights.
-    pub model: &'a Model<B>,
+    pub model: &'a M,
     /// How it keeps keys and values.
     pub kv_cache: KvCache,
 }
@@ -70,7 +74,7 @@ impl About {
     }
 }
 
-impl<B: Backend> Subject<'_, B> {
+impl<M> Subject<'_, M> {
     /// Returns what rows say of the model.
     pub fn about(&self) -> About {
         About {
@@ -93,17 +97,37 @@ pub struct Text {
     pub protocol: Protocol,
 }
 
+/// How models run through a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    /// Tokens that pass through a layer together; at least one window does.
+    pub pass_tokens: usize,
+    /// Tokens whose residual streams wait at one layer together; at least one pass does.
+    pub group_tokens: usize,
+    /// Device memory for streams, bytes; those past it wait in host memory. `None`: all stay on the device.
+    pub room: Option<u64>,
+}
+
+impl Schedule {
+    /// Returns the schedule of models that are in memory: one pass at a time, as large as the backend likes.
+    pub fn resident<B: Backend>(backend: &B) -> Self {
+        let tokens = backend.tokens_at_once();
+        Schedule { pass_tokens: tokens, group_tokens: tokens, room: None }
+    }
+}
+
 /// Runs `models` on a text, against `baseline` if there is one; its samples come first.
 ///
-/// `progress(windows)` is called with how many windows a model just finished.
+/// `progress(n)` is called with how many windows went through a layer of a model.
 ///
 /// # Errors
 /// Vocabularies that differ from the baseline's, windows longer than a model's context, token ids outside a
 /// vocabulary, and losses that are not finite; each names the model.
-pub fn run<B: Backend>(
+pub fn run<B: Backend, M: Layers<B>>(
     backend: &B,
-    baseline: Option<&Subject<B>>,
-    models: &[Subject<B>],
+    schedule: Schedule,
+    baseline: Option<&Subject<M>>,
+    models: &[Subject<M>],
     text: &Text,
     progress: &dyn Fn(usize),
 ) -> Result<Vec<Samples>> {
@@ -116,35 +140,55 @@ pub fn run<B: Backend>(
     let compared = |at: usize| baseline.is_some() && at > 0;
     let mut samples: Vec<Samples> =
         subjects().enumerate().map(|(at, _)| Samples::new(per_window, compared(at))).collect();
-    for Pass { windows, ids } in passes(backend, text) {
-        let mut reference = None;
+    for group in groups(schedule, text) {
+        let mut reference: Option<(Vec<Parked<B>>, &M)> = None;
+        let mut room = Room::new(schedule.room);
         for (at, subject) in subjects().enumerate() {
-            let context = || match windows.len() {
-                1 => format!("{}, window {}", subject.name, windows.end),
-                _ => format!("{}, windows {} to {}", subject.name, windows.start + 1, windows.end),
-            };
-            let found = if compared(at) { reference.as_ref() } else { None };
-            let hidden =
-                measure(backend, subject, &ids, protocol, found, &mut samples[at]).with_context(context)?;
-            if at == 0 && baseline.is_some() {
-                reference = Some((hidden, subject.model.head()));
+            let work = Work { backend, subject, protocol, group: &group };
+            let hidden = work.hidden(room, &mut samples[at], progress)?;
+            match reference.as_ref().filter(|_| compared(at)) {
+                None => work.score(&hidden, &mut samples[at])?,
+                Some((states, model)) => {
+                    work.compare(states, &*model.output_head(backend)?, &hidden, &mut samples[at])?
+                }
             }
-            progress(windows.len());
+            if at == 0 && baseline.is_some() {
+                // What the baseline says of the group stays while the models run.
+                for (state, pass) in hidden.iter().zip(&group) {
+                    if let Parked::Device(_) = state {
+                        room.take(
+                            (pass.windows.len() * per_window * subject.model.config().hidden_size * 4) as u64,
+                        );
+                    }
+                }
+                reference = Some((hidden, subject.model));
+            }
         }
     }
     Ok(samples)
 }
 
-/// Windows that run at once, and their tokens.
+/// Windows that go through a layer at once, and their tokens.
 struct Pass {
     windows: Range<usize>,
     ids: Vec<u32>,
 }
 
-/// Returns the windows of a text in groups that keep the device busy.
-fn passes<B: Backend>(backend: &B, text: &Text) -> impl Iterator<Item = Pass> {
+impl Pass {
+    fn batch(&self, protocol: &Protocol) -> Batch {
+        Batch { sequences: self.windows.len(), tokens: protocol.n_ctx }
+    }
+
+    /// Returns the tokens that the scored positions predict.
+    fn targets(&self, rows: &[usize]) -> Vec<u32> {
+        rows.iter().map(|&row| self.ids[row + 1]).collect()
+    }
+}
+
+/// Returns the windows of a text, about `tokens` tokens at a time.
+fn passes(tokens: usize, text: &Text) -> impl Iterator<Item = Pass> {
     let protocol = &text.protocol;
-    let at_once = (backend.tokens_at_once() / protocol.n_ctx).max(1);
+    let at_once = (tokens / protocol.n_ctx).max(1);
     (0..protocol.windows).step_by(at_once).map(move |first| {
         let windows = first..protocol.windows.min(first + at_once);
         let ids = windows.clone().flat_map(|window| protocol.window(&text.tokens, window)).collect();
@@ -152,10 +196,28 @@ fn passes<B: Backend>(backend: &B, text: &Text) -> impl Iterator<Item = Pass> {
     })
 }
 
-fn check<B: Backend>(subject: &Subject<B>, baseline: Option<&Subject<B>>, text: &Text) -> Result<()> {
-    let config = &subject.model.config;
+/// Returns the passes of a text in groups.
+fn groups(schedule: Schedule, text: &Text) -> Vec<Vec<Pass>> {
+    let at_once = (schedule.pass_tokens / text.protocol.n_ctx).max(1);
+    let passes_at_once = (schedule.group_tokens / (at_once * text.protocol.n_ctx)).max(1);
+    let mut groups: Vec<Vec<Pass>> = Vec::new();
+    for pass in passes(schedule.pass_tokens, text) {
+        match groups.last_mut().filter(|group| group.len() < passes_at_once) {
+            Some(group) => group.push(pass),
+            None => groups.push(vec![pass]),
+        }
+    }
+    groups
+}
+
+fn check<B: Backend, M: Layers<B>>(
+    subject: &Subject<M>,
+    baseline: Option<&Subject<M>>,
+    text: &Text,
+) -> Result<()> {
+    let config = subject.model.config();
     if let Some(baseline) = baseline {
-        check_vocabulary(config, &baseline.about(), &baseline.model.config)?;
+        check_vocabulary(config, &baseline.about(), baseline.model.config())?;
     }
     check_fits(config, text)
 }
@@ -196,42 +258,124 @@ fn check_fits(config: &Config, text: &Text) -> Result<()> {
     Ok(())
 }
 
-/// Runs some windows, whose ids follow one another, and returns the final hidden states at the scored positions.
-/// `reference` holds those of the baseline, and its head.
-fn measure<B: Backend>(
-    backend: &B,
-    subject: &Subject<B>,
-    ids: &[u32],
-    protocol: &Protocol,
-    reference: Option<&(B::Tensor, &B::Weight)>,
-    samples: &mut Samples,
-) -> Result<B::Tensor> {
-    let batch = Batch { sequences: ids.len() / protocol.n_ctx, tokens: protocol.n_ctx };
-    let positions = protocol.scored_rows(batch.sequences);
-    let targets: Vec<u32> = positions.iter().map(|&position| ids[position + 1]).collect();
-    backend.wait()?;
-    let started = Instant::now();
-    let hidden = subject.model.hidden_at_with(backend, ids, batch, &positions, subject.kv_cache)?;
-    backend.wait()?;
-    samples.add_pass(ids.len(), started.elapsed());
-    let head = subject.model.head();
-    match reference {
-        None => samples.add_scores(&backend.score(&hidden, head, &targets)?)?,
-        Some((baseline, baseline_head)) => {
-            samples.add(backend.compare((baseline, baseline_head), (&hidden, head), &targets)?)?;
+/// One model and one group of passes.
+struct Work<'a, B: Backend, M: Layers<B>> {
+    backend: &'a B,
+    subject: &'a Subject<'a, M>,
+    protocol: &'a Protocol,
+    group: &'a [Pass],
+}
+
+impl<B: Backend, M: Layers<B>> Work<'_, B, M> {
+    /// Runs the group and returns the final hidden states at the scored positions, one for each pass.
+    fn hidden(&self, room: Room, samples: &mut Samples, progress: &dyn Fn(usize)) -> Result<Vec<Parked<B>>> {
+        let Work { backend, subject, protocol, group } = *self;
+        let model = subject.model;
+        let kv_cache = match subject.kv_cache {
+            KvCache::Exact => model.constants().kv_cache,
+            kind => kind,
+        };
+        let constants = LayerConstants { kv_cache, ..model.constants().clone() };
+        let last = model.config().num_hidden_layers - 1;
+        backend.wait()?;
+        let started = Instant::now();
+        let mut streams = self.embed(room).with_context(|| subject.name.clone())?;
+        let mut visit = |at: usize, layer: &Layer<B>| {
+            for (stream, pass) in streams.iter_mut().zip(group) {
+                let batch = pass.batch(protocol);
+                let work = |x: &mut B::Tensor| match at < last {
+                    true => layer.forward(backend, &constants, x, batch, &mut |_, _| Ok(())),
+                    false => {
+                        let rows = protocol.scored_rows(batch.sequences);
+                        *x = layer.forward_at(backend, &constants, x, batch, &rows)?;
+                        Ok(())
+                    }
+                };
+                stream.update(backend, work).with_context(|| format!("{}, layer {at}", self.place(pass)))?;
+                progress(pass.windows.len());
+            }
+            Ok(())
+        };
+        model.each_layer(backend, &mut visit)?;
+        let gain = model.final_norm(backend)?;
+        for stream in &mut streams {
+            stream.update(backend, |x| {
+                *x = backend.rms_norm(x, &gain, constants.eps)?;
+                Ok(())
+            })?;
+        }
+        backend.wait()?;
+        samples.add_pass(group.iter().map(|pass| pass.ids.len()).sum(), started.elapsed());
+        Ok(streams)
+    }
+
+    /// Starts the residual streams.
+    fn embed(&self, mut room: Room) -> Result<Vec<Parked<B>>> {
+        let table = self.subject.model.embeddings(self.backend)?;
+        let hidden = self.subject.model.config().hidden_size;
+        let streams = self.group.iter().map(|pass| {
+            let x = self.backend.embed(&table, &pass.ids)?;
+            Parked::new(self.backend, room.place((pass.ids.len() * hidden * 4) as u64), x, hidden)
+        });
+        streams.collect()
+    }
+
+    /// Scores hidden states.
+    fn score(&self, hidden: &[Parked<B>], samples: &mut Samples) -> Result<()> {
+        let head = self.subject.model.output_head(self.backend)?;
+        for (hidden, pass) in hidden.iter().zip(self.group) {
+            let targets = pass.targets(&self.protocol.scored_rows(pass.windows.len()));
+            let scores = self.backend.score(hidden.get(self.backend)?.as_ref(), &head, &targets);
+            scores.and_then(|scores| samples.add_scores(&scores)).with_context(|| self.place(pass))?;
+        }
+        Ok(())
+    }
+
+    /// Compares hidden states with those of a baseline, whose head is given.
+    fn compare(
+        &self,
+        reference: &[Parked<B>],
+        reference_head: &B::Weight,
+        hidden: &[Parked<B>],
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let backend = self.backend;
+        let head = self.subject.model.output_head(backend)?;
+        for ((reference, hidden), pass) in reference.iter().zip(hidden).zip(self.group) {
+            let targets = pass.targets(&self.protocol.scored_rows(pass.windows.len()));
+            let (reference, hidden) = (reference.get(backend)?, hidden.get(backend)?);
+            let found = backend.compare((&reference, reference_head), (&hidden, &head), &targets);
+            found.and_then(|found| samples.add(found)).with_context(|| self.place(pass))?;
+        }
+        Ok(())
+    }
+
+    /// Says where something went wrong.
+    fn place(&self, pass: &Pass) -> String {
+        let (name, windows) = (&self.subject.name, &pass.windows);
+        match windows.len() {
+            1 => format!("{name}, window {}", windows.end),
+            _ => format!("{name}, windows {} to {}", windows.start + 1, windows.end),
         }
     }
-    Ok(hidden)
 }
 
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::collections::BTreeMap;
     use std::path::Path;
+    use std::sync::Mutex;
 
     use super::*;
     use crate::backend::cpu::Cpu;
     use crate::checkpoint::Checkpoint;
+    use crate::model::Model;
+    use crate::model::TensorSource;
+    use crate::model::layers::Streamed;
+    use crate::names::TensorId;
+    use crate::scheme::Activations;
+    use crate::tensor::Matrix;
 
     pub fn model(name: &str) -> Model<Cpu> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/logits").join(name);
@@ -239,7 +383,7 @@ mod tests {
         Model::load(&Cpu, &checkpoint.config, &checkpoint).unwrap()
     }
 
-    pub fn subject<'a>(name: &str, model: &'a Model<Cpu>) -> Subject<'a, Cpu> {
+    pub fn subject<'a, M>(name: &str, model: &'a M) -> Subject<'a, M> {
         Subject {
             name: name.into(),
             format: "bf16".into(),
@@ -259,12 +403,58 @@ mod tests {
         Text { name: "text".into(), tokens, protocol }
     }
 
-    fn run_quietly(
-        base: Option<&Subject<Cpu>>,
-        models: &[Subject<Cpu>],
+    fn run_quietly<M: Layers<Cpu>>(
+        base: Option<&Subject<M>>,
+        models: &[Subject<M>],
         text: &Text,
     ) -> Result<Vec<Samples>> {
-        run(&Cpu, base, models, text, &|_| ())
+        run(&Cpu, Schedule::resident(&Cpu), base, models, text, &|_| ())
+    }
+
+    #[test]
+    fn streamed_models_give_the_numbers_of_loaded_ones_and_each_layer_is_read_once_a_group() {
+        struct Counted<'a>(&'a Checkpoint, Mutex<BTreeMap<TensorId, usize>>);
+
+        impl TensorSource for Counted<'_> {
+            fn read(&self, id: TensorId) -> Result<Matrix> {
+                *self.1.lock().unwrap().entry(id).or_default() += 1;
+                TensorSource::read(self.0, id)
+            }
+
+            fn activations(&self, id: TensorId) -> Activations {
+                self.0.activations(id)
+            }
+        }
+
+        let open = |name: &str| {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/logits").join(name);
+            Checkpoint::open(&folder).unwrap()
+        };
+        let files = ["qwen3", "mistral"].map(open);
+        let counted = files.each_ref().map(|file| Counted(file, Mutex::default()));
+        let text = text(Scored::SecondHalf, tokens());
+        let loaded = ["qwen3", "mistral"].map(model);
+        let resident =
+            run_quietly(Some(&subject("a", &loaded[0])), &[subject("b", &loaded[1])], &text).unwrap();
+        // Six windows of 16 tokens: in passes of two windows, groups of two passes; streams on the device and on the host.
+        for room in [None, Some(0), Some(4000)] {
+            counted.iter().for_each(|counted| counted.1.lock().unwrap().clear());
+            let streamed = [0, 1].map(|at| Streamed::new(&files[at].config, &counted[at]).unwrap());
+            let schedule = Schedule { pass_tokens: 32, group_tokens: 64, room };
+            let (base, other) = (subject("a", &streamed[0]), subject("b", &streamed[1]));
+            let found = run(&Cpu, schedule, Some(&base), &[other], &text, &|_| ()).unwrap();
+            for (found, wanted) in found.iter().zip(&resident) {
+                assert_eq!(found.measures(), wanted.measures(), "{room:?}");
+            }
+            for counted in &counted {
+                let reads = counted.1.lock().unwrap();
+                assert!(reads.len() > 20);
+                assert!(
+                    reads.iter().all(|(id, &count)| count == 2 || id.layer.is_none()),
+                    "two groups: {reads:?}"
+                );
+            }
+        }
     }
 
     #[test]
@@ -273,8 +463,11 @@ mod tests {
         let (base, same) = (subject("base", &model), subject("same", &model));
         let done = RefCell::new(0);
         let text = text(Scored::SecondHalf, tokens());
-        let found = run(&Cpu, Some(&base), &[same], &text, &|windows| *done.borrow_mut() += windows).unwrap();
-        assert_eq!((*done.borrow(), found[0].tokens(), found[1].tokens()), (12, 6 * 7, 6 * 7));
+        let progress = |windows| *done.borrow_mut() += windows;
+        let schedule = Schedule::resident(&Cpu);
+        let found = run(&Cpu, schedule, Some(&base), &[same], &text, &progress).unwrap();
+        let steps = 2 * 6 * model.layers.len();
+        assert_eq!((*done.borrow(), found[0].tokens(), found[1].tokens()), (steps, 6 * 7, 6 * 7));
         let (own, same) = (found[0].measures(), found[1].measures());
         assert_eq!(own.value(Metric::Kld), None);
         assert_eq!(same.value(Metric::Ppl), own.value(Metric::Ppl));

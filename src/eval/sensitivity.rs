@@ -128,7 +128,7 @@ impl Group {
 
 fn embark<B: Backend>(backend: &B, model: &Model<B>, text: &Text) -> Result<Vec<Convoy<B>>> {
     let protocol = &text.protocol;
-    passes(backend, text)
+    passes(backend.tokens_at_once(), text)
         .map(|Pass { windows, ids }| {
             let batch = Batch { sequences: windows.len(), tokens: protocol.n_ctx };
             let rows = protocol.scored_rows(batch.sequences);
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
     use crate::checkpoint::Checkpoint;
-    use crate::eval::{self, Scored, Subject};
+    use crate::eval::{self, Schedule, Scored, Subject};
     use crate::model::TensorSource;
     use crate::model::kv_cache::KvCache;
     use crate::tensor::Dense;
@@ -285,8 +285,10 @@ mod tests {
                     model,
                     kv_cache: KvCache::Exact,
                 };
+                let schedule = Schedule::resident(&Cpu);
                 let samples =
-                    eval::run(&Cpu, Some(&subject(&model)), &[subject(&other)], &text(), &|_| ()).unwrap();
+                    eval::run(&Cpu, schedule, Some(&subject(&model)), &[subject(&other)], &text(), &|_| ())
+                        .unwrap();
                 assert_eq!(samples[1].measures().get(Metric::Kld), Some(found), "{name}: {group:?}");
                 assert_eq!(found.value > 0.0, !group.tensors.is_empty(), "{name}: {group:?}");
             }

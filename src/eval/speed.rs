@@ -10,6 +10,7 @@ use anyhow::Result;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::decode::CudaDecoder;
 use crate::backend::cuda::{Cuda, Float, Tensor, Weight};
+use crate::backend::footprint::Footprint;
 use crate::backend::{AttentionShape, Backend, Batch, SecondMoments};
 use crate::generate::Generate;
 use crate::model::Model;
@@ -30,7 +31,7 @@ pub struct Ceilings {
 }
 
 /// A backend with all that commands ask of one.
-pub trait Machine: Generate + SecondMoments {
+pub trait Machine: Generate + SecondMoments + Footprint {
     /// Measures what the machine can do at best; `None` where that is not measured.
     fn ceilings(&self) -> Result<Option<Ceilings>> {
         Ok(None)

@@ -34,6 +34,12 @@ impl LayerConstants {
         };
         LayerConstants { attention, rope: config.rope(), eps: config.rms_norm_eps, kv_cache: KvCache::Exact }
     }
+
+    /// Returns the same, with keys and values kept as the model's files ask for.
+    pub fn of_source(config: &Config, source: &impl TensorSource) -> Result<Self> {
+        let kv_cache = if source.kv_scales(0)?.is_some() { KvCache::Fp8 } else { KvCache::Exact };
+        Ok(LayerConstants { kv_cache, ..LayerConstants::new(config) })
+    }
 }
 
 /// y = x · weightᵀ + bias, with the inputs treated as the engine would.

@@ -6,6 +6,7 @@ pub mod block;
 pub mod chat_template;
 pub mod config;
 pub mod kv_cache;
+pub mod layers;
 pub mod tokenizer;
 
 use anyhow::{Context, Result, ensure};
@@ -72,13 +73,12 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// Names the tensor that is missing, has another shape than the configuration says, or does not fit the device.
     pub fn load(backend: &B, config: &Config, source: &impl TensorSource) -> Result<Self> {
-        let kv_cache = if source.kv_scales(0)?.is_some() { KvCache::Fp8 } else { KvCache::Exact };
         let table = [config.vocab_size, config.hidden_size];
         let head = TensorId::global(Role::Head);
         Ok(Model {
             config: config.clone(),
-            constants: LayerConstants { kv_cache, ..LayerConstants::new(config) },
-            embed: read_weight(backend, source, TensorId::global(Role::Embed), table)?,
+            constants: LayerConstants::of_source(config, source)?,
+            embed: Self::load_embeddings(backend, config, source)?,
             layers: (0..config.num_hidden_layers)
                 .map(|layer| Layer::load(backend, config, source, layer))
                 .collect::<Result<_>>()?,
@@ -98,6 +98,15 @@ impl<B: Backend> Model<B> {
     /// Returns the output head `[vocab, hidden]`.
     pub fn head(&self) -> &B::Weight {
         self.untied_head.as_ref().unwrap_or(&self.embed)
+    }
+
+    /// Reads the token embeddings `[vocab, hidden]` alone and hands them to the backend.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_embeddings(backend: &B, config: &Config, source: &impl TensorSource) -> Result<B::Weight> {
+        let table = [config.vocab_size, config.hidden_size];
+        read_weight(backend, source, TensorId::global(Role::Embed), table)
     }
 
     /// Reads the output head `[vocab, hidden]` alone and hands it to the backend.

@@ -64,8 +64,8 @@ impl Prepared {
     pub fn run<B: Generate>(
         &self,
         backend: &B,
-        baseline: Option<&Subject<B>>,
-        models: &[Subject<B>],
+        baseline: Option<&Subject<Model<B>>>,
+        models: &[Subject<Model<B>>],
         asker: &Asker,
         settings: &Settings,
         progress: &dyn Fn(),
@@ -103,7 +103,7 @@ impl Prepared {
     fn answer<B: Generate>(
         &self,
         backend: &B,
-        subject: &Subject<B>,
+        subject: &Subject<Model<B>>,
         asker: &Asker,
         settings: &Settings,
         progress: &dyn Fn(),
@@ -148,7 +148,7 @@ impl Prepared {
         &self,
         backend: &B,
         baseline: &Model<B>,
-        models: &[Subject<B>],
+        models: &[Subject<Model<B>>],
         answers: &SuiteRow,
     ) -> Result<Vec<Vec<Vec<f32>>>> {
         let mut found = vec![vec![Vec::new(); self.prompts()]; models.len()];

@@ -67,8 +67,8 @@ impl Prepared {
     pub fn run<B: Generate>(
         &self,
         backend: &B,
-        baseline: Option<&Subject<B>>,
-        models: &[Subject<B>],
+        baseline: Option<&Subject<Model<B>>>,
+        models: &[Subject<Model<B>>],
         asker: &Asker,
         progress: &dyn Fn(usize),
     ) -> TaskResult {
@@ -100,7 +100,12 @@ impl Prepared {
         result
     }
 
-    fn choose<B: Generate>(&self, backend: &B, subject: &Subject<B>, inputs: &[Input]) -> Result<TaskRow> {
+    fn choose<B: Generate>(
+        &self,
+        backend: &B,
+        subject: &Subject<Model<B>>,
+        inputs: &[Input],
+    ) -> Result<TaskRow> {
         let questions = &self.task.questions;
         let mut found: Vec<Vec<f64>> =
             questions.iter().map(|question| vec![0.0; question.doc.choices.len()]).collect();
@@ -124,7 +129,7 @@ impl Prepared {
     fn solve<B: Generate>(
         &self,
         backend: &B,
-        subject: &Subject<B>,
+        subject: &Subject<Model<B>>,
         requests: &[Request],
         asker: &Asker,
     ) -> Result<TaskRow> {

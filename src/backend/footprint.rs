@@ -1,0 +1,111 @@
+//! What devices take of memory: the terms from which evaluation and calibration derive theirs before anything is read.
+
+use super::Backend;
+use super::cpu::Cpu;
+use super::cuda::Cuda;
+use crate::checkpoint::{Stored, TensorInfo};
+use crate::model::config::Config;
+use crate::scheme::Offset;
+
+/// A device that can tell what it would take.
+pub trait Footprint {
+    /// Returns how many tokens one pass should hold.
+    fn pass_tokens(&self) -> usize;
+
+    /// Returns the bytes of one number of what operations write.
+    fn activation_bytes(&self) -> u64;
+
+    /// Returns the bytes that a stored tensor takes in the device's memory.
+    fn weight_bytes(&self, info: &TensorInfo) -> u64;
+
+    /// Returns what multiplying with a matrix of that many weights takes beside inputs and outputs.
+    fn decoded_bytes(&self, weights: u64) -> u64;
+
+    /// Returns the bytes of logits held at once.
+    fn logits_bytes(&self, vocab: usize) -> u64;
+
+    /// Returns what choosing the codes of a matrix `[rows, cols]` takes on the device beside its input's moments.
+    fn solver_bytes(&self, rows: u64, cols: u64) -> u64;
+}
+
+impl Footprint for Cpu {
+    fn pass_tokens(&self) -> usize {
+        self.tokens_at_once()
+    }
+
+    fn activation_bytes(&self) -> u64 {
+        4
+    }
+
+    /// Dense tensors lie as they are stored, quantized ones with a byte for each code and F32 scales.
+    fn weight_bytes(&self, info: &TensorInfo) -> u64 {
+        let (Stored::Quantized(scheme, _), &[rows, cols]) = (info.stored, &info.shape[..]) else {
+            return info.bytes;
+        };
+        let groups = scheme.group.count(rows, cols) * if scheme.offset == Offset::None { 1 } else { 2 };
+        let outer = 2 * scheme.outer.map_or(0, |(span, _)| span.count(rows, cols));
+        (rows * cols + 4 * (groups + outer)) as u64
+    }
+
+    /// Panels of a few rows are decoded at a time.
+    fn decoded_bytes(&self, _: u64) -> u64 {
+        0
+    }
+
+    /// A summary of 160 bytes for each position and block of 512 tokens.
+    fn logits_bytes(&self, vocab: usize) -> u64 {
+        (vocab.div_ceil(512) * self.tokens_at_once() * 160) as u64
+    }
+
+    /// The moments again as they are handed over (8 cols²), then the damped Hessian twice, a factor in F64 and its
+    /// coefficients (8 + 8 + 2), and six copies of the matrix in F32: weights, target, correction, values, error, product.
+    fn solver_bytes(&self, rows: u64, cols: u64) -> u64 {
+        26 * cols * cols + 24 * rows * cols
+    }
+}
+
+impl Footprint for Cuda {
+    fn pass_tokens(&self) -> usize {
+        self.tokens_at_once()
+    }
+
+    fn activation_bytes(&self) -> u64 {
+        self.value_bytes() as u64
+    }
+
+    /// Dense matrices become F16, vectors F32; packed rows are padded to whole pieces of 128 columns.
+    fn weight_bytes(&self, info: &TensorInfo) -> u64 {
+        match (info.stored, &info.shape[..]) {
+            (Stored::Quantized(..), &[_, cols]) => {
+                info.bytes * cols.next_multiple_of(128) as u64 / cols.max(1) as u64
+            }
+            (_, &[_, _]) => info.weights() * self.activation_bytes(),
+            _ => info.weights() * 4,
+        }
+    }
+
+    /// Also holds a matrix as it is stored while it is rounded.
+    fn decoded_bytes(&self, weights: u64) -> u64 {
+        weights * self.activation_bytes()
+    }
+
+    /// Slices of 2^27 logits, at least 128 positions of two models.
+    fn logits_bytes(&self, vocab: usize) -> u64 {
+        4 * (1 << 27).max(256 * vocab as u64)
+    }
+
+    /// As `cuda/solve` says: a matrix `[cols, cols]` more in F32 and one in F64, and 28 bytes a weight of a slab.
+    fn solver_bytes(&self, rows: u64, cols: u64) -> u64 {
+        12 * cols * cols + 28 * (rows * cols).min(1 << 26)
+    }
+}
+
+/// Returns what a pass of `tokens` tokens takes beside weights: the residual stream, its norm and the product's copy of it
+/// in F32, and what the larger half of a layer has at once: q, k, v, their rotated or packed copies and the mixed values, or
+/// gate, up, their product and its copy.
+pub fn pass_bytes(device: &impl Footprint, config: &Config, tokens: usize) -> u64 {
+    let q = config.num_attention_heads * config.head_dim;
+    let kv = config.num_key_value_heads * config.head_dim;
+    let half = (3 * q + 2 * kv).max(4 * config.intermediate_size) as u64;
+    tokens as u64 * (3 * 4 * config.hidden_size as u64 + half * device.activation_bytes())
+}

@@ -1,0 +1,225 @@
+//! What a calibration takes of memory, derived from headers, and what of it lies where.
+//!
+//! ```text
+//! fixed   = max(embeddings;
+//!               2 layers + the largest matrix again + moments + max(a chunk in both models, the solver);
+//!               head in both models, its moments and solver where it is quantized, logits)
+//! streams = 2 models · tokens · hidden · 4
+//! moments = 8 · cols² + 4 · hidden · cols            cols: inputs of the widest linear
+//! ```
+//!
+//! Streams lie on the device as far as there is room beside `fixed`, the others in the host's memory; not a bit changes.
+//! What is left after that keeps inputs that would be computed twice ([`super::driver`]).
+
+use anyhow::{Result, ensure};
+
+use super::driver::CHUNK_TOKENS;
+use crate::backend::footprint::{Footprint, pass_bytes};
+use crate::memory::Budget;
+use crate::model::config::Config;
+use crate::output::size;
+
+/// What is calibrated.
+#[derive(Clone, Copy, Debug)]
+pub struct Work<'a> {
+    /// The model.
+    pub config: &'a Config,
+    /// Bytes that a dense weight takes on the device.
+    pub weight_bytes: u64,
+    /// Calibration tokens of all windows.
+    pub tokens: usize,
+    /// Tokens of a window.
+    pub n_ctx: usize,
+    /// Whether embeddings are rounded, and whether the head's codes are chosen.
+    pub rounds: [bool; 2],
+}
+
+/// Where streams lie.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Device memory for streams, bytes; `None`: as much as it takes.
+    pub room: Option<u64>,
+    /// What it takes, in a sentence.
+    pub told: String,
+}
+
+/// Decides where the streams lie.
+///
+/// # Errors
+/// If it does not fit, with what is needed and what there is.
+pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan> {
+    let Work { config, tokens, .. } = work;
+    let streams = 2 * (tokens * config.hidden_size * 4) as u64;
+    let Fixed { layers, moments, larger, ends } = fixed(device, work);
+    let fixed = (layers + moments + larger).max(ends);
+    let parts = format!(
+        "two layers {}, second moments {}, a chunk of text or the solver {}, embeddings or head {}",
+        size(layers),
+        size(moments),
+        size(larger),
+        size(ends)
+    );
+    let Some(limit) = budget.device else {
+        return Ok(Plan {
+            room: None,
+            told: format!("calibration takes {}: {parts}", size(fixed + streams)),
+        });
+    };
+    let option = if budget.separate { "vram" } else { "ram" };
+    let least = if budget.separate { fixed } else { fixed + streams };
+    ensure!(
+        least <= limit,
+        "calibration takes {} at least ({parts}, streams {}), but {} may be used; raise `--{option}`, or use fewer \
+         `--calib-tokens` or a smaller `--calib-ctx`",
+        size(least),
+        size(if budget.separate { 0 } else { streams }),
+        size(limit)
+    );
+    let room = limit - fixed;
+    let mut told = format!("calibration takes {} ({parts}) and streams of {}", size(fixed), size(streams));
+    if budget.separate && streams > room {
+        let waiting = streams - room;
+        let host = waiting + host_bytes(work);
+        if let Some(limit) = budget.host {
+            ensure!(
+                host <= limit,
+                "calibration takes {} of the machine's memory (streams past the GPU's {}, preparing weights {}), but {} may \
+                 be used; raise `--ram` or `--vram`, or use fewer `--calib-tokens`",
+                size(host),
+                size(waiting),
+                size(host - waiting),
+                size(limit)
+            );
+        }
+        told = format!("{told}, of which {} wait in the machine's memory", size(waiting));
+    }
+    Ok(Plan { room: Some(room), told: format!("{told}; {} may be used", size(limit)) })
+}
+
+struct Fixed {
+    layers: u64,
+    moments: u64,
+    /// Of a chunk and the solver, in the stage that takes most.
+    larger: u64,
+    ends: u64,
+}
+
+fn fixed(device: &impl Footprint, work: Work) -> Fixed {
+    let Work { config, weight_bytes, n_ctx, rounds, .. } = work;
+    let [hidden, ffn, vocab] =
+        [config.hidden_size, config.intermediate_size, config.vocab_size].map(|n| n as u64);
+    let q = (config.num_attention_heads * config.head_dim) as u64;
+    let kv = (config.num_key_value_heads * config.head_dim) as u64;
+    let layer = hidden * (2 * q + 2 * kv + 3 * ffn) * weight_bytes;
+    let largest = hidden * ffn.max(q);
+    let layers = 2 * layer + largest * weight_bytes + device.decoded_bytes(largest);
+    let moments = |cols: u64| 8 * cols * cols + 4 * hidden * cols;
+    let chunk_tokens = CHUNK_TOKENS.max(n_ctx);
+    // Both models' halves; streams copied from the host, their difference; inputs in F32 where they are rounded or widened.
+    let chunk =
+        2 * pass_bytes(device, config, chunk_tokens) + 4 * chunk_tokens as u64 * (3 * hidden + ffn.max(q));
+    let stages = [(hidden, ffn.max(q)), (q, hidden), (ffn, hidden)];
+    let stage = |(cols, rows): (u64, u64)| (moments(cols), chunk.max(device.solver_bytes(rows, cols)));
+    let (moments_bytes, larger) =
+        stages.map(stage).into_iter().max_by_key(|(moments, larger)| moments + larger).unwrap_or((0, chunk));
+    let table = vocab * hidden;
+    let embeddings =
+        table * weight_bytes + device.decoded_bytes(table) + if rounds[0] { 9 * table } else { 0 };
+    let solved = moments(hidden) + device.solver_bytes(vocab, hidden);
+    let head = 2 * table * weight_bytes
+        + if rounds[1] { solved } else { 0 }
+        + device.logits_bytes(config.vocab_size)
+        + 2 * device.decoded_bytes(table);
+    Fixed { layers, moments: moments_bytes, larger, ends: embeddings.max(head) }
+}
+
+/// Returns what the machine's own memory holds beside streams while a GPU calibrates: a matrix on its way, six times in
+/// F32 while its scales are fitted and its codes come back.
+fn host_bytes(work: Work) -> u64 {
+    let Work { config, rounds, .. } = work;
+    let widest = if rounds[0] || rounds[1] { config.vocab_size } else { config.intermediate_size };
+    24 * (widest.max(config.intermediate_size) * config.hidden_size) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::checkpoint::TensorInfo;
+
+    /// As a GPU counts, without one.
+    struct Gpu;
+
+    impl Footprint for Gpu {
+        fn pass_tokens(&self) -> usize {
+            16_384
+        }
+
+        fn activation_bytes(&self) -> u64 {
+            2
+        }
+
+        fn weight_bytes(&self, info: &TensorInfo) -> u64 {
+            2 * info.weights()
+        }
+
+        fn decoded_bytes(&self, weights: u64) -> u64 {
+            2 * weights
+        }
+
+        fn logits_bytes(&self, _: usize) -> u64 {
+            1 << 29
+        }
+
+        fn solver_bytes(&self, rows: u64, cols: u64) -> u64 {
+            12 * cols * cols + 28 * (rows * cols).min(1 << 26)
+        }
+    }
+
+    fn llama_3_8b() -> Config {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
+        });
+        Config::from_json(&config).unwrap()
+    }
+
+    fn planned(vram: u64, ram: u64) -> Result<Plan> {
+        let config = llama_3_8b();
+        let work =
+            Work { config: &config, weight_bytes: 2, tokens: 128 * 2048, n_ctx: 2048, rounds: [false; 2] };
+        let budget = Budget { device: Some(vram), host: Some(ram), separate: true };
+        plan(&Gpu, budget, work)
+    }
+
+    #[test]
+    fn an_8b_model_is_calibrated_on_128_windows_in_12_gb_beside_24_gb() {
+        // What `--vram 12G --ram 24G` leave for tensors.
+        let plan = planned(10_735_000_000, 23_000_000_000).unwrap();
+        let streams = 2 * 262_144 * 4096 * 4;
+        assert!(
+            plan.room.unwrap() < streams && plan.told.contains("wait in the machine's memory"),
+            "{}",
+            plan.told
+        );
+        let roomy = planned(70_000_000_000, 23_000_000_000).unwrap();
+        assert!(roomy.room.unwrap() > streams && !roomy.told.contains("wait"), "{}", roomy.told);
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_with_numbers() {
+        let refusal = planned(3_000_000_000, 23_000_000_000).unwrap_err().to_string();
+        assert!(refusal.contains("3.0 GB may be used; raise `--vram`"), "{refusal}");
+        let refusal = planned(10_735_000_000, 3_000_000_000).unwrap_err().to_string();
+        assert!(refusal.contains("3.0 GB may be used; raise `--ram`"), "{refusal}");
+        let config = llama_3_8b();
+        let work =
+            Work { config: &config, weight_bytes: 2, tokens: 128 * 2048, n_ctx: 2048, rounds: [false; 2] };
+        let cpu = Budget { device: Some(10_000_000_000), host: Some(10_000_000_000), separate: false };
+        let refusal = plan(&Cpu, cpu, work).unwrap_err().to_string();
+        assert!(refusal.contains("streams 8.6 GB") && refusal.contains("`--ram`"), "{refusal}");
+    }
+}
