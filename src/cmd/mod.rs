@@ -21,7 +21,8 @@ use crate::artifact;
 use crate::cli::{Cli, Command};
 use crate::embedded;
 use crate::hub;
-use crate::output::Printer;
+use crate::memory;
+use crate::output::{self, Printer};
 
 /// How a command that ran to its end came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +42,7 @@ pub fn run(cli: Cli) -> Result<Outcome> {
             .build_global()
             .context("cannot start the worker threads")?;
     }
-    match cli.command {
+    let outcome = match cli.command {
         Command::Convert(args) => convert::run(&args, printer),
         Command::Eval(args) => eval::run(&args, printer),
         Command::Sensitivity(args) => sensitivity::run(&args, printer),
@@ -49,7 +50,11 @@ pub fn run(cli: Cli) -> Result<Outcome> {
         Command::Bench(args) => bench::run(&args, printer),
         Command::Inspect(args) => inspect::run(&args, printer),
         Command::Completions(args) => completions::run(&args, printer),
+    }?;
+    if let Some(bytes) = memory::peak_bytes() {
+        printer.detail(format!("peak memory {}", output::size(bytes)));
     }
+    Ok(outcome)
 }
 
 /// A model as typed: a path, a hub id, or nothing for the embedded one.

@@ -85,7 +85,7 @@ pub fn decide(
         (true, None) => u64::MAX / 2,
         (true, Some(host)) => host.saturating_sub(staged),
     };
-    let group = ((room + beside) / window).max(1).min(1 << 32) as usize;
+    let group = ((room + beside) / window).clamp(1, 1 << 32) as usize;
     let groups = texts.iter().map(|text| text.protocol.windows.div_ceil(group)).max().unwrap_or(1);
     let told = format!(
         "streaming layers: models in memory take {}, {} may be used; two layers at a time and {pass_tokens} tokens take {}, \
