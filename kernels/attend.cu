@@ -10,12 +10,13 @@
 //   partial           f32 [batch, heads / HEADS, splits, HEADS, D + 2], for splits > 1
 //   arrived           u32 [batch, heads / HEADS], zero; left zero
 //   out               f16 [batch, heads · D]
-// Rounds where the forward pass does: after the norm and after the rotation; the rest is F32, rounded once.
+// Rounds where the forward pass does: after the norm, after the rotation, and key and value as the cache keeps them
+// (cache.cuh; RUN divides D); the rest is F32, rounded once.
 // Positions are dealt to `splits` blocks; the last to arrive merges them, in a fixed order. LANES lanes share a key; a lane
 // holds 8 columns of HEADS queries that read the same keys.
 // D % 16 == 0, D <= 256, HEADS divides heads / kv_heads, HEADS <= 4.  grid (heads / HEADS, batch, splits), block 256,
 // splits <= 64.
-// Twins: rms_norm.cu, rope.cu, attention.cu for the last position.
+// Twins: rms_norm.cu, rope.cu, round_cache.cu, attention.cu for the last position.
 #define LANES (D <= 64 ? 8 : D <= 128 ? 16 : 32)
 #define WARPS 8
 #define SLOTS (WARPS * 32 / LANES) // keys a block takes at a time
@@ -56,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v, const float *__restrict__ q_gain,
        const float *__restrict__ k_gain, f16 *k_cache, f16 *v_cache, const u32 *__restrict__ positions,
        const __grid_constant__ Frequencies frequencies, float *partial, u32 *arrived, f16 *__restrict__ out, u32 heads,
-       u32 kv_heads, u32 capacity, u32 window, float scale, float eps) {
+       u32 kv_heads, u32 capacity, u32 window, float scale, float eps, float k_scale, float v_scale) {
     __shared__ float parts[WARPS][HEADS][D], largest_of[WARPS][HEADS], sum_of[WARPS][HEADS];
     __shared__ __align__(16) float queries[HEADS][D];
     __shared__ __align__(16) f16 new_key[D], new_value[D];
@@ -97,6 +98,12 @@ attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restri
                 new_value[i] = v[i], new_value[i + D / 2] = v[i + D / 2];
             }
         }
+#if KV != EXACT
+        if (head == HEADS) {
+            __syncwarp();
+            for (u32 at = 0; at < D; at += RUN) round_run(new_key + at, k_scale), round_run(new_value + at, v_scale);
+        }
+#endif
         if (head == HEADS && first_head % share == 0) {
             __syncwarp();
             for (u32 i = lane; i < D; i += 32) {

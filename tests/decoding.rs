@@ -43,7 +43,7 @@ fn every_step_gives_the_logits_of_the_full_pass() {
     for name in ["llama2", "llama3", "llama_biases", "mistral", "qwen2", "qwen3"] {
         let model = golden(name);
         let vocab = model.config.vocab_size;
-        let mut decoder = Cpu.decoder(&model, 3, 40).unwrap();
+        let mut decoder = Cpu.decoder(&model, KvCache::Exact, 3, 40).unwrap();
         let mut sequences = [ids(3, 1), ids(17, 2), ids(9, 3)];
         for (at, prompt) in sequences.iter().enumerate() {
             decoder.prefill(at, prompt).unwrap();
@@ -84,7 +84,7 @@ fn a_quantized_cache_reads_the_same_step_by_step() {
         let exact = full(&model, &ids(20, 2));
         model.constants.kv_cache = kind;
         model.layers[1].kv_scales = [0.5, 2.0];
-        let mut decoder = Cpu.decoder(&model, 1, 40).unwrap();
+        let mut decoder = Cpu.decoder(&model, KvCache::Exact, 1, 40).unwrap();
         decoder.prefill(0, &ids(12, 2)).unwrap();
         ids(20, 2)[12..].iter().for_each(|&token| decoder.step(&[Some(token)]).unwrap());
         let (found, whole) = (decoder.logits().unwrap(), full(&model, &ids(20, 2)));
@@ -97,14 +97,14 @@ fn a_quantized_cache_reads_the_same_step_by_step() {
 #[test]
 fn a_full_or_empty_sequence_cannot_be_continued() {
     let model = golden("llama2");
-    let mut decoder = Cpu.decoder(&model, 2, 4).unwrap();
+    let mut decoder = Cpu.decoder(&model, KvCache::Exact, 2, 4).unwrap();
     let refusal = |result: anyhow::Result<()>| result.unwrap_err().to_string();
     assert!(refusal(decoder.step(&[Some(1), None])).contains("holds 0 of 4"));
     assert!(refusal(decoder.prefill(0, &[])).contains("a prompt of 0 tokens"));
     assert!(refusal(decoder.prefill(0, &[1; 5])).contains("a prompt of 5 tokens"));
     decoder.prefill(0, &[1; 4]).unwrap();
     assert!(refusal(decoder.step(&[Some(1), None])).contains("holds 4 of 4"));
-    assert!(Cpu.decoder(&model, 1, 1 << 20).err().unwrap().to_string().contains("context"));
+    assert!(Cpu.decoder(&model, KvCache::Exact, 1, 1 << 20).err().unwrap().to_string().contains("context"));
 }
 
 /// Generates after the prompts and returns what came out, in the prompts' order.
@@ -120,7 +120,7 @@ fn run(
         .iter()
         .map(|text| Request { ids: tokenizer.encode(text, true).unwrap(), max_new_tokens })
         .collect();
-    let mut decoder = Cpu.decoder(&model, sequences, 80).unwrap();
+    let mut decoder = Cpu.decoder(&model, KvCache::Exact, sequences, 80).unwrap();
     let mut found = vec![None; prompts.len()];
     generate(decoder.as_mut(), &tokenizer, &prompts, &sampling, stop, &mut |at, text| {
         found[at] = Some((text.text, text.finish, text.tokens));

@@ -10,6 +10,7 @@ use quant::backend::cuda::{Cuda, Precision};
 use quant::backend::{Backend, Batch};
 use quant::generate::Decoder;
 use quant::model::config::Config;
+use quant::model::kv_cache::KvCache;
 use quant::model::{Model, TensorSource};
 use quant::names::{Part, Role, TensorId};
 use quant::scheme::fit::{ScaleRule, fit};
@@ -123,10 +124,12 @@ fn continue_as_the_cpu_would(
     source: &Noise,
     name: &str,
     [batch, prompt]: [usize; 2],
+    kv_cache: KvCache,
     bound: f64,
 ) {
-    let on_cpu = Model::load(&Cpu, &source.config, source).unwrap();
-    let on_gpu = Model::load(cuda, &source.config, source).unwrap();
+    let mut on_cpu = Model::load(&Cpu, &source.config, source).unwrap();
+    let mut on_gpu = Model::load(cuda, &source.config, source).unwrap();
+    (on_cpu.constants.kv_cache, on_gpu.constants.kv_cache) = (kv_cache, kv_cache);
     let ids: Vec<u32> = (0..batch * prompt).map(|i| (i * 7919 % 1000) as u32).collect();
     let mut decoder = CudaDecoder::new(cuda, &on_gpu, batch, prompt + 30).unwrap();
     decoder.prefill_all(&ids).unwrap();
@@ -158,12 +161,12 @@ fn every_step_continues_as_the_cpu_would() {
         let source = Noise::new(at % 2 == 0, scheme);
         let name = scheme.map_or("bf16", |scheme| scheme.name);
         for shape in [[1, 37], [5, 40], [9, 33], [32, 17]] {
-            continue_as_the_cpu_would(&cuda, &source, name, shape, F16_LAYERS);
+            continue_as_the_cpu_would(&cuda, &source, name, shape, KvCache::Exact, F16_LAYERS);
         }
     }
     // Positions dealt to several blocks.
     for shape in [[1, 300], [3, 400]] {
-        continue_as_the_cpu_would(&cuda, &Noise::new(true, None), "long", shape, F16_LAYERS);
+        continue_as_the_cpu_would(&cuda, &Noise::new(true, None), "long", shape, KvCache::Exact, F16_LAYERS);
     }
 }
 
@@ -173,7 +176,21 @@ fn quantized_inputs_are_quantized_in_every_step() {
     let source = Noise { activations: Activations::Int8PerToken, ..Noise::new(true, Some(schemes::INT8)) };
     for shape in [[1, 20], [5, 20]] {
         // The last bits of inputs turn steps of 1/127 now and then, and these turn more: .017 was seen.
-        continue_as_the_cpu_would(&cuda, &source, "w8a8", shape, 0.04);
+        continue_as_the_cpu_would(&cuda, &source, "w8a8", shape, KvCache::Exact, 0.04);
+    }
+}
+
+#[test]
+fn every_step_keeps_keys_and_values_as_the_cpu_does() {
+    let Some(cuda) = gpu() else { return };
+    let kinds =
+        [KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: None }, KvCache::Int8 { group: Some(16) }];
+    for (kind, norms) in kinds.into_iter().flat_map(|kind| [(kind, true), (kind, false)]) {
+        for shape in [[1, 37], [5, 20], [3, 400]] {
+            // The last bit of a key turns a step of its cache now and then.
+            let name = format!("kv {kind}");
+            continue_as_the_cpu_would(&cuda, &Noise::new(norms, None), &name, shape, kind, 0.02);
+        }
     }
 }
 

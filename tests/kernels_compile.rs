@@ -4,7 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 use quant::backend::cuda::compile::{Kernel, compile, names};
-use quant::backend::cuda::{library, scheme_defines};
+use quant::backend::cuda::{cache_defines, library, scheme_defines};
+use quant::model::kv_cache::KvCache;
 use quant::scheme::{Span, schemes};
 
 fn kernel(name: &'static str, defines: &str) -> Kernel {
@@ -103,7 +104,13 @@ fn variants() -> Vec<Kernel> {
         let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
         kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps}")));
         kernels.push(kernel("attention_precise", &format!("D={head_dim}")));
-        kernels.push(kernel("attend", &format!("D={head_dim} HEADS=4")));
+        for kind in [KvCache::Exact, KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: Some(16) }] {
+            let (_, cache) = cache_defines(kind, head_dim);
+            let with = |more: &[String]| cache.iter().chain(more).cloned().collect();
+            let heads = [format!("D={head_dim}"), "HEADS=4".to_string()];
+            kernels.push(Kernel { name: "attend", defines: with(&heads) });
+            kernels.push(Kernel { name: "round_cache", defines: with(&["X=f16".to_string()]) });
+        }
     }
     kernels
 }

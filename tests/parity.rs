@@ -5,9 +5,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use half::f16;
 use quant::backend::cpu::Cpu;
 use quant::backend::cuda::{Cuda, Float, Precision};
 use quant::backend::{AttentionShape, Backend, Batch, Rope, SecondMoments};
+use quant::model::kv_cache::KvCache;
 use quant::num::{Codec, Element};
 use quant::scheme::{Activations, Offset, QTensor, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};
@@ -378,6 +380,34 @@ fn rope() {
             // An angle of up to 300 radians carries 2^-16 of F32 rounding if the two sides multiply differently.
             let bound = |i: usize| rounding * expected[i].abs() + 1e-4 * (1.0 + expected[i].abs());
             assert_close("rope", &cuda.read(&found).unwrap(), &expected, bound);
+        }
+    });
+}
+
+#[test]
+fn round_cache() {
+    on_gpu(|cuda, _| {
+        let mut random = Random(31);
+        let (n, heads, head_dim) = (37, 3, 80);
+        // Exact in F16, so that both sides round the same numbers; a run of zeros among them.
+        let mut x: Vec<f32> =
+            random.normals(n * heads * head_dim).iter().map(|x| f16::from_f32(9.0 * x).to_f32()).collect();
+        x[..head_dim].fill(0.0);
+        let kinds =
+            [KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: None }, KvCache::Int8 { group: Some(16) }];
+        for (kind, scale) in kinds.into_iter().flat_map(|kind| [(kind, 1.0), (kind, 0.043)]) {
+            let mut expected = x.clone();
+            expected.chunks_mut(heads * head_dim).for_each(|row| kind.round(row, head_dim, scale));
+            for float in [Float::F32, Float::F16] {
+                let mut found = cuda.tensor(n, heads * head_dim, &x).unwrap();
+                if float == Float::F16 {
+                    found = cuda.cast(&found, None, float).unwrap();
+                }
+                cuda.round_cache(&mut found, kind, head_dim, scale).unwrap();
+                let stored = |x: f32| if float == Float::F16 { f16::from_f32(x).to_f32() } else { x };
+                let expected: Vec<f32> = expected.iter().map(|x| stored(*x)).collect();
+                assert_close(&format!("{kind}"), &cuda.read(&found).unwrap(), &expected, |_| 0.0);
+            }
         }
     });
 }

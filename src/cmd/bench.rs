@@ -15,6 +15,7 @@ use crate::eval::speed::{Ceilings, Machine};
 use crate::generate::Generate;
 use crate::model::Model;
 use crate::model::config::Config;
+use crate::model::kv_cache::KvCache;
 use crate::names::{Role, TensorId};
 use crate::output::{self, Printer};
 
@@ -183,7 +184,7 @@ fn generation<B: Generate>(
 ) -> Result<(f64, f64)> {
     let (prompt, count) = (args.prompt as usize, args.tokens as usize);
     let prompts = ids(&model.config, sequences * prompt);
-    let mut decoder = backend.decoder(model, sequences, prompt + count + WARM_UP)?;
+    let mut decoder = backend.decoder(model, KvCache::Exact, sequences, prompt + count + WARM_UP)?;
     for (sequence, prompt) in prompts.chunks(prompt).enumerate() {
         decoder.prefill(sequence, prompt)?;
     }

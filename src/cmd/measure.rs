@@ -254,7 +254,7 @@ impl WithBackend for Evaluation<'_> {
         let everyone: Vec<About> = baseline
             .iter()
             .chain(models)
-            .flat_map(|checkpoint| kinds(request).map(|kind| about(checkpoint).with_cache(kind)))
+            .flat_map(|checkpoint| kinds(&request.kv_caches).map(|kind| about(checkpoint).with_cache(kind)))
             .collect();
         let (main, slices) = samples.split_first().context("nothing was measured")?;
         let rows = report::rows(&everyone, main, Timed::Yes);
@@ -273,7 +273,7 @@ impl WithBackend for Evaluation<'_> {
         let config = &baseline.unwrap_or(models[0]).config;
         report.kv_caches = request.kv_caches.iter().map(|kind| kind.memory(config)).collect();
         if let Some(questions) = &request.questions {
-            questions.ask(backend, baseline, models, printer, &mut report)?;
+            questions.ask(backend, baseline, models, &request.kv_caches, printer, &mut report)?;
         }
         Ok(report)
     }
@@ -305,10 +305,12 @@ impl<'a, B: Backend> Run<'a, B> {
         let baseline_model = baseline.map(&open).transpose()?;
         let opened = models.iter().map(|checkpoint| open(checkpoint)).collect::<Result<Vec<_>>>()?;
         let baseline = baseline.zip(baseline_model.as_ref());
-        let subjects =
-            baseline.iter().flat_map(|&(checkpoint, model)| variants(request, checkpoint, model)).skip(1);
+        let subjects = baseline
+            .iter()
+            .flat_map(|&(checkpoint, model)| variants(&request.kv_caches, checkpoint, model))
+            .skip(1);
         let others = models.iter().zip(&opened);
-        let others = others.flat_map(|(checkpoint, model)| variants(request, checkpoint, model));
+        let others = others.flat_map(|(checkpoint, model)| variants(&request.kv_caches, checkpoint, model));
         let subjects: Vec<Subject<M>> = subjects.chain(others).collect();
         let baseline = baseline.map(|(checkpoint, model)| subject(checkpoint, model));
         let run = |text: &Text| {
@@ -433,17 +435,17 @@ pub fn subject<'a, M>(checkpoint: &Checkpoint, model: &'a M) -> Subject<'a, M> {
 }
 
 /// The exact cache, and those that were asked for.
-fn kinds(request: &Request) -> impl Iterator<Item = KvCache> {
-    [KvCache::Exact].into_iter().chain(request.kv_caches.iter().copied())
+fn kinds(kv_caches: &[KvCache]) -> impl Iterator<Item = KvCache> {
+    [KvCache::Exact].into_iter().chain(kv_caches.iter().copied())
 }
 
 /// Returns a model with every cache.
-fn variants<'a, M>(
-    request: &Request,
+pub fn variants<'a, M>(
+    kv_caches: &[KvCache],
     checkpoint: &Checkpoint,
     model: &'a M,
 ) -> impl Iterator<Item = Subject<'a, M>> {
-    kinds(request).map(move |kv_cache| {
+    kinds(kv_caches).map(move |kv_cache| {
         let About { name, format, bytes, bits_per_weight } = about(checkpoint).with_cache(kv_cache);
         Subject { name, format, bytes, bits_per_weight, model, kv_cache }
     })

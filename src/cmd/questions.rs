@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use super::measure::{load, subject};
+use super::measure::{load, subject, variants};
 use crate::checkpoint::Checkpoint;
 use crate::cli::QuestionArgs;
 use crate::eval::Report;
@@ -12,6 +12,7 @@ use crate::eval::suite::run::Settings;
 use crate::eval::suite::{self, Suite};
 use crate::eval::task::{self, Task};
 use crate::generate::Generate;
+use crate::model::kv_cache::KvCache;
 use crate::output::{Printer, Unit};
 
 /// Questions in the words of the model that all others are compared with.
@@ -54,13 +55,17 @@ impl Questions {
         backend: &B,
         baseline: Option<&Checkpoint>,
         models: &[&Checkpoint],
+        kv_caches: &[KvCache],
         printer: Printer,
         report: &mut Report,
     ) -> Result<()> {
         let baseline_model = baseline.map(|checkpoint| load(backend, checkpoint)).transpose()?;
         let loaded = models.iter().map(|checkpoint| load(backend, checkpoint)).collect::<Result<Vec<_>>>()?;
-        let baseline = baseline.zip(baseline_model.as_ref()).map(|(about, model)| subject(about, model));
-        let models: Vec<_> = models.iter().zip(&loaded).map(|(about, model)| subject(about, model)).collect();
+        let baseline = baseline.zip(baseline_model.as_ref());
+        let others = models.iter().zip(&loaded).flat_map(|(about, model)| variants(kv_caches, about, model));
+        let cached = baseline.iter().flat_map(|&(about, model)| variants(kv_caches, about, model).skip(1));
+        let models: Vec<_> = cached.chain(others).collect();
+        let baseline = baseline.map(|(about, model)| subject(about, model));
         let everyone = models.len() + usize::from(baseline.is_some());
         let prompts: usize = self.suites.iter().map(suite::run::Prepared::prompts).sum();
         let questions: usize = self.tasks.iter().map(task::run::Prepared::questions).sum();

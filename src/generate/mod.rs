@@ -52,18 +52,15 @@ pub trait Generate: Backend + Sized {
     /// Returns how many sequences keep the device busy.
     fn sequences_at_once(&self) -> usize;
 
-    /// Whether its decoders round keys and values as the model's cache keeps them.
-    fn rounds_caches(&self) -> bool {
-        false
-    }
-
-    /// Returns `sequences` empty sequences of up to `capacity` tokens.
+    /// Returns `sequences` empty sequences of up to `capacity` tokens, keys and values as `kv_cache` keeps them;
+    /// [`KvCache::Exact`] leaves that to the model.
     ///
     /// # Errors
     /// Models or numbers of sequences that the device does not take, too little memory.
     fn decoder<'a>(
         &'a self,
         model: &'a Model<Self>,
+        kv_cache: KvCache,
         sequences: usize,
         capacity: usize,
     ) -> Result<Box<dyn Decoder + 'a>>;
@@ -105,21 +102,17 @@ const CACHED_TOKENS: usize = 1 << 16;
 /// Returns a decoder with room for any of these requests, as many at once as keep the device busy.
 ///
 /// # Errors
-/// Those of [`Generate::decoder`]; a model whose cache the device does not round.
+/// Those of [`Generate::decoder`].
 pub fn decoder_for<'a, B: Generate>(
     backend: &'a B,
     model: &'a Model<B>,
+    kv_cache: KvCache,
     requests: &[Request],
 ) -> Result<Box<dyn Decoder + 'a>> {
-    ensure!(
-        model.constants.kv_cache == KvCache::Exact || backend.rounds_caches(),
-        "generation on this device does not keep keys and values in {} yet; use `--device cpu`",
-        model.constants.kv_cache
-    );
     let capacity = requests.iter().map(|request| request.ids.len() + request.max_new_tokens).max();
     let capacity = capacity.unwrap_or(0).max(1);
     let sequences = backend.sequences_at_once().min(requests.len()).min(CACHED_TOKENS / capacity).max(1);
-    backend.decoder(model, sequences, capacity)
+    backend.decoder(model, kv_cache, sequences, capacity)
 }
 
 /// A prompt, its tokens so far and its own random numbers, so that neighbours do not change its text.

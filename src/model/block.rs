@@ -42,6 +42,14 @@ impl LayerConstants {
     }
 }
 
+impl LayerConstants {
+    /// Returns the constants with keys and values as `kv_cache` keeps them; [`KvCache::Exact`] leaves that to the model.
+    pub fn with_cache(&self, kv_cache: KvCache) -> Self {
+        let kv_cache = if kv_cache == KvCache::Exact { self.kv_cache } else { kv_cache };
+        LayerConstants { kv_cache, ..self.clone() }
+    }
+}
+
 /// y = x · weightᵀ + bias, with the inputs treated as the engine would.
 pub struct Linear<B: Backend> {
     /// `[out_features, in_features]`

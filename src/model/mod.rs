@@ -162,8 +162,7 @@ impl<B: Backend> Model<B> {
         rows: &[usize],
         kv_cache: KvCache,
     ) -> Result<B::Tensor> {
-        let kv_cache = if kv_cache == KvCache::Exact { self.constants.kv_cache } else { kv_cache };
-        let constants = LayerConstants { kv_cache, ..self.constants.clone() };
+        let constants = self.constants.with_cache(kv_cache);
         self.finish(backend, &constants, 0, self.embed_batch(backend, ids, batch)?, batch, rows)
     }
 

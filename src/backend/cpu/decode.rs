@@ -9,6 +9,8 @@ use super::attention::{Rotations, attend_one};
 use crate::backend::{Backend, Batch};
 use crate::generate::{Decoder, Generate};
 use crate::model::Model;
+use crate::model::block::LayerConstants;
+use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 
 /// Rows of one register tile of a product, four times: past it the time per token hardly falls.
@@ -19,13 +21,10 @@ impl Generate for Cpu {
         SEQUENCES
     }
 
-    fn rounds_caches(&self) -> bool {
-        true
-    }
-
     fn decoder<'a>(
         &'a self,
         model: &'a Model<Cpu>,
+        kv_cache: KvCache,
         sequences: usize,
         capacity: usize,
     ) -> Result<Box<dyn Decoder + 'a>> {
@@ -34,6 +33,7 @@ impl Generate for Cpu {
         let layers = model.layers.len();
         Ok(Box::new(CpuDecoder {
             model,
+            constants: model.constants.with_cache(kv_cache),
             capacity,
             rotations: Rotations::new(&model.constants.rope, capacity),
             caches: (0..sequences).map(|_| Cache::new(layers)).collect(),
@@ -56,6 +56,7 @@ impl Cache {
 
 struct CpuDecoder<'a> {
     model: &'a Model<Cpu>,
+    constants: LayerConstants,
     capacity: usize,
     rotations: Rotations,
     caches: Vec<Cache>,
@@ -86,7 +87,7 @@ impl Decoder for CpuDecoder<'_> {
         cache.tokens = prompt.len();
         for (layer, cache) in model.layers.iter().zip(&mut cache.layers) {
             let normed = Cpu.rms_norm(&x, &layer.attn_norm, model.constants.eps)?;
-            let [q, k, v] = layer.queries_keys_values(&Cpu, &model.constants, &normed, batch)?;
+            let [q, k, v] = layer.queries_keys_values(&Cpu, &self.constants, &normed, batch)?;
             let mixed = Cpu.attention(&q, &k, &v, &model.constants.attention, batch)?;
             *cache = (Cpu.read(&k)?, Cpu.read(&v)?);
             layer.finish(&Cpu, &model.constants, &mut x, &mixed)?;
@@ -116,7 +117,7 @@ impl Decoder for CpuDecoder<'_> {
                 self.rotations.turn(&mut q, row, position);
                 self.rotations.turn(&mut k, row, position);
             }
-            let (kind, head_dim) = (model.constants.kv_cache, model.constants.attention.head_dim);
+            let (kind, head_dim) = (self.constants.kv_cache, self.constants.attention.head_dim);
             Cpu.round_cache(&mut k, kind, head_dim, layer.kv_scales[0])?;
             Cpu.round_cache(&mut v, kind, head_dim, layer.kv_scales[1])?;
             let mixed = self.attend(at, &running, &q, &k, &v);

@@ -15,7 +15,7 @@ use super::{Cuda, Float, Tensor, u32_bytes};
 use crate::backend::{Backend, Batch};
 use crate::generate::{Decoder, Generate};
 use crate::model::Model;
-use crate::model::block::{Layer, Linear};
+use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::kv_cache::KvCache;
 use crate::scheme::Activations;
 
@@ -30,10 +30,11 @@ impl Generate for Cuda {
     fn decoder<'a>(
         &'a self,
         model: &'a Model<Cuda>,
+        kv_cache: KvCache,
         sequences: usize,
         capacity: usize,
     ) -> Result<Box<dyn Decoder + 'a>> {
-        Ok(Box::new(CudaDecoder::new(self, model, sequences, capacity)?))
+        Ok(Box::new(CudaDecoder::new(self, model, sequences, capacity)?.with_cache(kv_cache)))
     }
 }
 
@@ -56,6 +57,7 @@ enum From<'a> {
 pub struct CudaDecoder<'a> {
     cuda: &'a Cuda,
     model: &'a Model<Cuda>,
+    constants: LayerConstants,
     capacity: usize,
     /// Tokens in the cache of each sequence; the device counts along.
     lengths: Vec<usize>,
@@ -121,10 +123,6 @@ impl<'a> CudaDecoder<'a> {
             "head size {head_dim}; generation on the GPU takes multiples of 16 up to 256"
         );
         ensure!(
-            model.constants.kv_cache == KvCache::Exact,
-            "generation on the GPU keeps exact keys and values; use `--device cpu` for other caches"
-        );
-        ensure!(
             capacity <= config.max_position_embeddings,
             "{capacity} tokens exceed the model's context of {}",
             config.max_position_embeddings
@@ -158,12 +156,19 @@ impl<'a> CudaDecoder<'a> {
         Ok(CudaDecoder {
             cuda,
             model,
+            constants: model.constants.clone(),
             capacity,
             lengths: vec![0; sequences],
             cache: model.layers.iter().map(|_| Ok((cache()?, cache()?))).collect::<Result<_>>()?,
             state,
             step: None,
         })
+    }
+
+    /// Returns the decoder with keys and values as `kv_cache` keeps them; [`KvCache::Exact`] leaves that to the model.
+    pub fn with_cache(mut self, kv_cache: KvCache) -> Self {
+        self.constants = self.model.constants.with_cache(kv_cache);
+        self
     }
 
     /// Replaces all sequences with prompts of one length, one after another.
@@ -184,7 +189,7 @@ impl<'a> CudaDecoder<'a> {
         let (cuda, model, state) = (self.cuda, self.model, &self.state);
         let (device, batch) = (&cuda.device, Batch { sequences: count, tokens });
         let mut x = model.embed(cuda, prompts)?;
-        let constants = &model.constants;
+        let constants = &self.constants;
         for (layer, cache) in model.layers.iter().zip(&self.cache) {
             let normed = cuda.rms_norm(&x, &layer.attn_norm, constants.eps)?;
             let [q, k, v] = layer.queries_keys_values(cuda, constants, &normed, batch)?;
@@ -324,13 +329,15 @@ impl<'a> CudaDecoder<'a> {
     }
 
     fn attend(&self, layer: &Layer<Cuda>, cache: &(Buffer, Buffer)) -> Result<()> {
-        let (state, constants) = (&self.state, &self.model.constants);
+        let (state, constants) = (&self.state, &self.constants);
         let shape = &constants.attention;
         let heads = heads_together(self.model);
         let gains = layer.qk_norm.as_ref().map_or((0, 0), |(q, k)| (q.at(), k.at()));
         let splits = splits(self.model, self.lengths.len(), self.capacity);
+        let (_, mut defines) = super::cache_defines(constants.kv_cache, shape.head_dim);
+        defines.extend([format!("D={}", shape.head_dim), format!("HEADS={heads}")]);
         self.cuda.device.launch_overlapping(
-            Kernel::new("attend", &[&format!("D={}", shape.head_dim), &format!("HEADS={heads}")]),
+            Kernel { name: "attend", defines },
             Geometry { grid: [shape.heads / heads, self.lengths.len(), splits], ..Geometry::flat(0, 256) },
             &[
                 Arg::Pointer(state.q.at()),
@@ -351,6 +358,8 @@ impl<'a> CudaDecoder<'a> {
                 Arg::U32(super::window_argument(shape.window)),
                 Arg::F32(shape.scale),
                 Arg::F32(constants.eps),
+                Arg::F32(layer.kv_scales[0]),
+                Arg::F32(layer.kv_scales[1]),
             ],
         )
     }

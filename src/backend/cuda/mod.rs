@@ -231,6 +231,18 @@ fn frequencies(rope: &Rope) -> [u64; 64] {
     words
 }
 
+/// Returns how many values a cache rounds together, and the definitions of `cache.cuh`.
+pub fn cache_defines(kind: KvCache, head_dim: usize) -> (usize, Vec<String>) {
+    let (name, run, bits) = match kind {
+        KvCache::Exact => ("EXACT", head_dim, 32),
+        KvCache::Bf16 => ("BF16", head_dim, 32),
+        KvCache::Fp8 => ("FP8", head_dim, 32),
+        KvCache::Int8 { group: None } => ("INT8", head_dim, 32),
+        KvCache::Int8 { group: Some(group) } => ("INT8", group, 16),
+    };
+    (run, vec![format!("KV={name}"), format!("RUN={run}"), format!("SCALE_BITS={bits}")])
+}
+
 /// Returns how many latest positions a query sees; none at all is a number that no position plus it overflows.
 fn window_argument(window: Option<usize>) -> u32 {
     window.map_or(1 << 30, |window| window.min(1 << 30) as u32)
@@ -438,12 +450,19 @@ impl Backend for Cuda {
     }
 
     fn round_cache(&self, x: &mut Tensor, kind: KvCache, head_dim: usize, scale: f32) -> Result<()> {
-        if kind != KvCache::Exact {
-            let mut values = self.read(x)?;
-            values.chunks_mut(x.cols.max(1)).for_each(|row| kind.round(row, head_dim, scale));
-            *x = self.tensor(x.rows, x.cols, &values)?;
+        if kind == KvCache::Exact {
+            return Ok(());
         }
-        Ok(())
+        ensure!(x.cols.is_multiple_of(head_dim), "{} columns in heads of {head_dim}", x.cols);
+        x.make_unique(&self.device)?;
+        let (run, mut defines) = cache_defines(kind, head_dim);
+        defines.push(macro_of("X", x.float));
+        let runs = x.count() / run;
+        self.device.launch(
+            Kernel { name: "round_cache", defines },
+            Geometry::flat(runs.div_ceil(8), 256),
+            &[Arg::Pointer(x.at()), Arg::U64(runs as u64), Arg::F32(scale)],
+        )
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {

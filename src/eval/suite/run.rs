@@ -87,7 +87,7 @@ impl Prepared {
                 result.rows.push(row);
             }
             if let (Some(baseline), Some((first, rows))) = (baseline, result.rows.split_first_mut()) {
-                let divergences = self.divergences(backend, baseline.model, models, first)?;
+                let divergences = self.divergences(backend, baseline, models, first)?;
                 for (row, kld) in rows.iter_mut().zip(&divergences) {
                     row.compare(first, kld);
                 }
@@ -109,7 +109,7 @@ impl Prepared {
         progress: &dyn Fn(),
     ) -> Result<SuiteRow> {
         let started = Instant::now();
-        let mut decoder = generate::decoder_for(backend, subject.model, &self.requests)?;
+        let mut decoder = generate::decoder_for(backend, subject.model, subject.kv_cache, &self.requests)?;
         let mut answers: Vec<Option<Generated>> = vec![None; self.prompts()];
         let stop = Stop { tokens: asker.stop_tokens().to_vec(), strings: Vec::new() };
         let mut keep = |at: usize, answer: Generated| {
@@ -147,7 +147,7 @@ impl Prepared {
     fn divergences<B: Generate>(
         &self,
         backend: &B,
-        baseline: &Model<B>,
+        baseline: &Subject<Model<B>>,
         models: &[Subject<Model<B>>],
         answers: &SuiteRow,
     ) -> Result<Vec<Vec<Vec<f32>>>> {
@@ -167,9 +167,9 @@ impl Prepared {
             let scored = Scored::of(&group, &texts, &self.requests);
             let reference = scored.hidden(backend, baseline)?;
             for (model, found) in models.iter().zip(&mut found) {
-                let hidden = scored.hidden(backend, model.model)?;
+                let hidden = scored.hidden(backend, model)?;
                 let pairs = backend.compare(
-                    (&reference, baseline.head()),
+                    (&reference, baseline.model.head()),
                     (&hidden, model.model.head()),
                     &scored.targets,
                 )?;
@@ -212,7 +212,8 @@ impl Scored {
         scored
     }
 
-    fn hidden<B: Generate>(&self, backend: &B, model: &Model<B>) -> Result<B::Tensor> {
-        model.hidden_at(backend, &self.ids, self.batch, &self.rows)
+    fn hidden<B: Generate>(&self, backend: &B, subject: &Subject<Model<B>>) -> Result<B::Tensor> {
+        let Subject { model, kv_cache, .. } = subject;
+        model.hidden_at_with(backend, &self.ids, self.batch, &self.rows, *kv_cache)
     }
 }

@@ -118,7 +118,7 @@ impl Prepared {
             }
             ensure!(!first.ids.is_empty(), "an empty prompt has no likelihood");
             let (group, later) = rest.split_at(count);
-            log_likelihoods(backend, subject.model, group, longest(count), &mut found)?;
+            log_likelihoods(backend, subject, group, longest(count), &mut found)?;
             rest = later;
         }
         let metrics: &[&str] = if self.task.kind == Kind::Mmlu { &["acc"] } else { &["acc_norm", "acc"] };
@@ -133,7 +133,7 @@ impl Prepared {
         requests: &[Request],
         asker: &Asker,
     ) -> Result<TaskRow> {
-        let mut decoder = generate::decoder_for(backend, subject.model, requests)?;
+        let mut decoder = generate::decoder_for(backend, subject.model, subject.kv_cache, requests)?;
         let stop = Stop { tokens: asker.stop_tokens().to_vec(), strings: UNTIL.map(str::to_string).to_vec() };
         let mut texts = vec![String::new(); requests.len()];
         let mut keep = |at: usize, answer: generate::Generated| {
@@ -195,7 +195,7 @@ fn encode_pair(tokenizer: &Tokenizer, prompt: &str, choice: &str) -> Result<(Vec
 /// Adds the log-likelihoods of a group of inputs, padded to `tokens` at their ends.
 fn log_likelihoods<B: Generate>(
     backend: &B,
-    model: &Model<B>,
+    subject: &Subject<Model<B>>,
     group: &[Input],
     tokens: usize,
     found: &mut [Vec<f64>],
@@ -210,7 +210,9 @@ fn log_likelihoods<B: Generate>(
             targets.extend(choice);
         }
     }
-    let hidden = model.hidden_at(backend, &ids, Batch { sequences: group.len(), tokens }, &rows)?;
+    let Subject { model, kv_cache, .. } = subject;
+    let batch = Batch { sequences: group.len(), tokens };
+    let hidden = model.hidden_at_with(backend, &ids, batch, &rows, *kv_cache)?;
     let scores = backend.score(&hidden, model.head(), &targets)?;
     let mut scores = scores.iter();
     for (question, choice, choice_ids) in group.iter().flat_map(|input| &input.choices) {
