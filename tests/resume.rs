@@ -15,7 +15,7 @@ use quant::tensor::Matrix;
 use serde_json::Value;
 
 /// 32 windows: enough for trials of settings.
-const TEXT: &str = "--method gptq --calib-tokens 2048 --calib-ctx 64 --no-validate --device cpu";
+const TEXT: &str = "--method gptq --calib-tokens 2048 --calib-ctx 64 --device cpu";
 
 fn quant(folder: &Path, line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quant"));
@@ -77,9 +77,9 @@ fn folder_with_model() -> tempfile::TempDir {
     folder
 }
 
-/// Starts a command and kills it as soon as its journal has `count` lines of that kind.
-fn kill_at(folder: &Path, line: &str, kind: &str, count: usize) {
-    let mut child = quant(folder, line).stderr(Stdio::null()).spawn().unwrap();
+/// Starts a command and kills it as soon as its journal has `count` lines of that kind. Returns its standard error.
+fn kill_at(folder: &Path, line: &str, kind: &str, count: usize) -> String {
+    let mut child = quant(folder, line).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
     while journal(folder).matches(kind).count() < count {
         assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
@@ -87,7 +87,7 @@ fn kill_at(folder: &Path, line: &str, kind: &str, count: usize) {
         std::thread::sleep(Duration::from_millis(2));
     }
     child.kill().unwrap();
-    child.wait().unwrap();
+    String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap()
 }
 
 /// The one weight file of an output.
@@ -97,9 +97,9 @@ fn bytes(folder: &Path, out: &str) -> Vec<u8> {
 }
 
 #[test]
-fn a_conversion_killed_twice_goes_on_and_ends_with_the_same_bytes() {
+fn a_conversion_killed_three_times_goes_on_and_ends_with_the_same_bytes() {
     let (whole, killed) = (folder_with_model(), folder_with_model());
-    let line = format!("convert model --format mxfp4 --effort balanced {TEXT} -o out");
+    let line = format!("convert model --format mxfp4 --effort balanced {TEXT} --windows 12 -o out");
     let untouched = ok(whole.path(), &line);
     assert!(!untouched.contains("going on"), "{untouched}");
 
@@ -111,11 +111,15 @@ fn a_conversion_killed_twice_goes_on_and_ends_with_the_same_bytes() {
         3,
         "the first trial was not run again"
     );
-    let told = ok(killed.path(), &line);
+    let told = kill_at(killed.path(), &line, r#"{"output":{"#, 1);
     let layers = |count| {
         format!("going on from an interrupted run: {count} of 3 layers are finished, 3 settings tried")
     };
     assert!((1..3).any(|count| told.contains(&layers(count))), "{told}");
+    // Killed while the output was measured: it is not made again.
+    assert!(!killed.path().join("out/quant.json").exists());
+    let told = ok(killed.path(), &line);
+    assert!(told.contains("out is finished already") && !told.contains("calibrating"), "{told}");
     assert!(bytes(whole.path(), "out") == bytes(killed.path(), "out"));
     let manifest = |folder: &Path| fs::read_to_string(folder.join("out/quant.json")).unwrap();
     assert_eq!(manifest(whole.path()), manifest(killed.path()));
@@ -126,7 +130,7 @@ fn a_conversion_killed_twice_goes_on_and_ends_with_the_same_bytes() {
 fn what_an_interrupted_run_left_is_used_only_where_it_fits() {
     let (whole, killed) = (folder_with_model(), folder_with_model());
     // GGUF reorders rows, and smoothing rewrites norms.
-    let line = format!("convert model --format q4_k_s --effort fast {TEXT} -o out.gguf");
+    let line = format!("convert model --format q4_k_s --effort fast {TEXT} --no-validate -o out.gguf");
     ok(whole.path(), &line);
     kill_at(killed.path(), &line, r#"{"layer":{"#, 1);
     fs::write(killed.path().join(".out.gguf.partial-99999999"), "of a process that is gone").unwrap();

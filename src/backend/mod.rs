@@ -77,7 +77,7 @@ pub trait Backend: Sync {
     /// Activations `[n, cols]`, or a vector as one row.
     type Tensor: Clone + Send;
     /// A weight matrix `[out_features, in_features]` or an embedding table `[vocab, hidden]`.
-    type Weight: Send + Sync;
+    type Weight: Clone + Send + Sync;
 
     /// Returns what reports print: device, precision, library.
     fn describe(&self) -> String;

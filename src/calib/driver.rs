@@ -4,7 +4,7 @@
 //! Per layer and in order: q, k, v → o → gate, up → down. Each stage sums the second moments of its input in both
 //! streams ([`Moments`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
 //! they changed. In memory at a time: the residual streams of both models ([`Parked`], so that the device need not hold
-//! them), one layer of each, one stage's moments, and as many inputs of o and down as there is room for; the others are
+//! them), one layer of each and the next one, one stage's moments, and as many inputs of o and down as there is room for; the others are
 //! computed again once their linear is quantized. [`super::memory`] counts it.
 //!
 //! Layers that an interrupted run has finished are taken from it and only run forward ([`FinishedLayers`]).
@@ -23,6 +23,7 @@ use crate::method::solve::{Solve, Solved};
 use crate::model::TensorSource;
 use crate::model::block::{Half, Layer, LayerConstants};
 use crate::model::config::Config;
+use crate::model::layers::{Layers, Streamed};
 use crate::names::{Role, TensorId};
 use crate::scheme::fit::{self, fit};
 use crate::scheme::{Activations, QTensor, Scheme};
@@ -109,17 +110,16 @@ pub fn calibrate<B: SecondMoments>(
     let mut run = Run { backend, config, constants, request, chunks: Vec::new(), room, emit };
     let table = quantized_embeddings(&mut run, source)?;
     run.embed(source, table)?;
-    for layer in 0..config.num_hidden_layers {
-        let full = Layer::load(backend, config, source, layer)?;
-        let mut quantized = Layer::load(backend, config, source, layer)?;
+    Streamed::new(config, source)?.each_layer(backend, &mut |layer, full| {
+        let mut quantized = full.clone();
         let finished = request.finished.map(|finished| finished.layer(layer)).transpose()?.flatten();
         match finished {
-            Some(tensors) => run.replay(tensors, &full, &mut quantized),
-            None => run.layer(source, layer, &full, &mut quantized),
+            Some(tensors) => run.replay(tensors, full, &mut quantized),
+            None => run.layer(source, layer, full, &mut quantized),
         }
         .with_context(|| format!("layer {layer}"))?;
-        (run.emit)(Finished::Layer(layer))?;
-    }
+        (run.emit)(Finished::Layer(layer))
+    })?;
     run.head(source)
 }
 

@@ -12,7 +12,7 @@ use crate::names::{Role, TensorId};
 const LARGEST: f32 = 448.0;
 
 /// Returns the scales of every layer's keys and values: the largest magnitude after rotation, over 448, so that nothing of
-/// the calibration text is clipped (vLLM's `k_scale` and `v_scale`). In memory at a time: the residual streams and a layer.
+/// the calibration text is clipped (vLLM's `k_scale` and `v_scale`). `progress` hears of each finished layer. In memory at a time: the residual streams and a layer.
 ///
 /// # Errors
 /// Tensors that cannot be read, keys or values that are not finite.
@@ -21,6 +21,7 @@ pub fn fp8_scales<B: Backend>(
     config: &Config,
     source: &impl TensorSource,
     windows: &[Vec<u32>],
+    progress: &dyn Fn(),
 ) -> Result<Vec<[f32; 2]>> {
     let constants = LayerConstants::new(config);
     let table = backend.upload(source.read(TensorId::global(Role::Embed))?)?;
@@ -47,6 +48,7 @@ pub fn fp8_scales<B: Backend>(
             "layer {at}: keys or values are not finite; an FP8 cache cannot hold them"
         );
         // A layer without any signal still needs a scale that can divide.
+        progress();
         scales.push(largest.map(|largest| if largest > 0.0 { largest / LARGEST } else { 1.0 }));
     }
     Ok(scales)

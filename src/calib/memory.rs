@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! fixed   = max(embeddings;
-//!               2 layers + the largest matrix again + moments + max(a chunk in both models, the solver);
+//!               3 layers + the largest matrix again + moments + max(a chunk in both models, the solver);
 //!               head in both models, its moments and solver where it is quantized, logits)
 //! streams = 2 models · tokens · hidden · 4
 //! moments = 8 · cols² + 4 · hidden · cols            cols: inputs of the widest linear
@@ -53,7 +53,7 @@ pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan>
     let Fixed { layers, moments, larger, ends } = fixed(device, work);
     let fixed = (layers + moments + larger).max(ends);
     let parts = format!(
-        "two layers {}, second moments {}, a chunk of text or the solver {}, embeddings or head {}",
+        "three layers {}, second moments {}, a chunk of text or the solver {}, embeddings or head {}",
         size(layers),
         size(moments),
         size(larger),
@@ -112,7 +112,8 @@ fn fixed(device: &impl Footprint, work: Work) -> Fixed {
     let kv = (config.num_key_value_heads * config.head_dim) as u64;
     let layer = hidden * (2 * q + 2 * kv + 3 * ffn) * weight_bytes;
     let largest = hidden * ffn.max(q);
-    let layers = 2 * layer + largest * weight_bytes + device.decoded_bytes(largest);
+    // Full-precision, quantized, and the one that is read ahead.
+    let layers = 3 * layer + largest * weight_bytes + device.decoded_bytes(largest);
     let moments = |cols: u64| 8 * cols * cols + 4 * hidden * cols;
     let chunk_tokens = CHUNK_TOKENS.max(n_ctx);
     // Both models' halves; streams copied from the host, their difference; inputs in F32 where they are rounded or widened.

@@ -7,6 +7,8 @@ use serde_json::Value;
 
 use crate::artifact::file_name;
 use crate::backend::SecondMoments;
+use crate::backend::cpu::Cpu;
+use crate::backend::footprint::Footprint;
 use crate::calib::choose::{Choice, Effort, Search, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
 use crate::calib::imatrix::Imatrix;
@@ -177,22 +179,32 @@ impl Windows {
         printer: Printer,
     ) -> Result<Option<u64>> {
         let budget = Budget::new(limits, backend.free_memory()?)?;
-        let down = source.tensors.get(&TensorId::in_layer(0, Role::Down));
-        let weight_bytes = down.map_or(4, |info| backend.weight_bytes(info).div_ceil(info.weights().max(1)));
-        let rounds = [Role::Embed, Role::Head].map(|role| {
-            let step = plan.steps.iter().find(|step| step.id == TensorId::global(role));
-            step.is_some_and(|step| matches!(step.action, Action::Quantize(_)))
-        });
-        let n_ctx = self.tokens.first().map_or(1, Vec::len);
-        let tokens = self.tokens.len() * n_ctx;
-        let work = memory::Work { config: &source.config, weight_bytes, tokens, n_ctx, rounds };
-        let memory::Plan { room, told } = memory::plan(backend, budget, work)?;
+        let memory::Plan { room, told } = memory::plan(backend, budget, self.work(backend, source, plan))?;
         if limits == Limits::default() {
             printer.detail(&told)
         } else {
             printer.note(&told)
         }
         Ok(room)
+    }
+
+    /// Returns what calibration takes on a CPU, in a sentence.
+    pub fn memory(&self, source: &Checkpoint, plan: &Plan) -> Result<String> {
+        let unlimited = Budget { device: None, host: None, separate: false };
+        Ok(memory::plan(&Cpu, unlimited, self.work(&Cpu, source, plan))?.told)
+    }
+
+    /// Returns what decides how much memory calibration takes.
+    fn work<'a>(&self, device: &impl Footprint, source: &'a Checkpoint, plan: &Plan) -> memory::Work<'a> {
+        let down = source.tensors.get(&TensorId::in_layer(0, Role::Down));
+        let weight_bytes = down.map_or(4, |info| device.weight_bytes(info).div_ceil(info.weights().max(1)));
+        let rounds = [Role::Embed, Role::Head].map(|role| {
+            let step = plan.steps.iter().find(|step| step.id == TensorId::global(role));
+            step.is_some_and(|step| matches!(step.action, Action::Quantize(_)))
+        });
+        let n_ctx = self.tokens.first().map_or(1, Vec::len);
+        let tokens = self.tokens.len() * n_ctx;
+        memory::Work { config: &source.config, weight_bytes, tokens, n_ctx, rounds }
     }
 
     /// Returns the settings that a search begins with.

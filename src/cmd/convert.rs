@@ -15,8 +15,8 @@ use crate::calib::imatrix::Imatrix;
 use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
-use crate::container::{Opening, Sink, leftovers};
-use crate::convert::journal::{self, Journal};
+use crate::container::{Opening, leftovers};
+use crate::convert::journal::{self, FinishedOutput, Journal};
 use crate::convert::{self, Cost, Output};
 use crate::eval::speed::Machine;
 use crate::eval::{Metric, Report, Row};
@@ -34,6 +34,8 @@ struct Task {
     artifact: Artifact,
     manifest: Manifest,
     out: PathBuf,
+    /// Of a calibrated output that is written but not yet measured.
+    journal: Option<Journal>,
 }
 
 /// Runs the whole pipeline for every format.
@@ -50,7 +52,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     let mut tasks = tasks(args, &model, &source, method, windows.as_ref(), kv_scales.as_deref())?;
     report_losses(&tasks, printer);
     if args.dry_run {
-        return dry_run(args, &tasks, printer);
+        return dry_run(args, &source, &tasks, windows.as_ref(), printer);
     }
     let request = (!args.no_validate)
         .then(|| Request::new(&args.protocol, &args.source.device, &source))
@@ -72,6 +74,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     for (i, task) in tasks.iter_mut().enumerate() {
         // The first row is the source's own.
         finish_manifest(args, task, &source, measured.as_ref().map(|report| (report, &report.rows[i + 1])))?;
+        task.journal.take().map_or(Ok(()), Journal::finish)?;
     }
     report(args, &tasks, measured.as_ref(), printer)?;
     Ok(Outcome::Ok)
@@ -108,7 +111,7 @@ fn tasks(
         let mut manifest = Manifest::new(json, files.clone());
         manifest.calibration = windows.map(Windows::record);
         let artifact = Artifact::new(&plan, source, &model.short_name(), &manifest.gguf_keys(), shard_bytes)?;
-        tasks.push(Task { plan, artifact, manifest, out });
+        tasks.push(Task { plan, artifact, manifest, out, journal: None });
     }
     Ok(tasks)
 }
@@ -149,7 +152,10 @@ fn kv_scales(
     printer.note("calibrating the scales of keys and values");
     let own = if windows.is_none() { Some(Windows::new(&args.calibration, source, printer)?) } else { None };
     let Some(windows) = windows.or(own.as_ref()) else { return Ok(None) };
-    Ok(Some(fp8_scales(&Cpu, &source.config, source, windows.tokens())?))
+    let bar = printer.bar(source.config.num_hidden_layers as u64, "kv cache", Unit::Count);
+    let scales = fp8_scales(&Cpu, &source.config, source, windows.tokens(), &|| bar.inc(1))?;
+    bar.finish_and_clear();
+    Ok(Some(scales))
 }
 
 fn is_gguf(path: &Path) -> bool {
@@ -194,13 +200,22 @@ fn report_losses(tasks: &[Task], printer: Printer) {
     }
 }
 
-fn dry_run(args: &ConvertArgs, tasks: &[Task], printer: Printer) -> Result<Outcome> {
+fn dry_run(
+    args: &ConvertArgs,
+    source: &Checkpoint,
+    tasks: &[Task],
+    windows: Option<&Windows>,
+    printer: Printer,
+) -> Result<Outcome> {
     let mut plans = Vec::new();
     for task in tasks {
         let (out, bytes) = (task.out.display().to_string(), task.artifact.bytes()?);
         plans.push(plan_report::json(&task.plan, &out, bytes));
         if args.json.as_deref() != Some(Path::new("-")) {
             printer.result(&plan_report::text(&task.plan, &out, bytes))?;
+            if let Some(windows) = windows {
+                printer.result(&format!("on a CPU, {}\n", windows.memory(source, &task.plan)?))?;
+            }
         }
     }
     if let Some(file) = &args.json {
@@ -273,10 +288,13 @@ impl WithBackend for Calibrated<'_> {
     type Output = Vec<Cost>;
 
     fn run<B: Machine>(self, backend: &B) -> Result<Vec<Cost>> {
-        let Calibrated { args, source, task, printer, .. } = &self;
-        let key = self.key(backend)?;
+        let Calibrated { args, source, task, windows, printer } = self;
+        let key = task.key(args, windows, backend)?;
+        clear_leftovers(args, &task.out, Some(journal::short(&key)), printer)?;
+        if let Some(costs) = task.finished_before(&key, printer)? {
+            return Ok(costs);
+        }
         printer.note(format!("calibrating on {}", backend.describe()));
-        clear_leftovers(args, &task.out, Some(journal::short(&key)), *printer)?;
         let opening = Opening { force: args.force, key: Some(journal::short(&key)) };
         let sink = task.artifact.create(&task.out, opening)?;
         let journal = Journal::open(&task.out, &key)?;
@@ -288,26 +306,57 @@ impl WithBackend for Calibrated<'_> {
                 journal.trials().len()
             ));
         }
-        let (out, printer) = (task.out.clone(), *printer);
-        let done = self.convert(backend, sink.as_ref(), &journal).inspect_err(|_| {
-            if journal.is_worth_keeping() {
-                printer.note(format!(
-                    "what is finished of {} is kept; the same command goes on from it",
-                    out.display()
-                ));
-            }
-        })?;
+        let output = Output { plan: &task.plan, sink: sink.as_ref(), journal: &journal };
+        let (costs, settings) =
+            calibrated(args, source, windows, backend, output, printer).inspect_err(|_| {
+                if journal.is_worth_keeping() {
+                    let out = task.out.display();
+                    printer
+                        .note(format!("what is finished of {out} is kept; the same command goes on from it"));
+                }
+            })?;
         sink.finish()?;
-        journal.finish()?;
-        Ok(done)
+        let hash = output_hash(&task.out)?;
+        journal.add_output(FinishedOutput { hash, costs: costs.clone(), settings: settings.clone() })?;
+        task.journal = Some(journal);
+        task.record_settings(settings);
+        Ok(costs)
     }
 }
 
-impl Calibrated<'_> {
+/// Chooses settings and writes every tensor. Returns what rounding cost them, and what the manifest says of the settings.
+fn calibrated<B: Machine>(
+    args: &ConvertArgs,
+    source: &Checkpoint,
+    windows: &Windows,
+    backend: &B,
+    output: Output,
+    printer: Printer,
+) -> Result<(Vec<Cost>, Value)> {
+    let plan = output.plan;
+    let room = windows.room(backend, args.memory.into(), source, plan, printer)?;
+    let choice = windows.choose(backend, args, source, output, room, printer)?;
+    let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
+    let calibration = windows.calibration(choice.settings, room);
+    let progress = |weights| bar.inc(weights);
+    let costs = convert::convert_calibrated(backend, source, output, calibration, &progress)?.0;
+    bar.finish_and_clear();
+    Ok((costs, choice.record()))
+}
+
+/// Returns a hash of an output's bytes.
+fn output_hash(out: &Path) -> Result<String> {
+    if out.is_dir() {
+        let hashes = manifest::hash_folder(out)?;
+        return Ok(hashes.iter().map(|(name, hash)| format!("{hash}  {name}\n")).collect());
+    }
+    manifest::hash_file(out)
+}
+
+impl Task {
     /// Returns a hash of everything the output's bytes depend on.
-    fn key<B: Machine>(&self, backend: &B) -> Result<String> {
-        let Calibrated { args, task, windows, .. } = self;
-        let Task { plan, artifact, manifest, .. } = &**task;
+    fn key<B: Machine>(&self, args: &ConvertArgs, windows: &Windows, backend: &B) -> Result<String> {
+        let Task { plan, artifact, manifest, .. } = self;
         journal::key(|hash| {
             let start = windows.start(args, plan);
             let facts = format!("{:?}\n{:?}\n{start:?}\n{}\n", plan.steps, args.effort, backend.arithmetic());
@@ -322,22 +371,24 @@ impl Calibrated<'_> {
         })
     }
 
-    /// Chooses settings and writes every tensor.
-    fn convert<B: Machine>(self, backend: &B, sink: &dyn Sink, journal: &Journal) -> Result<Vec<Cost>> {
-        let Calibrated { args, source, task, windows, printer } = self;
-        let Task { plan, manifest, .. } = task;
-        let output = Output { plan, sink, journal };
-        let room = windows.room(backend, args.memory.into(), source, plan, printer)?;
-        let choice = windows.choose(backend, args, source, output, room, printer)?;
-        if let Some(calibration) = &mut manifest.calibration {
-            calibration.settings = choice.record();
+    /// Takes over an output that an earlier run finished but could not measure. Returns what rounding cost its tensors.
+    fn finished_before(&mut self, key: &str, printer: Printer) -> Result<Option<Vec<Cost>>> {
+        let Some(FinishedOutput { hash, costs, settings }) = journal::finished(&self.out, key)? else {
+            return Ok(None);
+        };
+        if !self.out.exists() || output_hash(&self.out)? != hash {
+            return Ok(None);
         }
-        let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
-        let calibration = windows.calibration(choice.settings, room);
-        let costs =
-            convert::convert_calibrated(backend, source, output, calibration, &|weights| bar.inc(weights))?.0;
-        bar.finish_and_clear();
-        Ok(costs)
+        printer.note(format!("{} is finished already, by an interrupted run", self.out.display()));
+        self.journal = Some(Journal::open(&self.out, key)?);
+        self.record_settings(settings);
+        Ok(Some(costs))
+    }
+
+    fn record_settings(&mut self, settings: Value) {
+        if let Some(calibration) = &mut self.manifest.calibration {
+            calibration.settings = settings;
+        }
     }
 }
 

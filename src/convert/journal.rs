@@ -2,16 +2,19 @@
 //!
 //! While an output NAME is made, `.NAME.partial-KEY` holds its bytes and `.NAME.partial-KEY.journal` says which of them are
 //! final: one JSON line for the key, one for each trial of settings, one for each finished layer with the BLAKE3 hash of
-//! every tensor's bytes. KEY is a hash of everything the bytes depend on ([`key`]), so a run of another kind never meets
+//! every tensor's bytes, one for the finished output, which the journal outlives until it is measured too. KEY is a hash of everything the bytes depend on ([`key`]), so a run of another kind never meets
 //! these files, and bytes that do not match their hash are made again.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::cell::Cell;
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::Cost;
 use crate::calib::choose::Trial;
 use crate::container::leftovers::{JOURNAL, KEY_CHARACTERS};
 use crate::container::output::{partial_path, remove};
@@ -24,6 +27,18 @@ enum Entry {
     Key(String),
     Trial(Trial),
     Layer(FinishedLayer),
+    Output(FinishedOutput),
+}
+
+/// An output that has its final name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FinishedOutput {
+    /// Hash of its bytes.
+    pub hash: String,
+    /// What rounding cost each tensor, in the order of the plan.
+    pub costs: Vec<Cost>,
+    /// What the manifest says of the settings.
+    pub settings: Value,
 }
 
 /// A finished layer.
@@ -62,10 +77,9 @@ pub struct Journal {
     /// The output's bytes so far.
     partial: PathBuf,
     file: File,
-    trials: Vec<Trial>,
-    layers: Vec<FinishedLayer>,
+    contents: Contents,
     /// Whether anything is worth keeping.
-    written: std::cell::Cell<bool>,
+    written: Cell<bool>,
 }
 
 /// Returns the name and the key of a run whose result depends on what `identify` adds to the hash, on this program, and on
@@ -88,6 +102,54 @@ pub fn short(key: &str) -> &str {
     &key[..KEY_CHARACTERS]
 }
 
+/// What the lines of a journal say.
+#[derive(Default)]
+struct Contents {
+    /// Whether it is that of the key it was read for.
+    ours: bool,
+    trials: Vec<Trial>,
+    layers: Vec<FinishedLayer>,
+    output: Option<FinishedOutput>,
+}
+
+impl Contents {
+    /// Reads lines under that key; returns also how many bytes of them are valid. A run that was killed may have left half
+    /// a line.
+    fn parse(text: &[u8], key: &str) -> (Self, usize) {
+        let (mut contents, mut valid) = (Contents::default(), 0);
+        for line in text.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n")) {
+            match serde_json::from_slice(line) {
+                Ok(Entry::Key(found)) if valid == 0 && found == key => contents.ours = true,
+                Ok(Entry::Trial(trial)) if contents.ours => contents.trials.push(trial),
+                Ok(Entry::Layer(layer)) if contents.ours && layer.layer == contents.layers.len() => {
+                    contents.layers.push(layer);
+                }
+                Ok(Entry::Output(output)) if contents.ours => contents.output = Some(output),
+                _ => break,
+            }
+            valid += line.len();
+        }
+        (contents, valid)
+    }
+}
+
+/// Returns what an earlier run with that key says of the output, if it finished it.
+///
+/// # Errors
+/// If there is a journal that cannot be read.
+pub fn finished(target: &Path, key: &str) -> Result<Option<FinishedOutput>> {
+    let path = journal_path(target, key)?;
+    match fs::read(&path) {
+        Ok(text) => Ok(Contents::parse(&text, key).0.output),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("{}: cannot be read", path.display())),
+    }
+}
+
+fn journal_path(target: &Path, key: &str) -> Result<PathBuf> {
+    partial_path(target, &format!("{}{JOURNAL}", short(key)))
+}
+
 impl Journal {
     /// Opens the journal of the output `target` under that key, or begins it. The caller holds the unfinished output.
     ///
@@ -95,31 +157,18 @@ impl Journal {
     /// If it cannot be read or written.
     pub fn open(target: &Path, key: &str) -> Result<Self> {
         let partial = partial_path(target, short(key))?;
-        let path = partial_path(target, &format!("{}{JOURNAL}", short(key)))?;
+        let path = journal_path(target, key)?;
         let failed = || format!("{}: the journal cannot be used; delete it", path.display());
         let mut file =
             OpenOptions::new().read(true).append(true).create(true).open(&path).with_context(failed)?;
         let mut text = Vec::new();
         file.read_to_end(&mut text).with_context(failed)?;
-        let (mut trials, mut layers) = (Vec::new(), Vec::<FinishedLayer>::new());
-        let (mut valid, mut ours) = (0, false);
-        // A run that was killed may have left half a line: it and what follows are cut off.
-        for line in text.split_inclusive(|&byte| byte == b'\n') {
-            if !line.ends_with(b"\n") {
-                break;
-            }
-            match serde_json::from_slice(line) {
-                Ok(Entry::Key(found)) if valid == 0 && found == key => ours = true,
-                Ok(Entry::Trial(trial)) if ours => trials.push(trial),
-                Ok(Entry::Layer(layer)) if ours && layer.layer == layers.len() => layers.push(layer),
-                _ => break,
-            }
-            valid += line.len();
-        }
+        let (contents, valid) = Contents::parse(&text, key);
         file.set_len(valid as u64).with_context(failed)?;
-        let written = std::cell::Cell::new(!trials.is_empty() || !layers.is_empty());
-        let journal = Journal { path, partial, file, trials, layers, written };
-        if !ours {
+        let written = Cell::new(!contents.trials.is_empty() || !contents.layers.is_empty());
+        let begun = contents.ours;
+        let journal = Journal { path, partial, file, contents, written };
+        if !begun {
             journal.append(&Entry::Key(key.to_string()))?;
         }
         Ok(journal)
@@ -127,12 +176,12 @@ impl Journal {
 
     /// Returns the trials that an earlier run has measured.
     pub fn trials(&self) -> &[Trial] {
-        &self.trials
+        &self.contents.trials
     }
 
     /// Returns the layers that an earlier run has finished, from the first on.
     pub fn layers(&self) -> &[FinishedLayer] {
-        &self.layers
+        &self.contents.layers
     }
 
     /// Notes a trial.
@@ -149,12 +198,17 @@ impl Journal {
         Ok(())
     }
 
+    /// Notes an output that has its final name.
+    pub fn add_output(&self, output: FinishedOutput) -> Result<()> {
+        self.append(&Entry::Output(output))
+    }
+
     /// Whether the next run with this key finds something to go on from.
     pub fn is_worth_keeping(&self) -> bool {
         self.written.get()
     }
 
-    /// Deletes the journal of an output that has its final name.
+    /// Deletes the journal of an output that has its final name and all that belongs to it.
     pub fn finish(self) -> Result<()> {
         ensure!(!self.partial.exists(), "{}: the output is not finished", self.partial.display());
         self.written.set(true);

@@ -11,6 +11,7 @@ pub mod stream;
 use std::ops::Range;
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use crate::container::Sink;
 use crate::plan::{Plan, Step};
@@ -21,7 +22,7 @@ pub use calibrated::{Calibration, Output, choose_settings, convert_calibrated};
 pub use stream::{convert, peak_bytes};
 
 /// What rounding cost one tensor.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cost {
     /// Relative squared error of what was written, weighed as the method weighs it; 0 for kept tensors.
     pub error: f64,

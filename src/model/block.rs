@@ -60,6 +60,33 @@ pub struct Linear<B: Backend> {
     pub activations: Activations,
 }
 
+// Derived implementations would ask for backends that can be cloned.
+impl<B: Backend> Clone for Linear<B> {
+    fn clone(&self) -> Self {
+        let Linear { weight, bias, activations } = self;
+        Linear { weight: weight.clone(), bias: bias.clone(), activations: *activations }
+    }
+}
+
+impl<B: Backend> Clone for Layer<B> {
+    fn clone(&self) -> Self {
+        let Layer { attn_norm, q, k, v, o, qk_norm, kv_scales, ffn_norm, gate, up, down } = self;
+        Layer {
+            attn_norm: attn_norm.clone(),
+            q: q.clone(),
+            k: k.clone(),
+            v: v.clone(),
+            o: o.clone(),
+            qk_norm: qk_norm.clone(),
+            kv_scales: *kv_scales,
+            ffn_norm: ffn_norm.clone(),
+            gate: gate.clone(),
+            up: up.clone(),
+            down: down.clone(),
+        }
+    }
+}
+
 impl<B: Backend> Linear<B> {
     /// Reads a layer's linear and its bias, if the configuration has one.
     fn load(

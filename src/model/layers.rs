@@ -93,7 +93,7 @@ pub struct Streamed<'a, S> {
     source: &'a S,
 }
 
-impl<'a, S: TensorSource + Sync> Streamed<'a, S> {
+impl<'a, S: TensorSource> Streamed<'a, S> {
     /// Prepares a model; nothing is read yet but the scales of its cache.
     pub fn new(config: &'a Config, source: &'a S) -> Result<Self> {
         let constants = LayerConstants::of_source(config, source)?;
@@ -101,7 +101,7 @@ impl<'a, S: TensorSource + Sync> Streamed<'a, S> {
     }
 }
 
-impl<B: Backend, S: TensorSource + Sync> Layers<B> for Streamed<'_, S> {
+impl<B: Backend, S: TensorSource> Layers<B> for Streamed<'_, S> {
     fn config(&self) -> &Config {
         self.config
     }

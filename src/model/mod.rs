@@ -21,7 +21,7 @@ use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 /// Where a model's tensors come from.
-pub trait TensorSource {
+pub trait TensorSource: Sync {
     /// Reads a whole tensor in Hugging Face row order.
     fn read(&self, id: TensorId) -> Result<Matrix>;
 
