@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Peak memory of a conversion: writes a synthetic sharded BF16 checkpoint of 4 GB and more, converts it to several
-formats and prints the peak resident size of each run. Exit 1 if one passes 300 MB + 3 × the largest tensor.
+formats and prints the peak resident size of each run, then that of an evaluation in 600 MB. Exit 1 if one passes 300 MB +
+3 × the largest tensor, or the evaluation its limit.
 
 usage: scripts/memory.py QUANT WORK_DIR        needs numpy; 8 GB of disk
 """
@@ -85,16 +86,23 @@ def main():
     limit = 300e6 + 3 * largest
     print(f"{total / 1e9:.2f} GB in {len(list(model.glob('*.safetensors')))} shards, largest tensor {largest / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB")
     failed = False
+    def run(command):
+        process = subprocess.Popen(command)
+        _, status, usage = os.wait4(process.pid, 0)
+        return status, usage, usage.ru_maxrss * 1024
+
     for name in FORMATS:
         out = work / f"out-{name}"
         command = [quant, "convert", str(model), "--format", name, "--method", "rtn", "--no-validate", "--quiet", "--force", "--out", str(out)]
-        process = subprocess.Popen(command)
-        _, status, usage = os.wait4(process.pid, 0)
-        peak = usage.ru_maxrss * 1024
+        status, usage, peak = run(command)
         seconds = usage.ru_utime + usage.ru_stime
         failed |= status != 0 or peak > limit
         print(f"{name}: peak {peak / 1e6:.0f} MB, {total / 1e9 / seconds:.2f} GB of weights per core-second")
         shutil.rmtree(out, ignore_errors=True)
+    command = [quant, "eval", str(model), "--device", "cpu", "--ram", "600M", "--ctx", "256", "--windows", "2"]
+    status, _, peak = run(command)
+    failed |= status != 0 or peak > 600e6
+    print(f"evaluation within 600 MB: peak {peak / 1e6:.0f} MB")
     sys.exit(failed)
 
 

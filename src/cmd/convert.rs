@@ -7,7 +7,8 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::calibration::{self, Windows};
-use super::measure::{self, Request, WithBackend};
+use super::measure::{self, Request};
+use super::write::write;
 use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
 use crate::backend::cpu::Cpu;
@@ -15,27 +16,23 @@ use crate::calib::imatrix::Imatrix;
 use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
-use crate::container::{Opening, leftovers};
-use crate::convert::journal::{self, FinishedOutput, Journal};
-use crate::convert::{self, Cost, Output};
-use crate::eval::speed::Machine;
+use crate::convert::journal::Journal;
 use crate::eval::{Metric, Report, Row};
-use crate::manifest::{self, Evaluation, Manifest, SchemeRecord, Source, TensorRecord};
+use crate::manifest::{self, Evaluation, Manifest, Source};
 use crate::model::kv_cache::KvCache;
-use crate::num::Codec;
 use crate::output::{self, Printer, Unit};
-use crate::plan::{Action, Plan, Step};
+use crate::plan::Plan;
 use crate::recipe::{Method, Recipe};
 use crate::scheme::Span;
 
 /// One artifact: what was asked, what was decided, where it goes.
-struct Task {
-    plan: Plan,
-    artifact: Artifact,
-    manifest: Manifest,
-    out: PathBuf,
+pub struct Task {
+    pub plan: Plan,
+    pub artifact: Artifact,
+    pub manifest: Manifest,
+    pub out: PathBuf,
     /// Of a calibrated output that is written but not yet measured.
-    journal: Option<Journal>,
+    pub journal: Option<Journal>,
 }
 
 /// Runs the whole pipeline for every format.
@@ -222,207 +219,6 @@ fn dry_run(
         output::write_report(file, &format!("{:#}\n", json!({ "plans": plans })), printer)?;
     }
     Ok(Outcome::Ok)
-}
-
-/// Writes one artifact and records what became of every tensor.
-fn write(
-    args: &ConvertArgs,
-    source: &Checkpoint,
-    task: &mut Task,
-    windows: Option<&Windows>,
-    imatrix: Option<&Imatrix>,
-    printer: Printer,
-) -> Result<()> {
-    let costs = match windows {
-        None => {
-            clear_leftovers(args, &task.out, None, printer)?;
-            let sink = task.artifact.create(&task.out, Opening { force: args.force, key: None })?;
-            let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
-            let progress = |weights| bar.inc(weights);
-            let costs = convert::convert(source, &task.plan, sink.as_ref(), imatrix, &progress)?;
-            sink.finish()?;
-            bar.finish_and_clear();
-            costs
-        }
-        Some(windows) => {
-            let work = Calibrated { args, source, task, windows, printer };
-            measure::on_named_device(&args.source.device, args.protocol.precise, printer.silent(), work)?
-        }
-    };
-    for (step, cost) in task.plan.steps.iter().zip(costs) {
-        let record = record(&task.plan, step, cost);
-        printer.detail(detail(task.plan.recipe.format.name, step, cost));
-        task.manifest.tensors.insert(step.id.to_string(), record);
-    }
-    Ok(())
-}
-
-/// Deletes what interrupted runs have left of an output and cannot be gone on with, and tells of the rest. `key` is that
-/// of this run.
-fn clear_leftovers(args: &ConvertArgs, out: &Path, key: Option<&str>, printer: Printer) -> Result<()> {
-    for left in leftovers::of(out)? {
-        let shown = left.path.display();
-        if left.key.is_none() || args.fresh {
-            left.remove()?;
-            printer.note(format!("removed {shown}, left by an interrupted run"));
-        } else if left.key.as_deref() != key {
-            printer.note(format!(
-                "note: {shown} is left by an interrupted run with other settings; the same command as then goes on \
-                 from it, `--fresh` deletes it"
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// A calibrated conversion, on the device that was asked for.
-struct Calibrated<'a> {
-    args: &'a ConvertArgs,
-    source: &'a Checkpoint,
-    task: &'a mut Task,
-    windows: &'a Windows,
-    printer: Printer,
-}
-
-impl WithBackend for Calibrated<'_> {
-    type Output = Vec<Cost>;
-
-    fn run<B: Machine>(self, backend: &B) -> Result<Vec<Cost>> {
-        let Calibrated { args, source, task, windows, printer } = self;
-        let key = task.key(args, windows, backend)?;
-        clear_leftovers(args, &task.out, Some(journal::short(&key)), printer)?;
-        if let Some(costs) = task.finished_before(&key, printer)? {
-            return Ok(costs);
-        }
-        printer.note(format!("calibrating on {}", backend.describe()));
-        let opening = Opening { force: args.force, key: Some(journal::short(&key)) };
-        let sink = task.artifact.create(&task.out, opening)?;
-        let journal = Journal::open(&task.out, &key)?;
-        if journal.is_worth_keeping() {
-            printer.note(format!(
-                "going on from an interrupted run: {} of {} layers are finished, {} settings tried; `--fresh` begins anew",
-                journal.layers().len(),
-                source.config.num_hidden_layers,
-                journal.trials().len()
-            ));
-        }
-        let output = Output { plan: &task.plan, sink: sink.as_ref(), journal: &journal };
-        let (costs, settings) =
-            calibrated(args, source, windows, backend, output, printer).inspect_err(|_| {
-                if journal.is_worth_keeping() {
-                    let out = task.out.display();
-                    printer
-                        .note(format!("what is finished of {out} is kept; the same command goes on from it"));
-                }
-            })?;
-        sink.finish()?;
-        let hash = output_hash(&task.out)?;
-        journal.add_output(FinishedOutput { hash, costs: costs.clone(), settings: settings.clone() })?;
-        task.journal = Some(journal);
-        task.record_settings(settings);
-        Ok(costs)
-    }
-}
-
-/// Chooses settings and writes every tensor. Returns what rounding cost them, and what the manifest says of the settings.
-fn calibrated<B: Machine>(
-    args: &ConvertArgs,
-    source: &Checkpoint,
-    windows: &Windows,
-    backend: &B,
-    output: Output,
-    printer: Printer,
-) -> Result<(Vec<Cost>, Value)> {
-    let plan = output.plan;
-    let room = windows.room(backend, args.memory.into(), source, plan, printer)?;
-    let choice = windows.choose(backend, args, source, output, room, printer)?;
-    let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
-    let calibration = windows.calibration(choice.settings, room);
-    let progress = |weights| bar.inc(weights);
-    let costs = convert::convert_calibrated(backend, source, output, calibration, &progress)?.0;
-    bar.finish_and_clear();
-    Ok((costs, choice.record()))
-}
-
-/// Returns a hash of an output's bytes.
-fn output_hash(out: &Path) -> Result<String> {
-    if out.is_dir() {
-        let hashes = manifest::hash_folder(out)?;
-        return Ok(hashes.iter().map(|(name, hash)| format!("{hash}  {name}\n")).collect());
-    }
-    manifest::hash_file(out)
-}
-
-impl Task {
-    /// Returns a hash of everything the output's bytes depend on.
-    fn key<B: Machine>(&self, args: &ConvertArgs, windows: &Windows, backend: &B) -> Result<String> {
-        let Task { plan, artifact, manifest, .. } = self;
-        journal::key(|hash| {
-            let start = windows.start(args, plan);
-            let facts = format!("{:?}\n{:?}\n{start:?}\n{}\n", plan.steps, args.effort, backend.arithmetic());
-            hash.update(facts.as_bytes());
-            hash.update(&serde_json::to_vec(&(&manifest.source, &manifest.recipe, &manifest.calibration))?);
-            windows.identify(hash);
-            artifact.identify(hash);
-            plan.outputs.iter().filter_map(|output| output.fixed.as_ref()).for_each(|bytes| {
-                hash.update(bytes);
-            });
-            Ok(())
-        })
-    }
-
-    /// Takes over an output that an earlier run finished but could not measure. Returns what rounding cost its tensors.
-    fn finished_before(&mut self, key: &str, printer: Printer) -> Result<Option<Vec<Cost>>> {
-        let Some(FinishedOutput { hash, costs, settings }) = journal::finished(&self.out, key)? else {
-            return Ok(None);
-        };
-        if !self.out.exists() || output_hash(&self.out)? != hash {
-            return Ok(None);
-        }
-        printer.note(format!("{} is finished already, by an interrupted run", self.out.display()));
-        self.journal = Some(Journal::open(&self.out, key)?);
-        self.record_settings(settings);
-        Ok(Some(costs))
-    }
-
-    fn record_settings(&mut self, settings: Value) {
-        if let Some(calibration) = &mut self.manifest.calibration {
-            calibration.settings = settings;
-        }
-    }
-}
-
-/// One line about a quantized tensor for `--verbose`.
-fn detail(format: &str, step: &Step, cost: Cost) -> String {
-    let nearest = cost.error_nearest.map_or(String::new(), |e| format!(", nearest codes {:.3} %", 100.0 * e));
-    match step.action {
-        Action::Keep(_) => format!("{format}: {}: {}", step.id, step.action.name()),
-        Action::Quantize(_) => {
-            format!(
-                "{format}: {}: {}, error {:.3} %{nearest}",
-                step.id,
-                step.action.name(),
-                100.0 * cost.error
-            )
-        }
-    }
-}
-
-fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
-    match step.action {
-        Action::Keep(dtype) => TensorRecord::kept(dtype),
-        Action::Quantize(scheme) => TensorRecord::Quantized {
-            scheme: Box::new(SchemeRecord::new(&scheme, plan.recipe.activations(step.id))),
-            scale_rule: match scheme.scale {
-                Codec::E8M0 => plan.recipe.scale_rule.to_string(),
-                _ => "search".to_string(),
-            },
-            error: cost.error,
-            error_nearest: cost.error_nearest,
-            smoothing: cost.smoothing,
-            fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.name.to_string()),
-        },
-    }
 }
 
 fn evaluation(args: &ConvertArgs, report: &Report, row: &Row) -> Evaluation {

@@ -21,14 +21,16 @@ use crate::scheme::Scheme;
 use crate::tensor::{bytes_from_floats, floats_from_bytes};
 
 /// Converts a plan with calibrated codes: kept tensors stream as in [`super::convert`], the others come from
-/// [`driver::calibrate`] layer by layer. Layers in `journal` are taken from what `sink` already holds. Also returns the KL
-/// divergence on held-out calibration windows.
+/// [`driver::calibrate`] layer by layer. Layers in `journal` are taken from what `sink` already holds. `progress` is told how
+/// many weights were finished, `layer_done` the number of each finished layer. Also returns the KL divergence on held-out
+/// calibration windows.
 pub fn convert_calibrated<B: SecondMoments>(
     backend: &B,
     source: &Checkpoint,
     output: Output,
     calibration: Calibration,
     progress: &(dyn Fn(u64) + Sync),
+    layer_done: &dyn Fn(usize),
 ) -> Result<(Vec<Cost>, Option<f64>)> {
     let Output { plan, sink, journal } = output;
     write_decided(plan, sink)?;
@@ -44,6 +46,7 @@ pub fn convert_calibrated<B: SecondMoments>(
         let (step, outcome) = match done {
             Finished::Layer(index) => {
                 let tensors = std::mem::take(&mut layer);
+                layer_done(index);
                 let known = index < journal.layers().len() && !finished.broken.get();
                 return if known {
                     Ok(())

@@ -97,3 +97,33 @@ fn write_rows(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::embedded;
+    use crate::plan::Action;
+    use crate::recipe::Recipe;
+    use crate::scheme::fit::{ScaleRule, fit};
+    use crate::scheme::mix::FORMATS;
+
+    #[test]
+    fn every_format_reads_back_the_tensors_that_it_packs() {
+        let source = Checkpoint::open(&embedded::model_folder().unwrap()).unwrap();
+        let mut reordered = 0;
+        for format in FORMATS.iter().flat_map(|format| format.dialects.iter().map(move |d| (format.name, *d)))
+        {
+            let plan = Plan::new(&source, &Recipe::new(format.0, Some(format.1), None).unwrap()).unwrap();
+            for step in plan.steps.iter().filter(|step| step.id.layer.is_none_or(|layer| layer == 0)) {
+                let Action::Quantize(scheme) = step.action else { continue };
+                let weights = source.read(step.id).unwrap().to_f32();
+                let q = fit(scheme, &weights, step.rows(), step.cols(), None, ScaleRule::Search);
+                let parts = pack(q.clone(), &plan, step).unwrap();
+                assert!(unpack(scheme, &parts, &plan, step).unwrap() == q, "{format:?}: {}", step.id);
+                reordered += usize::from(step.row_order.is_some());
+            }
+        }
+        assert!(reordered > 0);
+    }
+}

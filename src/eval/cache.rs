@@ -16,7 +16,8 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::samples::Samples;
-use super::{Schedule, Subject, Text, Work, check_fits, groups};
+use super::walk::{Work, groups};
+use super::{Schedule, Subject, Text, check_fits};
 use crate::backend::Backend;
 use crate::backend::parked::{Parked, Room};
 use crate::model::layers::{Held, Layers};

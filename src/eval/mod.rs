@@ -3,7 +3,7 @@
 //! All models walk through the windows in lock step ([`Schedule`] says how many at once), so that their activations are
 //! all that is kept beside the weights and the baseline runs once per window. Models in memory take a pass of windows at a
 //! time; of models in files each layer is read once for a whole group of passes, whose residual streams wait meanwhile
-//! ([`residency`] decides). Logits are exact and never stored ([`Backend::compare`]). What a model says of each position is kept ([`Samples`]); every number and its interval comes
+//! ([`residency`] decides; [`walk`] is the way through one model). Logits are exact and never stored ([`Backend::compare`]). What a model says of each position is kept ([`Samples`]); every number and its interval comes
 //! from there ([`metric`] is the table of them).
 
 pub mod answers;
@@ -21,9 +21,7 @@ pub mod speed;
 pub mod statistics;
 pub mod suite;
 pub mod task;
-
-use std::ops::Range;
-use std::time::Instant;
+pub mod walk;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -31,9 +29,10 @@ pub use self::metric::{Estimate, Measures, Metric};
 pub use self::protocol::{Protocol, Scored};
 pub use self::report::{Report, Row};
 pub use self::samples::Samples;
+pub use self::walk::Schedule;
+use self::walk::{Work, groups};
+use crate::backend::Backend;
 use crate::backend::parked::{Parked, Room};
-use crate::backend::{Backend, Batch};
-use crate::model::block::{Layer, LayerConstants};
 use crate::model::config::Config;
 use crate::model::kv_cache::KvCache;
 use crate::model::layers::Layers;
@@ -97,25 +96,6 @@ pub struct Text {
     pub protocol: Protocol,
 }
 
-/// How models run through a text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Schedule {
-    /// Tokens that pass through a layer together; at least one window does.
-    pub pass_tokens: usize,
-    /// Tokens whose residual streams wait at one layer together; at least one pass does.
-    pub group_tokens: usize,
-    /// Device memory for streams, bytes; those past it wait in host memory. `None`: all stay on the device.
-    pub room: Option<u64>,
-}
-
-impl Schedule {
-    /// Returns the schedule of models that are in memory: one pass at a time, as large as the backend likes.
-    pub fn resident<B: Backend>(backend: &B) -> Self {
-        let tokens = backend.tokens_at_once();
-        Schedule { pass_tokens: tokens, group_tokens: tokens, room: None }
-    }
-}
-
 /// Runs `models` on a text, against `baseline` if there is one; its samples come first.
 ///
 /// `progress(n)` is called with how many windows went through a layer of a model.
@@ -168,48 +148,6 @@ pub fn run<B: Backend, M: Layers<B>>(
     Ok(samples)
 }
 
-/// Windows that go through a layer at once, and their tokens.
-struct Pass {
-    windows: Range<usize>,
-    ids: Vec<u32>,
-}
-
-impl Pass {
-    fn batch(&self, protocol: &Protocol) -> Batch {
-        Batch { sequences: self.windows.len(), tokens: protocol.n_ctx }
-    }
-
-    /// Returns the tokens that the scored positions predict.
-    fn targets(&self, rows: &[usize]) -> Vec<u32> {
-        rows.iter().map(|&row| self.ids[row + 1]).collect()
-    }
-}
-
-/// Returns the windows of a text, about `tokens` tokens at a time.
-fn passes(tokens: usize, text: &Text) -> impl Iterator<Item = Pass> {
-    let protocol = &text.protocol;
-    let at_once = (tokens / protocol.n_ctx).max(1);
-    (0..protocol.windows).step_by(at_once).map(move |first| {
-        let windows = first..protocol.windows.min(first + at_once);
-        let ids = windows.clone().flat_map(|window| protocol.window(&text.tokens, window)).collect();
-        Pass { windows, ids }
-    })
-}
-
-/// Returns the passes of a text in groups.
-fn groups(schedule: Schedule, text: &Text) -> Vec<Vec<Pass>> {
-    let at_once = (schedule.pass_tokens / text.protocol.n_ctx).max(1);
-    let passes_at_once = (schedule.group_tokens / (at_once * text.protocol.n_ctx)).max(1);
-    let mut groups: Vec<Vec<Pass>> = Vec::new();
-    for pass in passes(schedule.pass_tokens, text) {
-        match groups.last_mut().filter(|group| group.len() < passes_at_once) {
-            Some(group) => group.push(pass),
-            None => groups.push(vec![pass]),
-        }
-    }
-    groups
-}
-
 fn check<B: Backend, M: Layers<B>>(
     subject: &Subject<M>,
     baseline: Option<&Subject<M>>,
@@ -258,108 +196,6 @@ fn check_fits(config: &Config, text: &Text) -> Result<()> {
     Ok(())
 }
 
-/// One model and one group of passes.
-struct Work<'a, B: Backend, M: Layers<B>> {
-    backend: &'a B,
-    subject: &'a Subject<'a, M>,
-    protocol: &'a Protocol,
-    group: &'a [Pass],
-}
-
-impl<B: Backend, M: Layers<B>> Work<'_, B, M> {
-    /// Runs the group and returns the final hidden states at the scored positions, one for each pass.
-    fn hidden(&self, room: Room, samples: &mut Samples, progress: &dyn Fn(usize)) -> Result<Vec<Parked<B>>> {
-        let Work { backend, subject, protocol, group } = *self;
-        let model = subject.model;
-        let kv_cache = match subject.kv_cache {
-            KvCache::Exact => model.constants().kv_cache,
-            kind => kind,
-        };
-        let constants = LayerConstants { kv_cache, ..model.constants().clone() };
-        let last = model.config().num_hidden_layers - 1;
-        backend.wait()?;
-        let started = Instant::now();
-        let mut streams = self.embed(room).with_context(|| subject.name.clone())?;
-        let mut visit = |at: usize, layer: &Layer<B>| {
-            for (stream, pass) in streams.iter_mut().zip(group) {
-                let batch = pass.batch(protocol);
-                let work = |x: &mut B::Tensor| match at < last {
-                    true => layer.forward(backend, &constants, x, batch, &mut |_, _| Ok(())),
-                    false => {
-                        let rows = protocol.scored_rows(batch.sequences);
-                        *x = layer.forward_at(backend, &constants, x, batch, &rows)?;
-                        Ok(())
-                    }
-                };
-                stream.update(backend, work).with_context(|| format!("{}, layer {at}", self.place(pass)))?;
-                progress(pass.windows.len());
-            }
-            Ok(())
-        };
-        model.each_layer(backend, &mut visit)?;
-        let gain = model.final_norm(backend)?;
-        for stream in &mut streams {
-            stream.update(backend, |x| {
-                *x = backend.rms_norm(x, &gain, constants.eps)?;
-                Ok(())
-            })?;
-        }
-        backend.wait()?;
-        samples.add_pass(group.iter().map(|pass| pass.ids.len()).sum(), started.elapsed());
-        Ok(streams)
-    }
-
-    /// Starts the residual streams.
-    fn embed(&self, mut room: Room) -> Result<Vec<Parked<B>>> {
-        let table = self.subject.model.embeddings(self.backend)?;
-        let hidden = self.subject.model.config().hidden_size;
-        let streams = self.group.iter().map(|pass| {
-            let x = self.backend.embed(&table, &pass.ids)?;
-            Parked::new(self.backend, room.place((pass.ids.len() * hidden * 4) as u64), x, hidden)
-        });
-        streams.collect()
-    }
-
-    /// Scores hidden states.
-    fn score(&self, hidden: &[Parked<B>], samples: &mut Samples) -> Result<()> {
-        let head = self.subject.model.output_head(self.backend)?;
-        for (hidden, pass) in hidden.iter().zip(self.group) {
-            let targets = pass.targets(&self.protocol.scored_rows(pass.windows.len()));
-            let scores = self.backend.score(hidden.get(self.backend)?.as_ref(), &head, &targets);
-            scores.and_then(|scores| samples.add_scores(&scores)).with_context(|| self.place(pass))?;
-        }
-        Ok(())
-    }
-
-    /// Compares hidden states with those of a baseline, whose head is given.
-    fn compare(
-        &self,
-        reference: &[Parked<B>],
-        reference_head: &B::Weight,
-        hidden: &[Parked<B>],
-        samples: &mut Samples,
-    ) -> Result<()> {
-        let backend = self.backend;
-        let head = self.subject.model.output_head(backend)?;
-        for ((reference, hidden), pass) in reference.iter().zip(hidden).zip(self.group) {
-            let targets = pass.targets(&self.protocol.scored_rows(pass.windows.len()));
-            let (reference, hidden) = (reference.get(backend)?, hidden.get(backend)?);
-            let found = backend.compare((&reference, reference_head), (&hidden, &head), &targets);
-            found.and_then(|found| samples.add(found)).with_context(|| self.place(pass))?;
-        }
-        Ok(())
-    }
-
-    /// Says where something went wrong.
-    fn place(&self, pass: &Pass) -> String {
-        let (name, windows) = (&self.subject.name, &pass.windows);
-        match windows.len() {
-            1 => format!("{name}, window {}", windows.end),
-            _ => format!("{name}, windows {} to {}", windows.start + 1, windows.end),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
@@ -368,6 +204,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::backend::Batch;
     use crate::backend::cpu::Cpu;
     use crate::checkpoint::Checkpoint;
     use crate::model::Model;

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::samples::Samples;
-use super::{Estimate, Metric, Pass, Protocol, Text, passes};
+use super::walk::{Pass, passes};
+use super::{Estimate, Metric, Protocol, Text};
 use crate::backend::{Backend, Batch};
 use crate::model::Model;
 use crate::names::{Role, TensorId};
