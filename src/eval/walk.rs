@@ -9,8 +9,7 @@ use anyhow::{Context, Result};
 use super::{Protocol, Samples, Subject, Text};
 use crate::backend::parked::{Parked, Room};
 use crate::backend::{Backend, Batch};
-use crate::model::block::{Layer, LayerConstants};
-use crate::model::kv_cache::KvCache;
+use crate::model::block::Layer;
 use crate::model::layers::Layers;
 
 /// How models run through a text.
@@ -92,11 +91,7 @@ impl<B: Backend, M: Layers<B>> Work<'_, B, M> {
     ) -> Result<Vec<Parked<B>>> {
         let Work { backend, subject, protocol, group } = *self;
         let model = subject.model;
-        let kv_cache = match subject.kv_cache {
-            KvCache::Exact => model.constants().kv_cache,
-            kind => kind,
-        };
-        let constants = LayerConstants { kv_cache, ..model.constants().clone() };
+        let constants = model.constants().with_cache(subject.kv_cache);
         let last = model.config().num_hidden_layers - 1;
         backend.wait()?;
         let started = Instant::now();
