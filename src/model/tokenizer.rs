@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
+use rayon::prelude::*;
 use serde_json::Value;
 
 /// The files that define a tokenizer, parsed. Absent ones are `Value::Null`.
@@ -173,6 +174,18 @@ fn additional_templates(folder: &Path) -> Result<Vec<(String, String)>> {
     Ok(templates)
 }
 
+/// Bytes of text that one thread encodes at a time.
+const PIECE: usize = 32 << 10;
+/// Bytes on each side of a cut that say whether it is one.
+const AROUND: usize = 1 << 10;
+
+/// Returns where the first line past byte `from` starts that does not start with white space.
+fn line_start(text: &str, from: usize) -> Option<usize> {
+    let bytes = text.as_bytes();
+    let starts = |at: usize| bytes[at - 1] == b'\n' && !bytes[at].is_ascii_whitespace();
+    (from.max(1)..bytes.len()).find(|&at| starts(at))
+}
+
 /// Text ↔ token ids.
 pub struct Tokenizer {
     tokenizer: tokenizers::Tokenizer,
@@ -208,13 +221,39 @@ impl Tokenizer {
     }
 
     /// Returns the ids of `text`. `add_special` puts BOS before and EOS after it where the model's convention does.
-    /// Special tokens spelled out in the text become their ids, as in transformers.
+    /// Special tokens spelled out in the text become their ids, as in transformers. Long texts are encoded in parallel.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding =
-            self.tokenizer.encode_fast(text, false).map_err(|e| anyhow!("cannot tokenize: {e}"))?;
+        let ids: Vec<Vec<u32>> =
+            self.pieces(text)?.into_par_iter().map(|piece| self.ids(piece)).collect::<Result<_>>()?;
         let bos = self.bos().filter(|_| add_special);
         let eos = self.special.eos.filter(|_| add_special && self.add_eos);
-        Ok(bos.into_iter().chain(encoding.get_ids().iter().copied()).chain(eos).collect())
+        Ok(bos.into_iter().chain(ids.into_iter().flatten()).chain(eos).collect())
+    }
+
+    fn ids(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding =
+            self.tokenizer.encode_fast(text, false).map_err(|e| anyhow!("cannot tokenize: {e}"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Cuts a long text before lines where the tokens of what stands around the cut are those of both sides. A tokenizer
+    /// that splits text by a pattern, from left to right, is then where it would be in the whole text. For others (models
+    /// of SentencePiece, which mark the start of a text) no cut passes, and the text stays whole.
+    fn pieces<'a>(&self, text: &'a str) -> Result<Vec<&'a str>> {
+        let (mut pieces, mut rest) = (Vec::new(), text);
+        while let Some(cut) = line_start(rest, PIECE) {
+            let before = line_start(rest, cut - AROUND).filter(|&start| start < cut).unwrap_or(0);
+            let after = line_start(rest, cut + AROUND).unwrap_or(rest.len());
+            let sides = [self.ids(&rest[before..cut])?, self.ids(&rest[cut..after])?].concat();
+            if sides != self.ids(&rest[before..after])? {
+                break;
+            }
+            let (piece, later) = rest.split_at(cut);
+            pieces.push(piece);
+            rest = later;
+        }
+        pieces.push(rest);
+        Ok(pieces)
     }
 
     /// Returns the text of `ids`, special tokens left out. A character cut in half decodes to U+FFFD.
@@ -283,6 +322,24 @@ mod tests {
             json!({"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}});
         assert_eq!(encode(&files), [0, 3, 4, 2]);
         assert_eq!(Tokenizer::from_files(&files).unwrap().encode("ab", false).unwrap(), [3]);
+    }
+
+    #[test]
+    fn a_text_in_pieces_has_the_tokens_of_the_whole() {
+        let text = crate::embedded::EVAL_TEXT;
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("eval/tiny-llama");
+        let tokenizer = Tokenizer::open(&folder).unwrap();
+        assert!(tokenizer.pieces(text).unwrap().len() > 5);
+        assert!(tokenizer.encode(text, false).unwrap() == tokenizer.ids(text).unwrap());
+    }
+
+    #[test]
+    fn a_tokenizer_that_marks_the_start_of_a_text_gets_it_whole() {
+        let mut files = files();
+        files.tokenizer["normalizer"] = json!({"type": "Prepend", "prepend": "a"});
+        let text = "b ab\n".repeat(30_000);
+        let whole = Tokenizer::from_files(&files).unwrap();
+        assert_eq!(whole.pieces(&text).unwrap(), [text.as_str()]);
     }
 
     #[test]
