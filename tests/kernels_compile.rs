@@ -6,6 +6,7 @@
 use quant::backend::cuda::compile::{Kernel, compile, names};
 use quant::backend::cuda::{cache_defines, library, scheme_defines};
 use quant::model::kv_cache::KvCache;
+use quant::num::Codec;
 use quant::scheme::{Span, schemes};
 
 fn kernel(name: &'static str, defines: &str) -> Kernel {
@@ -58,6 +59,9 @@ fn calibrating() -> Vec<Kernel> {
         push("feedback", &[]);
         push("values", &["WHAT=VALUE"]);
         push("descend", &["PART=CODES"]);
+        if scheme.scale == Codec::E8M0 {
+            push("fit_power_of_two", &[]);
+        }
         match scheme.group {
             Span::Row => {
                 push("values", &["WHAT=UNIT"]);

@@ -68,6 +68,9 @@ pub enum Precision {
     F32,
 }
 
+/// Columns of a symmetric sum that are added to together.
+const MOMENT_STRIP: usize = 2048;
+
 /// One NVIDIA GPU.
 pub struct Cuda {
     device: Device,
@@ -214,10 +217,20 @@ impl SecondMoments for Cuda {
             _ => (Types::Tf32, Float::F32),
         };
         let as_float = |x: &Tensor| if x.float == float { Ok(x.clone()) } else { self.cast(x, None, float) };
+        let symmetric = a.at() == b.at();
         let (a, b) = (as_float(a)?, as_float(b)?);
-        let product =
-            Product { n: a.rows, out: b.cols, input: a.cols, types, accumulate: true, form: Form::Moment };
-        self.gemm.multiply(&self.device, product, b.at(), a.at(), sum.at())
+        // Of a symmetric sum only what lies at and below the diagonal, in strips of columns.
+        let strip = if symmetric { MOMENT_STRIP } else { b.cols };
+        for first in (0..b.cols).step_by(strip) {
+            let (top, width) = (if symmetric { first } else { 0 }, strip.min(b.cols - first));
+            let form = Form::Moment([b.cols, a.cols, sum.cols]);
+            let input = a.cols - top;
+            let product = Product { n: a.rows, out: width, input, types, accumulate: true, form };
+            let part = |x: &Tensor, col: usize| x.at() + (col * x.float.bytes()) as u64;
+            let y = sum.at() + 4 * (top * sum.cols + first) as u64;
+            self.gemm.multiply(&self.device, product, part(&b, first), part(&a, top), y)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! Weights in GPU memory, as compact as the files: packed code planes and the stored scales, laid out as
 //! `kernels/decode.cuh` says. Nothing is decoded before it is used.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -74,6 +75,24 @@ impl Weight {
             offsets: None,
             outer_offsets: None,
             row_scales: None,
+        }
+    }
+
+    /// Returns the values of some rows as F32, `[rows.len(), cols]`.
+    pub fn rows_as_f32(device: &Device, matrix: &Matrix, rows: Range<usize>) -> Result<Buffer> {
+        let cols = matrix.dims()[1];
+        match matrix {
+            Matrix::Dense(dense) => {
+                let width = cols * dense.dtype.bytes();
+                let values = device.upload(&dense.bytes[rows.start * width..rows.end * width])?;
+                match dense.dtype {
+                    Dtype::F32 => Ok(values),
+                    dtype => Self::dense(rows.len(), cols, dtype, values).dequantize(device, Float::F32),
+                }
+            }
+            Matrix::Quantized(q) => {
+                Self::upload_packed(device, &q.slice_rows(rows))?.dequantize(device, Float::F32)
+            }
         }
     }
 
