@@ -57,14 +57,15 @@ fn calibrating() -> Vec<Kernel> {
             kernels.push(Kernel { name, defines: defines.collect() });
         };
         push("feedback", &[]);
-        push("values", &["WHAT=VALUE"]);
+        push("values", &["WHAT=VALUE", "Y=float"]);
+        push("values", &["WHAT=VALUE", "Y=f16"]);
         push("descend", &["PART=CODES"]);
         if scheme.scale == Codec::E8M0 {
             push("fit_power_of_two", &[]);
         }
         match scheme.group {
             Span::Row => {
-                push("values", &["WHAT=UNIT"]);
+                push("values", &["WHAT=UNIT", "Y=float"]);
                 push("regrid", &[]);
                 push("adopt", &[]);
             }

@@ -79,7 +79,7 @@ impl Problem {
             drift: Some(sum(rows, &tensor(rows, &self.drift), &quantized)),
         };
         let weights = Matrix::Dense(Dense::from_f32(vec![rows, cols], &self.weights));
-        backend.solver(moments, knobs).unwrap().quantize(&weights, scheme, None).unwrap()
+        backend.solver(moments, knobs).unwrap().quantize(&weights, scheme, None).unwrap().0
     }
 }
 

@@ -280,7 +280,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         let (backend, constants) = (self.backend, &self.constants);
         for tensor in finished {
             match &tensor {
-                Finished::Quantized(done) => self.exchange(done.id, &done.solved.q, quantized)?,
+                Finished::Quantized(done) => {
+                    let weight = backend.upload(Matrix::Quantized(done.solved.q.clone()))?;
+                    self.exchange(done.id, weight, quantized)?;
+                }
                 Finished::Rewritten(id, values) => {
                     let gain = backend.tensor(1, values.len(), values)?;
                     match id.role {
@@ -303,10 +306,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     }
 
     /// Puts a quantized weight into the quantized layer.
-    fn exchange(&self, id: TensorId, q: &QTensor, quantized: &mut Layer<B>) -> Result<()> {
+    fn exchange(&self, id: TensorId, weight: B::Weight, quantized: &mut Layer<B>) -> Result<()> {
         let linear =
             quantized.linear_mut(id.role).with_context(|| format!("`{id}` is no linear of a layer"))?;
-        linear.weight = self.backend.upload(Matrix::Quantized(q.clone()))?;
+        linear.weight = weight;
         linear.activations = self.request.activations;
         Ok(())
     }
@@ -452,8 +455,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         for (id, scheme) in wanted {
             let weights = prepared(id)?;
             let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
-            let solved = solver.quantize(&weights, scheme, global).with_context(|| format!("{id}"))?;
-            self.exchange(id, &solved.q, quantized)?;
+            let (solved, weight) =
+                solver.quantize(&weights, scheme, global).with_context(|| format!("{id}"))?;
+            self.exchange(id, weight, quantized)?;
             let smoothing = factors.map(|factors| factors.strength);
             (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing }))?;
         }
@@ -473,7 +477,8 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             Some(scheme) if self.config.tie_word_embeddings => {
                 let [rows, cols] = weight.dims();
                 let rule = self.request.settings.scale_rule;
-                Some(fit(scheme, &weight.to_f32(), rows, cols, None, rule))
+                let q = fit(scheme, &weight.to_f32(), rows, cols, None, rule);
+                Some(backend.upload(Matrix::Quantized(q))?)
             }
             Some(scheme) => {
                 let mut sums = Sums::new(backend, self.config.hidden_size, None)?;
@@ -483,13 +488,11 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 }
                 let tokens = sums.moments.tokens;
                 let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;
-                let solved = solver.quantize(&weight, scheme, None)?;
-                let q = solved.q.clone();
+                let (solved, quantized) = solver.quantize(&weight, scheme, None)?;
                 (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing: None }))?;
-                Some(q)
+                Some(quantized)
             }
         };
-        let quantized = quantized.map(|q| backend.upload(Matrix::Quantized(q))).transpose()?;
         self.divergence(&gain, &full, quantized.as_ref().unwrap_or(&full))
     }
 

@@ -38,15 +38,23 @@ pub struct Solved {
 
 /// Chooses the codes of the linears that read one input, on any device. [`Solver`] is the definition.
 pub trait Solve {
+    /// A matrix as the device multiplies with it.
+    type Weight;
+
     /// Returns the number of input features.
     fn cols(&self) -> usize;
 
     /// Returns the quantized form of `weights`, under the factor `global` where the scheme has one for the whole tensor
-    /// (`None`: its own).
+    /// (`None`: its own), and the same matrix where the device keeps it.
     ///
     /// # Errors
     /// If weights or moments are not finite.
-    fn quantize(&self, weights: &Matrix, scheme: Scheme, global: Option<f32>) -> Result<Solved>;
+    fn quantize(
+        &self,
+        weights: &Matrix,
+        scheme: Scheme,
+        global: Option<f32>,
+    ) -> Result<(Solved, Self::Weight)>;
 }
 
 /// Returns the factor that a matrix's scales are fitted under: `given`, else its own, where the scheme has one.
@@ -125,11 +133,13 @@ impl Solver {
 }
 
 impl Solve for Solver {
+    type Weight = Matrix;
+
     fn cols(&self) -> usize {
         self.moments.cols
     }
 
-    fn quantize(&self, weights: &Matrix, scheme: Scheme, global: Option<f32>) -> Result<Solved> {
+    fn quantize(&self, weights: &Matrix, scheme: Scheme, global: Option<f32>) -> Result<(Solved, Matrix)> {
         let (rows, global) = (weights.dims()[0], global_of(weights, &scheme, global));
         let weights = weights.to_f32();
         if let Some(at) = first_non_finite(&weights) {
@@ -143,6 +153,7 @@ impl Solve for Solver {
         gptq(&target, &mut q, &self.feedback);
         descend(&target, &mut q, &self.damped, self.knobs.sweeps);
         let error = self.error(&q, &target) / energy;
-        Ok(Solved { q, error_nearest, error })
+        let weight = Matrix::Quantized(q.clone());
+        Ok((Solved { q, error_nearest, error }, weight))
     }
 }

@@ -58,8 +58,17 @@ impl Weight {
         );
         match matrix {
             Matrix::Dense(dense) => Ok(Self::dense(rows, cols, dense.dtype, device.upload(&dense.bytes)?)),
-            Matrix::Quantized(q) => Self::upload_packed(device, q),
+            Matrix::Quantized(q) => Self::upload_quantized(device, q),
         }
+    }
+
+    /// Returns a weight of values that are on the device already.
+    pub fn of_floats(rows: usize, cols: usize, float: Float, values: Buffer) -> Self {
+        let dtype = match float {
+            Float::F32 => Dtype::F32,
+            Float::F16 => Dtype::F16,
+        };
+        Self::dense(rows, cols, dtype, values)
     }
 
     fn dense(rows: usize, cols: usize, dtype: Dtype, values: Buffer) -> Self {
@@ -91,7 +100,7 @@ impl Weight {
                 }
             }
             Matrix::Quantized(q) => {
-                Self::upload_packed(device, &q.slice_rows(rows))?.dequantize(device, Float::F32)
+                Self::upload_quantized(device, &q.slice_rows(rows))?.dequantize(device, Float::F32)
             }
         }
     }
@@ -107,7 +116,8 @@ impl Weight {
         }
     }
 
-    fn upload_packed(device: &Device, q: &QTensor) -> Result<Self> {
+    /// The same for codes and scales that stay with the caller.
+    pub fn upload_quantized(device: &Device, q: &QTensor) -> Result<Self> {
         let scheme = q.scheme;
         for span in [Some(scheme.group), scheme.outer.map(|(span, _)| span)].into_iter().flatten() {
             let Span::Cols(n) = span else { continue };

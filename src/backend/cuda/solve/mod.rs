@@ -34,7 +34,7 @@ use self::grids::Grids;
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
 use super::gemm::{Form, Product, Types};
-use super::{Cuda, Float, Tensor, Weight};
+use super::{Cuda, Float, Tensor, Weight, macro_of};
 use crate::backend::{MomentSums, SecondMoments};
 use crate::method::mismatch::RIDGE;
 use crate::method::solve::{Knobs, Solve, Solved, fit_target, global_of};
@@ -254,11 +254,15 @@ impl<'a> CudaSolver<'a> {
         )
     }
 
-    /// Returns values less `target` where there is one, `[rows, cols]`; units instead of values if `what` is `UNIT`.
+    /// Returns values less `target` where there is one, F32 `[rows, cols]`; units instead of values if `what` is `UNIT`.
     fn values(&self, q: &Grids, what: &str, target: Option<&Buffer>) -> Result<Buffer> {
-        let y = self.cuda.device.allocate(4 * q.rows * q.cols)?;
+        self.values_as(q, what, target, Float::F32)
+    }
+
+    fn values_as(&self, q: &Grids, what: &str, target: Option<&Buffer>, float: Float) -> Result<Buffer> {
+        let y = self.cuda.device.allocate(float.bytes() * q.rows * q.cols)?;
         self.cuda.device.launch(
-            q.kernel("values", &[&format!("WHAT={what}")]),
+            q.kernel("values", &[&format!("WHAT={what}"), &macro_of("Y", float)]),
             by_rows(q.rows, q.cols),
             &[
                 Arg::Struct(&q.words()),
@@ -355,49 +359,58 @@ impl<'a> CudaSolver<'a> {
         let error = self.energy(&self.values(&grids, "VALUE", Some(&target))?, count)?;
         let mut q = QTensor::zeroed(scheme, count, self.cols);
         grids.download(device, &mut q)?;
-        Ok(Part { q, energy, nearest, error })
+        let float = self.cuda.float;
+        let dense = self.values_as(&grids, "VALUE", None, float)?;
+        Ok(Part { q, energy, nearest, error, dense: Weight::of_floats(count, self.cols, float, dense) })
     }
 }
 
 /// Some rows of a solved matrix.
 struct Part {
     q: QTensor,
+    dense: Weight,
     energy: f64,
     nearest: f64,
     error: f64,
 }
 
 impl Solve for CudaSolver<'_> {
+    type Weight = Weight;
+
     fn cols(&self) -> usize {
         self.cols
     }
 
-    fn quantize(&self, weights: &Matrix, scheme: Scheme, global: Option<f32>) -> Result<Solved> {
+    fn quantize(&self, weights: &Matrix, scheme: Scheme, global: Option<f32>) -> Result<(Solved, Weight)> {
         let [rows, cols] = weights.dims();
         ensure!(cols == self.cols, "{cols} columns for moments of {}", self.cols);
         let global = global_of(weights, &scheme, global);
-        let (mut energy, mut nearest, mut error) = (0.0, 0.0, 0.0);
-        let mut parts: Vec<QTensor> = Vec::new();
-        for rows in pieces(0..rows, (SLAB / cols).max(1)) {
-            let part = self.solve(weights, rows, scheme, global)?;
-            parts.push(part.q);
-            energy += part.energy;
-            nearest += part.nearest;
-            error += part.error;
-        }
-        let q = if parts.len() == 1 { parts.swap_remove(0) } else { joined(scheme, rows, cols, &parts) };
-        let energy = energy.max(f64::MIN_POSITIVE);
-        Ok(Solved { q, error_nearest: nearest / energy, error: error / energy })
+        let slabs = pieces(0..rows, (SLAB / cols).max(1));
+        let parts =
+            slabs.map(|rows| self.solve(weights, rows, scheme, global)).collect::<Result<Vec<_>>>()?;
+        let sum = |of: fn(&Part) -> f64| parts.iter().map(of).sum::<f64>();
+        let energy = sum(|part| part.energy).max(f64::MIN_POSITIVE);
+        let (error_nearest, error) = (sum(|part| part.nearest) / energy, sum(|part| part.error) / energy);
+        let (q, dense) = match <[Part; 1]>::try_from(parts) {
+            Ok([part]) => (part.q, Some(part.dense)),
+            Err(parts) => (joined(scheme, rows, cols, &parts), None),
+        };
+        // INT8 products read codes; all others read the values, which need not be packed only to be decoded again.
+        let weight = match dense.filter(|_| (scheme.element, scheme.group) != (Element::Int(8), Span::Row)) {
+            Some(dense) => dense,
+            None => Weight::upload_quantized(&self.cuda.device, &q)?,
+        };
+        Ok((Solved { q, error_nearest, error }, weight))
     }
 }
 
 /// Returns one matrix of parts of its rows.
-fn joined(scheme: Scheme, rows: usize, cols: usize, parts: &[QTensor]) -> QTensor {
+fn joined(scheme: Scheme, rows: usize, cols: usize, parts: &[Part]) -> QTensor {
     let mut q = QTensor::zeroed(scheme, rows, cols);
     let mut first = 0;
     for part in parts {
-        q.set_rows(first, part);
-        first += part.rows;
+        q.set_rows(first, &part.q);
+        first += part.q.rows;
     }
     q
 }
