@@ -318,7 +318,7 @@ impl<'a> CudaSolver<'a> {
 
     fn fit_power_of_two(&self, target: &Buffer, rows: usize, scheme: Scheme) -> Result<Grids> {
         let device = &self.cuda.device;
-        let q = Grids::upload(device, &QTensor::zeroed(scheme, rows, self.cols))?;
+        let q = Grids::empty(device, scheme, rows, self.cols)?;
         let importances = device.upload_numbers(&self.importances)?;
         let rule = self.knobs.scale_rule;
         device.launch(
