@@ -45,6 +45,7 @@ mod weight;
 use std::sync::OnceLock;
 
 use anyhow::{Result, ensure};
+use cudarc::driver::CudaContext;
 
 use self::compile::Kernel;
 use self::device::{Arg, Device, Geometry};
@@ -79,6 +80,11 @@ pub struct Cuda {
     float: Float,
     /// Opened by the first calibration.
     factorizer: OnceLock<solve::Factorizer>,
+}
+
+/// Whether there are a GPU and the libraries to use it.
+pub fn is_present() -> bool {
+    library::load_all().is_ok() && CudaContext::device_count().is_ok_and(|count| count > 0)
 }
 
 impl Cuda {
