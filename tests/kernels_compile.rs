@@ -6,6 +6,7 @@
 use quant::backend::cuda::compile::{Kernel, compile, names};
 use quant::backend::cuda::{cache_defines, library, scheme_defines};
 use quant::model::kv_cache::KvCache;
+use quant::num::Codec;
 use quant::scheme::{Span, schemes};
 
 fn kernel(name: &'static str, defines: &str) -> Kernel {
@@ -56,11 +57,15 @@ fn calibrating() -> Vec<Kernel> {
             kernels.push(Kernel { name, defines: defines.collect() });
         };
         push("feedback", &[]);
-        push("values", &["WHAT=VALUE"]);
+        push("values", &["WHAT=VALUE", "Y=float"]);
+        push("values", &["WHAT=VALUE", "Y=f16"]);
         push("descend", &["PART=CODES"]);
+        if scheme.scale == Codec::E8M0 {
+            push("fit_power_of_two", &[]);
+        }
         match scheme.group {
             Span::Row => {
-                push("values", &["WHAT=UNIT"]);
+                push("values", &["WHAT=UNIT", "Y=float"]);
                 push("regrid", &[]);
                 push("adopt", &[]);
             }

@@ -10,6 +10,7 @@ use quant::method::mismatch::Strength;
 use quant::method::solve::{Knobs, Solve, Solved};
 use quant::scheme::fit::ScaleRule;
 use quant::scheme::{Scheme, schemes};
+use quant::tensor::{Dense, Matrix};
 
 const KNOBS: Knobs = Knobs {
     strength: Strength { inputs: 0.6, residual: 0.35 },
@@ -77,7 +78,8 @@ impl Problem {
             cross: sum(cols, &full, &quantized),
             drift: Some(sum(rows, &tensor(rows, &self.drift), &quantized)),
         };
-        backend.solver(moments, knobs).unwrap().quantize(&self.weights, rows, scheme, None).unwrap()
+        let weights = Matrix::Dense(Dense::from_f32(vec![rows, cols], &self.weights));
+        backend.solver(moments, knobs).unwrap().quantize(&weights, scheme, None).unwrap().0
     }
 }
 
@@ -109,6 +111,24 @@ fn compare(knobs: Knobs, problem: &Problem, bound: f64) {
 #[test]
 fn every_scheme_ends_with_the_error_of_the_cpu() {
     compare(KNOBS, &Problem::random(160, 1280, 2600), 1e-3);
+}
+
+/// Scales of powers of two are the only ones that the GPU fits itself.
+#[test]
+fn every_rule_gives_the_scales_of_the_cpu() {
+    let Some(cuda) = gpu() else { return };
+    let problem = Problem::random(64, 512, 1100);
+    for scale_rule in [ScaleRule::Floor, ScaleRule::Even, ScaleRule::T7_25, ScaleRule::Search] {
+        let strength = Strength { inputs: 0.0, residual: 0.0 };
+        let knobs = Knobs { scale_rule, sweeps: 0, strength, ..KNOBS };
+        let scales = |solved: Solved| solved.q.scales;
+        let expected = scales(problem.solve(&Cpu, schemes::MXFP4, knobs));
+        let found = scales(problem.solve(&cuda, schemes::MXFP4, knobs));
+        let differ = expected.iter().zip(&found).filter(|(a, b)| a != b).count();
+        // Errors of two candidates summed in another order: one tie in a thousand would be many.
+        let allowed = if scale_rule == ScaleRule::Search { 1 } else { 0 };
+        assert!(differ <= allowed, "{scale_rule}: {differ} of {} scales", found.len());
+    }
 }
 
 #[test]

@@ -192,7 +192,7 @@ pub struct MomentSums<T> {
 /// What calibration asks of a backend beyond a forward pass.
 pub trait SecondMoments: Backend {
     /// Chooses the codes of the linears that read one input.
-    type Solver<'a>: Solve
+    type Solver<'a>: Solve<Weight = Self::Weight>
     where
         Self: 'a;
 

@@ -19,7 +19,7 @@ use super::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_column
 use super::sums::{Sums, sampled_rows};
 use crate::backend::parked::{Parked, Room};
 use crate::backend::{Batch, MomentSums, SecondMoments};
-use crate::method::solve::{Solve, Solved};
+use crate::method::solve::{self, Solve, Solved};
 use crate::model::TensorSource;
 use crate::model::block::{Half, Layer, LayerConstants};
 use crate::model::config::Config;
@@ -27,7 +27,7 @@ use crate::model::layers::{Layers, Streamed};
 use crate::names::{Role, TensorId};
 use crate::scheme::fit::{self, fit};
 use crate::scheme::{Activations, QTensor, Scheme};
-use crate::tensor::Matrix;
+use crate::tensor::{Dense, Matrix};
 
 /// Tokens that pass through a layer together.
 pub(super) const CHUNK_TOKENS: usize = 4096;
@@ -280,7 +280,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         let (backend, constants) = (self.backend, &self.constants);
         for tensor in finished {
             match &tensor {
-                Finished::Quantized(done) => self.exchange(done.id, &done.solved.q, quantized)?,
+                Finished::Quantized(done) => {
+                    let weight = backend.upload(Matrix::Quantized(done.solved.q.clone()))?;
+                    self.exchange(done.id, weight, quantized)?;
+                }
                 Finished::Rewritten(id, values) => {
                     let gain = backend.tensor(1, values.len(), values)?;
                     match id.role {
@@ -303,10 +306,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     }
 
     /// Puts a quantized weight into the quantized layer.
-    fn exchange(&self, id: TensorId, q: &QTensor, quantized: &mut Layer<B>) -> Result<()> {
+    fn exchange(&self, id: TensorId, weight: B::Weight, quantized: &mut Layer<B>) -> Result<()> {
         let linear =
             quantized.linear_mut(id.role).with_context(|| format!("`{id}` is no linear of a layer"))?;
-        linear.weight = self.backend.upload(Matrix::Quantized(q.clone()))?;
+        linear.weight = weight;
         linear.activations = self.request.activations;
         Ok(())
     }
@@ -426,15 +429,20 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     ) -> Result<()> {
         let roles = [wanted[0].0.role];
         let tokens = moments.tokens;
-        let prepared = |id: TensorId| -> Result<Vec<f32>> {
-            let mut weights = source.read(id)?.to_f32();
+        let prepared = |id: TensorId| -> Result<Matrix> {
+            let stored = source.read(id)?;
+            let inner = inner.filter(|_| id.role == Role::Up);
+            if factors.is_none() && inner.is_none() {
+                return Ok(stored);
+            }
+            let mut weights = stored.to_f32();
             if let Some(factors) = factors {
                 multiply_columns(&mut weights, &factors.scales);
             }
-            if let (Role::Up, Some(inner)) = (id.role, inner) {
+            if let Some(inner) = inner {
                 divide_rows(&mut weights, &inner.scales);
             }
-            Ok(weights)
+            Ok(Matrix::Dense(Dense::from_f32(stored.dims().to_vec(), &weights)))
         };
         let knobs = self.request.settings.knobs(roles[0]);
         let solver = self.backend.solver(moments, knobs).with_context(|| format!("{}", wanted[0].0))?;
@@ -442,14 +450,14 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         let joined = wanted.iter().any(|(_, scheme)| fit::global_scale(scheme, 1.0).is_some());
         let mut amax = None;
         for (id, _) in wanted.iter().filter(|_| joined) {
-            amax = Some(fit::amax(&prepared(*id)?).max(amax.unwrap_or(0.0)));
+            amax = Some(solve::amax(&prepared(*id)?).max(amax.unwrap_or(0.0)));
         }
         for (id, scheme) in wanted {
             let weights = prepared(id)?;
-            let rows = weights.len() / solver.cols();
             let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
-            let solved = solver.quantize(&weights, rows, scheme, global).with_context(|| format!("{id}"))?;
-            self.exchange(id, &solved.q, quantized)?;
+            let (solved, weight) =
+                solver.quantize(&weights, scheme, global).with_context(|| format!("{id}"))?;
+            self.exchange(id, weight, quantized)?;
             let smoothing = factors.map(|factors| factors.strength);
             (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing }))?;
         }
@@ -469,7 +477,8 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             Some(scheme) if self.config.tie_word_embeddings => {
                 let [rows, cols] = weight.dims();
                 let rule = self.request.settings.scale_rule;
-                Some(fit(scheme, &weight.to_f32(), rows, cols, None, rule))
+                let q = fit(scheme, &weight.to_f32(), rows, cols, None, rule);
+                Some(backend.upload(Matrix::Quantized(q))?)
             }
             Some(scheme) => {
                 let mut sums = Sums::new(backend, self.config.hidden_size, None)?;
@@ -479,13 +488,11 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 }
                 let tokens = sums.moments.tokens;
                 let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;
-                let solved = solver.quantize(&weight.to_f32(), weight.dims()[0], scheme, None)?;
-                let q = solved.q.clone();
+                let (solved, quantized) = solver.quantize(&weight, scheme, None)?;
                 (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing: None }))?;
-                Some(q)
+                Some(quantized)
             }
         };
-        let quantized = quantized.map(|q| backend.upload(Matrix::Quantized(q))).transpose()?;
         self.divergence(&gain, &full, quantized.as_ref().unwrap_or(&full))
     }
 

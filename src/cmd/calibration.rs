@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::artifact::file_name;
-use crate::backend::SecondMoments;
+use crate::backend::{SecondMoments, cuda};
 use crate::backend::cpu::Cpu;
 use crate::backend::footprint::Footprint;
 use crate::calib::choose::{Choice, Effort, Search, Trial};
@@ -26,8 +26,10 @@ use crate::output::{Printer, Unit};
 use crate::plan::{Action, Plan};
 use crate::recipe::Method;
 
-/// Weights times calibration tokens up to which `auto` calibrates: about ten minutes on two cores.
+/// Weights times calibration tokens up to which `auto` calibrates on a CPU: about ten minutes on two cores.
 const AUTO_BUDGET: u64 = 10_000_000_000_000;
+/// The same on a GPU: about a quarter of an hour on one H100.
+const AUTO_BUDGET_GPU: u64 = 10_000_000_000_000_000;
 /// Share of an evaluation text's runs of words above which numbers measured on it flatter what was calibrated. Stock
 /// phrases alone make 5 % between unrelated texts of the same kinds.
 const OVERLAP: f64 = 0.1;
@@ -49,7 +51,8 @@ pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Resu
         MethodArg::Auto if args.imatrix.is_some() => Method::Rtn,
         MethodArg::Rtn => Method::Rtn,
         MethodArg::Gptq => Method::Gptq,
-        MethodArg::Auto if source.total_weights() * args.calibration.calib_tokens as u64 <= AUTO_BUDGET => {
+        MethodArg::Auto if work(args, source) <= AUTO_BUDGET => Method::Gptq,
+        MethodArg::Auto if work(args, source) <= AUTO_BUDGET_GPU && may_use_gpu(&args.source.device) => {
             Method::Gptq
         }
         MethodArg::Auto => {
@@ -59,6 +62,16 @@ pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Resu
             Method::Rtn
         }
     })
+}
+
+/// Weights times calibration tokens.
+fn work(args: &ConvertArgs, source: &Checkpoint) -> u64 {
+    source.total_weights() * u64::from(args.calibration.calib_tokens)
+}
+
+/// Whether a device of that name is a GPU that is there.
+fn may_use_gpu(device: &str) -> bool {
+    device != "cpu" && cuda::is_present()
 }
 
 /// Says how many quantized weights an importance matrix has nothing on.

@@ -2,11 +2,18 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use rayon::prelude::*;
 
 use super::TensorSpec;
+
+/// Bytes above which several threads read: most of the time goes into memory that is touched for the first time.
+const LARGE: u64 = 16 << 20;
+/// Bytes that one of them reads at a time.
+const PIECE: usize = 1 << 20;
 
 /// A file opened for positioned reads. Memory holds only what is asked for, and threads share it.
 #[derive(Debug)]
@@ -39,6 +46,12 @@ impl InputFile {
             self.path.display(),
             self.len
         );
+        if len > LARGE {
+            let mut bytes = vec![0; len as usize];
+            let pieces = bytes.par_chunks_mut(PIECE).enumerate();
+            pieces.try_for_each(|(i, piece)| self.fill(start + (i * PIECE) as u64, piece))?;
+            return Ok(bytes);
+        }
         let mut bytes = Vec::with_capacity(len as usize);
         while bytes.len() < len as usize {
             let at = start + bytes.len() as u64;
@@ -57,6 +70,12 @@ impl InputFile {
         }
         bytes.truncate(len as usize);
         Ok(bytes)
+    }
+
+    /// Fills `bytes` with those from `start` on.
+    fn fill(&self, start: u64, bytes: &mut [u8]) -> Result<()> {
+        let read = self.file.read_exact_at(bytes, start);
+        read.with_context(|| format!("{}: cannot read {} bytes at {start}", self.path.display(), bytes.len()))
     }
 }
 

@@ -10,7 +10,7 @@ use super::mismatch::{Strength, corrected_target};
 use super::statistics::Moments;
 use crate::scheme::fit::{self, ScaleRule, fit_under};
 use crate::scheme::{QTensor, Scheme};
-use crate::tensor::first_non_finite;
+use crate::tensor::{Matrix, first_non_finite};
 
 /// The knobs of calibrated rounding of one matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,26 +38,40 @@ pub struct Solved {
 
 /// Chooses the codes of the linears that read one input, on any device. [`Solver`] is the definition.
 pub trait Solve {
+    /// A matrix as the device multiplies with it.
+    type Weight;
+
     /// Returns the number of input features.
     fn cols(&self) -> usize;
 
-    /// Returns the quantized form of `weights` `[rows, cols]`, under the factor `global` where the scheme has one for the
-    /// whole tensor (`None`: its own).
+    /// Returns the quantized form of `weights`, under the factor `global` where the scheme has one for the whole tensor
+    /// (`None`: its own), and the same matrix where the device keeps it.
     ///
     /// # Errors
     /// If weights or moments are not finite.
-    fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme, global: Option<f32>) -> Result<Solved>;
+    fn quantize(
+        &self,
+        weights: &Matrix,
+        scheme: Scheme,
+        global: Option<f32>,
+    ) -> Result<(Solved, Self::Weight)>;
 }
 
 /// Returns the factor that a matrix's scales are fitted under: `given`, else its own, where the scheme has one.
-///
-/// # Errors
-/// If a weight is not finite.
-pub fn checked_global(weights: &[f32], scheme: &Scheme, given: Option<f32>) -> Result<Option<f32>> {
-    if let Some(at) = first_non_finite(weights) {
-        bail!("weight {at} is {}, wanted finite numbers", weights[at]);
-    }
-    Ok(given.or_else(|| fit::global_scale(scheme, fit::amax(weights))))
+pub fn global_of(weights: &Matrix, scheme: &Scheme, given: Option<f32>) -> Option<f32> {
+    let own = || fit::global_scale(scheme, 1.0).and_then(|_| fit::global_scale(scheme, amax(weights)));
+    given.or_else(own)
+}
+
+/// Returns the largest magnitude, rows in parallel.
+pub fn amax(weights: &Matrix) -> f32 {
+    let [rows, cols] = weights.dims();
+    let of_row = |row: &mut Vec<f32>, i: usize| {
+        row.resize(cols, 0.0);
+        weights.decode_rows(i, row);
+        fit::amax(row)
+    };
+    (0..rows).into_par_iter().map_init(Vec::new, of_row).reduce(|| 0.0, f32::max)
 }
 
 /// Rows that one thread fits at a time.
@@ -119,13 +133,19 @@ impl Solver {
 }
 
 impl Solve for Solver {
+    type Weight = Matrix;
+
     fn cols(&self) -> usize {
         self.moments.cols
     }
 
-    fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme, global: Option<f32>) -> Result<Solved> {
-        let global = checked_global(weights, &scheme, global)?;
-        let target = corrected_target(weights, &self.moments, self.knobs.strength)?;
+    fn quantize(&self, weights: &Matrix, scheme: Scheme, global: Option<f32>) -> Result<(Solved, Matrix)> {
+        let (rows, global) = (weights.dims()[0], global_of(weights, &scheme, global));
+        let weights = weights.to_f32();
+        if let Some(at) = first_non_finite(&weights) {
+            bail!("weight {at} is {}, wanted finite numbers", weights[at]);
+        }
+        let target = corrected_target(&weights, &self.moments, self.knobs.strength)?;
         let rule = self.knobs.scale_rule;
         let mut q = fit_target(&target, self.moments.cols, scheme, global, &self.importances, rule);
         let energy = self.energy(&target, rows).max(f64::MIN_POSITIVE);
@@ -133,6 +153,7 @@ impl Solve for Solver {
         gptq(&target, &mut q, &self.feedback);
         descend(&target, &mut q, &self.damped, self.knobs.sweeps);
         let error = self.error(&q, &target) / energy;
-        Ok(Solved { q, error_nearest, error })
+        let weight = Matrix::Quantized(q.clone());
+        Ok((Solved { q, error_nearest, error }, weight))
     }
 }

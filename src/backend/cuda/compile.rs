@@ -67,6 +67,7 @@ const SOURCES: &[Source] = &[
     kernel!("divide"),
     kernel!("embed", "scheme.cuh", "decode.cuh"),
     kernel!("feedback", "scheme.cuh", "grid.cuh"),
+    kernel!("fit_power_of_two", "scheme.cuh", "grid.cuh"),
     kernel!("gather"),
     kernel!("gather_columns"),
     kernel!("matvec", "scheme.cuh", "decode.cuh"),

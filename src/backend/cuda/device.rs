@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use cudarc::driver::sys::{
     CUdevice_attribute, CUdeviceptr, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
     CUlaunchAttributeValue, CUlaunchConfig, CUmemPool_attribute, cuLaunchKernelEx,
@@ -78,6 +78,7 @@ pub struct Device {
     shared_memory: u32,
     multiprocessors: usize,
     functions: Mutex<HashMap<Kernel, CudaFunction>>,
+    staging: Mutex<Option<Staging>>,
 }
 
 impl Device {
@@ -105,6 +106,7 @@ impl Device {
             shared_memory: shared_memory as u32,
             multiprocessors: multiprocessors as usize,
             functions: Mutex::default(),
+            staging: Mutex::default(),
         })
     }
 
@@ -211,6 +213,38 @@ impl Device {
         unsafe { result::memcpy_dtoh_async(out, buffer.at(), self.stream.cu_stream()) }
             .context("copying from the GPU failed")?;
         self.synchronize()
+    }
+
+    /// Shows `count` F32 numbers of a buffer piece by piece, `piece` at a time but for the last, each with the number of its
+    /// first value. Pieces pass through page-locked memory that stays for the next time: fresh memory costs more than the
+    /// copy.
+    #[allow(unsafe_code)]
+    pub fn read_pieces(
+        &self,
+        buffer: &Buffer,
+        count: usize,
+        piece: usize,
+        see: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        ensure!(4 * count <= buffer.bytes(), "a copy past the end of a buffer");
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        if staging.as_ref().is_none_or(|staging| staging.bytes < 4 * piece) {
+            *staging = None;
+            *staging = Some(Staging::new(&self.context, 4 * piece)?);
+        }
+        let Some(staging) = staging.as_mut() else { bail!("page-locked memory was just allocated") };
+        for first in (0..count).step_by(piece) {
+            let values = staging.values(piece.min(count - first));
+            // SAFETY: the range was checked above; the copy is waited for before the values are looked at.
+            unsafe {
+                let from = buffer.at() + 4 * first as u64;
+                result::memcpy_dtoh_async(values, from, self.stream.cu_stream())
+            }
+            .context("copying from the GPU failed")?;
+            self.synchronize()?;
+            see(first, values)?;
+        }
+        Ok(())
     }
 
     /// Allocates zeros.
@@ -334,6 +368,49 @@ impl Device {
             .with_context(|| format!("kernel `{}` gets no shared memory", kernel.name))?;
         functions.insert(kernel, function.clone());
         Ok(function)
+    }
+}
+
+/// Page-locked memory of this process.
+struct Staging {
+    at: *mut f32,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: plain memory, used by whoever holds the lock around it.
+#[allow(unsafe_code)]
+unsafe impl Send for Staging {}
+
+impl Staging {
+    #[allow(unsafe_code)]
+    fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
+        context.bind_to_thread()?;
+        // SAFETY: no requirement; the memory is zeroed so that every value of it is a number.
+        let at = unsafe {
+            let at = result::malloc_host(bytes, 0).context("no page-locked memory")?;
+            std::ptr::write_bytes(at.cast::<u8>(), 0, bytes);
+            at.cast()
+        };
+        Ok(Staging { at, bytes, context: context.clone() })
+    }
+
+    /// Returns the first `count` numbers.
+    #[allow(unsafe_code)]
+    fn values(&mut self, count: usize) -> &mut [f32] {
+        assert!(4 * count <= self.bytes, "more numbers than there is memory for");
+        // SAFETY: the memory is as long as just checked, aligned to pages, initialised, and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.at, count) }
+    }
+}
+
+impl Drop for Staging {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: allocated by `new`, freed once. Errors at the end of a process help nobody.
+            unsafe { result::free_host(self.at.cast()) }.ok();
+        }
     }
 }
 

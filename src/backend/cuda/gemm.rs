@@ -3,7 +3,7 @@
 //! | [`Form`] | | w | x | y |
 //! |---|---|---|---|---|
 //! | `Linear` | y = x · wᵀ | `[out, input]` | `[n, input]` | `[n, out]` |
-//! | `Moment` | y = xᵀ · w | `[n, out]` | `[n, input]` | `[input, out]` |
+//! | `Moment` | y = xᵀ · w, parts of larger matrices | `[n, out]` | `[n, input]` | `[input, out]` |
 //! | `Plain` | y = x · w, parts of larger matrices | `[input, out]` | `[n, input]` | `[n, out]` |
 //!
 //! cuBLASLt counts columns first, so it sees every matrix transposed and multiplies w by x. Sums are F32 for F16 and F32
@@ -56,8 +56,8 @@ impl Types {
 pub enum Form {
     /// y = x · wᵀ
     Linear,
-    /// y = xᵀ · w
-    Moment,
+    /// y = xᵀ · w, with the lengths of whole rows of w, x and y.
+    Moment([usize; 3]),
     /// y = x · w, with the lengths of whole rows of w, x and y.
     Plain([usize; 3]),
 }
@@ -167,8 +167,8 @@ impl Gemm {
             Form::Linear => {
                 (layout(from, input, out, input)?, layout(from, input, n, input)?, layout(to, out, n, out)?)
             }
-            Form::Moment => {
-                (layout(from, out, n, out)?, layout(from, input, n, input)?, layout(to, out, input, out)?)
+            Form::Moment([w, x, y]) => {
+                (layout(from, out, n, w)?, layout(from, input, n, x)?, layout(to, out, input, y)?)
             }
             Form::Plain([w, x, y]) => {
                 (layout(from, out, input, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?)
@@ -176,7 +176,9 @@ impl Gemm {
         };
         let which = match form {
             Form::Linear => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-            Form::Moment | Form::Plain(_) => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB,
+            Form::Moment(_) | Form::Plain(_) => {
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB
+            }
         };
         let descriptor = result::create_matmul_desc(sums, factors)?;
         let preference = result::create_matmul_pref()?;

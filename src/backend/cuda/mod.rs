@@ -45,6 +45,7 @@ mod weight;
 use std::sync::OnceLock;
 
 use anyhow::{Result, ensure};
+use cudarc::driver::CudaContext;
 
 use self::compile::Kernel;
 use self::device::{Arg, Device, Geometry};
@@ -68,6 +69,9 @@ pub enum Precision {
     F32,
 }
 
+/// Columns of a symmetric sum that are added to together.
+const MOMENT_STRIP: usize = 2048;
+
 /// One NVIDIA GPU.
 pub struct Cuda {
     device: Device,
@@ -76,6 +80,11 @@ pub struct Cuda {
     float: Float,
     /// Opened by the first calibration.
     factorizer: OnceLock<solve::Factorizer>,
+}
+
+/// Whether there are a GPU and the libraries to use it.
+pub fn is_present() -> bool {
+    library::load_all().is_ok() && CudaContext::device_count().is_ok_and(|count| count > 0)
 }
 
 impl Cuda {
@@ -214,10 +223,20 @@ impl SecondMoments for Cuda {
             _ => (Types::Tf32, Float::F32),
         };
         let as_float = |x: &Tensor| if x.float == float { Ok(x.clone()) } else { self.cast(x, None, float) };
+        let symmetric = a.at() == b.at();
         let (a, b) = (as_float(a)?, as_float(b)?);
-        let product =
-            Product { n: a.rows, out: b.cols, input: a.cols, types, accumulate: true, form: Form::Moment };
-        self.gemm.multiply(&self.device, product, b.at(), a.at(), sum.at())
+        // Of a symmetric sum only what lies at and below the diagonal, in strips of columns.
+        let strip = if symmetric { MOMENT_STRIP } else { b.cols };
+        for first in (0..b.cols).step_by(strip) {
+            let (top, width) = (if symmetric { first } else { 0 }, strip.min(b.cols - first));
+            let form = Form::Moment([b.cols, a.cols, sum.cols]);
+            let input = a.cols - top;
+            let product = Product { n: a.rows, out: width, input, types, accumulate: true, form };
+            let part = |x: &Tensor, col: usize| x.at() + (col * x.float.bytes()) as u64;
+            let y = sum.at() + 4 * (top * sum.cols + first) as u64;
+            self.gemm.multiply(&self.device, product, part(&b, first), part(&a, top), y)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! Weights in GPU memory, as compact as the files: packed code planes and the stored scales, laid out as
 //! `kernels/decode.cuh` says. Nothing is decoded before it is used.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -57,8 +58,17 @@ impl Weight {
         );
         match matrix {
             Matrix::Dense(dense) => Ok(Self::dense(rows, cols, dense.dtype, device.upload(&dense.bytes)?)),
-            Matrix::Quantized(q) => Self::upload_packed(device, q),
+            Matrix::Quantized(q) => Self::upload_quantized(device, q),
         }
+    }
+
+    /// Returns a weight of values that are on the device already.
+    pub fn of_floats(rows: usize, cols: usize, float: Float, values: Buffer) -> Self {
+        let dtype = match float {
+            Float::F32 => Dtype::F32,
+            Float::F16 => Dtype::F16,
+        };
+        Self::dense(rows, cols, dtype, values)
     }
 
     fn dense(rows: usize, cols: usize, dtype: Dtype, values: Buffer) -> Self {
@@ -77,6 +87,24 @@ impl Weight {
         }
     }
 
+    /// Returns the values of some rows as F32, `[rows.len(), cols]`.
+    pub fn rows_as_f32(device: &Device, matrix: &Matrix, rows: Range<usize>) -> Result<Buffer> {
+        let cols = matrix.dims()[1];
+        match matrix {
+            Matrix::Dense(dense) => {
+                let width = cols * dense.dtype.bytes();
+                let values = device.upload(&dense.bytes[rows.start * width..rows.end * width])?;
+                match dense.dtype {
+                    Dtype::F32 => Ok(values),
+                    dtype => Self::dense(rows.len(), cols, dtype, values).dequantize(device, Float::F32),
+                }
+            }
+            Matrix::Quantized(q) => {
+                Self::upload_quantized(device, &q.slice_rows(rows))?.dequantize(device, Float::F32)
+            }
+        }
+    }
+
     /// Returns dense values as F16, rounded once; packed ones as they are.
     pub fn rounded_if_dense(self, device: &Device) -> Result<Self> {
         match self.stored {
@@ -88,7 +116,8 @@ impl Weight {
         }
     }
 
-    fn upload_packed(device: &Device, q: &QTensor) -> Result<Self> {
+    /// The same for codes and scales that stay with the caller.
+    pub fn upload_quantized(device: &Device, q: &QTensor) -> Result<Self> {
         let scheme = q.scheme;
         for span in [Some(scheme.group), scheme.outer.map(|(span, _)| span)].into_iter().flatten() {
             let Span::Cols(n) = span else { continue };

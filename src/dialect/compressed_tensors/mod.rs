@@ -15,6 +15,7 @@ pub mod config;
 
 use anyhow::{Context, Result, bail, ensure};
 use multiversion::multiversion;
+use rayon::prelude::*;
 
 use super::{Dialect, Part};
 use crate::container::Storage;
@@ -237,15 +238,21 @@ impl Dialect for CompressedTensors {
 }
 
 /// Two codes a byte, the even column in the low nibble.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 fn pack_nibbles(codes: &[u8]) -> Vec<u8> {
+    const PIECE: usize = 1 << 20;
     let mut bytes = vec![0; codes.len() / 2];
+    let pieces = bytes.par_chunks_mut(PIECE).zip(codes.par_chunks(2 * PIECE));
+    pieces.for_each(|(bytes, codes)| pack_nibbles_into(bytes, codes));
+    bytes
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+fn pack_nibbles_into(bytes: &mut [u8], codes: &[u8]) {
     for (byte, &pair) in bytes.iter_mut().zip(codes.as_chunks::<2>().0) {
         // As one 16-bit number, so that this becomes a shift, an or and a narrowing of whole vectors.
         let pair = u16::from_le_bytes(pair);
         *byte = (pair | pair >> 4) as u8;
     }
-    bytes
 }
 
 fn unpack_nibbles(bytes: &[u8]) -> Vec<u8> {

@@ -12,9 +12,9 @@ pub(super) fn fit(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>,
         let groups = tile.load(weights, importances, first);
         let amax = tile.amax();
         let scales = match rule {
-            ScaleRule::Floor => tile::lanes(|l| scale(byte_for(amax[l], T8))),
-            ScaleRule::Even => tile::lanes(|l| scale(byte_for(amax[l], T7))),
-            ScaleRule::T7_25 => tile::lanes(|l| scale(byte_for(amax[l], T7_25))),
+            ScaleRule::Floor | ScaleRule::Even | ScaleRule::T7_25 => {
+                tile::lanes(|l| scale(byte_for(amax[l], rule.carry())))
+            }
             ScaleRule::Search => search(&tile, &amax, importances.is_some()),
         };
         q.scales[groups.clone()].copy_from_slice(&scales[..groups.len()]);
@@ -25,6 +25,17 @@ pub(super) fn fit(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>,
 const T8: u32 = 0;
 const T7_25: u32 = 0x0018_0000;
 const T7: u32 = 0x0020_0000;
+
+impl ScaleRule {
+    /// Returns what is added to a largest magnitude's bits before its exponent is read; a search starts at the floor rule's.
+    pub(crate) fn carry(self) -> u32 {
+        match self {
+            ScaleRule::Floor | ScaleRule::Search => T8,
+            ScaleRule::Even => T7,
+            ScaleRule::T7_25 => T7_25,
+        }
+    }
+}
 
 /// Returns the byte of `ceil(log2(amax / T))`, for elements that end at 6. Within 0..=254.
 ///

@@ -1,6 +1,7 @@
 //! A matrix whose codes and scales are being chosen, in GPU memory: `struct Grids` of kernels/grid.cuh.
 
 use anyhow::{Result, ensure};
+use rayon::prelude::*;
 
 use crate::backend::cuda::compile::Kernel;
 use crate::backend::cuda::device::{Buffer, Device};
@@ -52,6 +53,21 @@ impl Grids {
         })
     }
 
+    /// Returns a matrix whose codes and scales are to be written; for schemes of codes and scales alone.
+    pub fn empty(device: &Device, scheme: Scheme, rows: usize, cols: usize) -> Result<Self> {
+        let none = || device.allocate(0);
+        Ok(Grids {
+            scheme,
+            rows,
+            cols,
+            codes: device.allocate(rows * cols)?,
+            scales: device.allocate(4 * scheme.group.count(rows, cols))?,
+            offsets: none()?,
+            outer_scales: none()?,
+            outer_offsets: none()?,
+        })
+    }
+
     /// Returns a copy on the device.
     pub fn duplicate(&self, device: &Device) -> Result<Self> {
         Ok(Grids {
@@ -66,6 +82,8 @@ impl Grids {
 
     /// Copies codes and scales back into `q`, which has the same shape.
     pub fn download(&self, device: &Device, q: &mut QTensor) -> Result<()> {
+        // Memory that is touched for the first time costs more than the copy: all threads touch it.
+        q.codes.par_chunks_mut(1 << 20).for_each(|codes| codes.fill(0));
         device.download_numbers(&self.codes, &mut q.codes)?;
         device.download_numbers(&self.scales, &mut q.scales)?;
         device.download_numbers(&self.offsets, &mut q.offsets)?;

@@ -9,7 +9,8 @@
 //! | `descent` | coordinate descent in blocks of columns |
 //! | `row_scale` | other scales for groups that are whole rows |
 //!
-//! Scales are fitted by the CPU's threads ([`fit_target`]), so that they have one definition. Everything else that is
+//! Scales are fitted by the CPU's threads ([`fit_target`]), so that they have one definition; only powers of two, which cost
+//! less than their way to the CPU, are fitted here. Everything else that is
 //! proportional to columns² is matrix products: inside a block of [`BLOCK`] columns a warp solves a row, and what a block
 //! changes reaches all other columns as one product. Factors are F64 as on the CPU; the target and GPTQ's feedback are
 //! F32; updates of descent's gradient and the reported errors run in TF32 ([`UPDATES`]). The sums' order differs from the
@@ -33,12 +34,14 @@ use self::grids::Grids;
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
 use super::gemm::{Form, Product, Types};
-use super::{Cuda, Float, Tensor};
+use super::{Cuda, Float, Tensor, Weight, macro_of};
 use crate::backend::{MomentSums, SecondMoments};
 use crate::method::mismatch::RIDGE;
-use crate::method::solve::{Knobs, Solve, Solved, checked_global, fit_target};
-use crate::scheme::{QTensor, Scheme};
-use crate::tensor::first_non_finite;
+use crate::method::solve::{Knobs, Solve, Solved, fit_target, global_of};
+use crate::num::{Codec, Element};
+use crate::scheme::fit::ScaleRule;
+use crate::scheme::{QTensor, Scheme, Span};
+use crate::tensor::Matrix;
 
 /// Columns that one kernel solves, whose coefficients fill 64 KiB of shared memory.
 const BLOCK: usize = 128;
@@ -47,6 +50,8 @@ const BLOCK: usize = 128;
 const WIDE: usize = 1024;
 /// Rows that share a block's coefficients, a warp each.
 const WARPS: usize = 16;
+/// Weights whose scales are fitted together, in page-locked memory: 32 MiB.
+const FIT_PIECE: usize = 1 << 23;
 /// Weights solved at a time.
 const SLAB: usize = 1 << 26;
 /// Arithmetic of descent's gradient updates and of reported errors. H cut to TF32 is H to 2^-11 of each entry, the same in
@@ -157,13 +162,13 @@ impl<'a> CudaSolver<'a> {
         })
     }
 
-    /// Returns what rows of a matrix are rounded towards: `weights` `[rows, cols]` are its rows from `first` on.
-    fn target(&self, weights: &[f32], first: usize) -> Result<Buffer> {
+    /// Returns what rows of a matrix are rounded towards, `[part.len(), cols]`.
+    fn target(&self, weights: &Matrix, part: Range<usize>) -> Result<Buffer> {
         let (device, cols) = (&self.cuda.device, self.cols);
-        let rows = weights.len() / cols;
-        let target = device.upload_numbers(weights)?;
+        let (first, rows, count) = (part.start, part.len(), part.len() * cols);
+        let target = Weight::rows_as_f32(device, weights, part)?;
         let Some(Correction { difference, drift, factor }) = &self.correction else { return Ok(target) };
-        let product = device.allocate(4 * weights.len())?;
+        let product = device.allocate(4 * count)?;
         let view = |buffer: &Buffer| View::of(buffer, cols, 0, 0);
         self.multiply(
             Types::F32,
@@ -173,7 +178,7 @@ impl<'a> CudaSolver<'a> {
             view(&product),
             false,
         )?;
-        let missing = device.allocate(8 * weights.len())?;
+        let missing = device.allocate(8 * count)?;
         let drift = match drift {
             Some(drift) => {
                 ensure!(drift.cols == cols && first + rows <= drift.rows, "drift of {} rows", drift.rows);
@@ -181,7 +186,7 @@ impl<'a> CudaSolver<'a> {
             }
             None => 0,
         };
-        let flat = Geometry::flat(weights.len().div_ceil(256), 256);
+        let flat = Geometry::flat(count.div_ceil(256), 256);
         device.launch(
             Kernel::new("missing", &[]),
             flat,
@@ -191,12 +196,12 @@ impl<'a> CudaSolver<'a> {
                 Arg::Pointer(drift),
                 Arg::F32(self.knobs.strength.inputs),
                 Arg::F32(self.knobs.strength.residual),
-                Arg::U64(weights.len() as u64),
+                Arg::U64(count as u64),
             ],
         )?;
         drop(product);
         self.factorizer.solve_right(device, factor, cols, &missing, rows)?;
-        let args = [Arg::Pointer(target.at()), Arg::Pointer(missing.at()), Arg::U64(weights.len() as u64)];
+        let args = [Arg::Pointer(target.at()), Arg::Pointer(missing.at()), Arg::U64(count as u64)];
         device.launch(Kernel::new("correct", &[]), flat, &args)?;
         Ok(target)
     }
@@ -249,11 +254,15 @@ impl<'a> CudaSolver<'a> {
         )
     }
 
-    /// Returns values less `target` where there is one, `[rows, cols]`; units instead of values if `what` is `UNIT`.
+    /// Returns values less `target` where there is one, F32 `[rows, cols]`; units instead of values if `what` is `UNIT`.
     fn values(&self, q: &Grids, what: &str, target: Option<&Buffer>) -> Result<Buffer> {
-        let y = self.cuda.device.allocate(4 * q.rows * q.cols)?;
+        self.values_as(q, what, target, Float::F32)
+    }
+
+    fn values_as(&self, q: &Grids, what: &str, target: Option<&Buffer>, float: Float) -> Result<Buffer> {
+        let y = self.cuda.device.allocate(float.bytes() * q.rows * q.cols)?;
         self.cuda.device.launch(
-            q.kernel("values", &[&format!("WHAT={what}")]),
+            q.kernel("values", &[&format!("WHAT={what}"), &macro_of("Y", float)]),
             by_rows(q.rows, q.cols),
             &[
                 Arg::Struct(&q.words()),
@@ -292,57 +301,118 @@ impl<'a> CudaSolver<'a> {
         Ok(damped - f64::from(self.added) * squares)
     }
 
-    /// Returns codes and scales for rows of a matrix from `first` on, with their errors' and their target's energy.
-    fn solve(&self, weights: &[f32], first: usize, scheme: Scheme, global: Option<f32>) -> Result<Part> {
-        let (device, cols) = (&self.cuda.device, self.cols);
-        let rows = weights.len() / cols;
-        let target = self.target(weights, first)?;
-        let mut values = vec![0.0f32; weights.len()];
-        device.download_numbers(&target, &mut values)?;
-        if let Some(at) = first_non_finite(&values) {
-            bail!("calibration moves weight {at} to {}; check the calibration text", values[at]);
+    /// Returns the scales that `target` `[rows, cols]` is rounded with, and the codes nearest to it.
+    fn fit(&self, target: &Buffer, rows: usize, scheme: Scheme, global: Option<f32>) -> Result<Grids> {
+        let (device, cols, rule) = (&self.cuda.device, self.cols, self.knobs.scale_rule);
+        if (scheme.element, scheme.scale, scheme.group) == (Element::E2M1, Codec::E8M0, Span::Cols(32)) {
+            return self.fit_power_of_two(target, rows, scheme);
         }
-        let mut q = fit_target(&values, cols, scheme, global, &self.importances, self.knobs.scale_rule);
-        drop(values);
-        let mut grids = Grids::upload(device, &q)?;
-        let energy = self.energy(&target, rows)?;
-        let nearest = self.energy(&self.values(&grids, "VALUE", Some(&target))?, rows)?;
+        let mut q = QTensor::zeroed(scheme, rows, cols);
+        let piece = (FIT_PIECE / cols).max(1) * cols;
+        device.read_pieces(target, rows * cols, piece, &mut |first, values| {
+            q.set_rows(first / cols, &fit_target(values, cols, scheme, global, &self.importances, rule));
+            Ok(())
+        })?;
+        Grids::upload(device, &q)
+    }
+
+    fn fit_power_of_two(&self, target: &Buffer, rows: usize, scheme: Scheme) -> Result<Grids> {
+        let device = &self.cuda.device;
+        let q = Grids::empty(device, scheme, rows, self.cols)?;
+        let importances = device.upload_numbers(&self.importances)?;
+        let rule = self.knobs.scale_rule;
+        device.launch(
+            q.kernel("fit_power_of_two", &[]),
+            Geometry { block: [32, 8], ..Geometry::flat((rows * self.cols / 32).div_ceil(8), 32) },
+            &[
+                Arg::Struct(&q.words()),
+                Arg::Pointer(target.at()),
+                Arg::Pointer(importances.at()),
+                Arg::U32(rule.carry()),
+                Arg::U32(u32::from(rule == ScaleRule::Search)),
+                Arg::U32(rows as u32),
+            ],
+        )?;
+        Ok(q)
+    }
+
+    /// Returns codes and scales for some rows of a matrix, with their errors' and their target's energy.
+    fn solve(
+        &self,
+        weights: &Matrix,
+        rows: Range<usize>,
+        scheme: Scheme,
+        global: Option<f32>,
+    ) -> Result<Part> {
+        let device = &self.cuda.device;
+        let count = rows.len();
+        let target = self.target(weights, rows)?;
+        let energy = self.energy(&target, count)?;
+        ensure!(
+            energy.is_finite(),
+            "weights or calibration inputs are not finite; check the calibration text"
+        );
+        let mut grids = self.fit(&target, count, scheme, global)?;
+        let nearest = self.energy(&self.values(&grids, "VALUE", Some(&target))?, count)?;
         self.feed_back(&target, &grids)?;
         self.descend(&target, &mut grids)?;
-        let error = self.energy(&self.values(&grids, "VALUE", Some(&target))?, rows)?;
+        let error = self.energy(&self.values(&grids, "VALUE", Some(&target))?, count)?;
+        let mut q = QTensor::zeroed(scheme, count, self.cols);
         grids.download(device, &mut q)?;
-        Ok(Part { q, energy, nearest, error })
+        let float = self.cuda.float;
+        let dense = self.values_as(&grids, "VALUE", None, float)?;
+        Ok(Part { q, energy, nearest, error, dense: Weight::of_floats(count, self.cols, float, dense) })
     }
 }
 
 /// Some rows of a solved matrix.
 struct Part {
     q: QTensor,
+    dense: Weight,
     energy: f64,
     nearest: f64,
     error: f64,
 }
 
 impl Solve for CudaSolver<'_> {
+    type Weight = Weight;
+
     fn cols(&self) -> usize {
         self.cols
     }
 
-    fn quantize(&self, weights: &[f32], rows: usize, scheme: Scheme, global: Option<f32>) -> Result<Solved> {
-        let global = checked_global(weights, &scheme, global)?;
-        let mut q = QTensor::zeroed(scheme, rows, self.cols);
-        let (mut energy, mut nearest, mut error) = (0.0, 0.0, 0.0);
-        let slab = (SLAB / self.cols).max(1);
-        for (i, weights) in weights.chunks(slab * self.cols).enumerate() {
-            let part = self.solve(weights, i * slab, scheme, global)?;
-            q.set_rows(i * slab, &part.q);
-            energy += part.energy;
-            nearest += part.nearest;
-            error += part.error;
-        }
-        let energy = energy.max(f64::MIN_POSITIVE);
-        Ok(Solved { q, error_nearest: nearest / energy, error: error / energy })
+    fn quantize(&self, weights: &Matrix, scheme: Scheme, global: Option<f32>) -> Result<(Solved, Weight)> {
+        let [rows, cols] = weights.dims();
+        ensure!(cols == self.cols, "{cols} columns for moments of {}", self.cols);
+        let global = global_of(weights, &scheme, global);
+        let slabs = pieces(0..rows, (SLAB / cols).max(1));
+        let parts =
+            slabs.map(|rows| self.solve(weights, rows, scheme, global)).collect::<Result<Vec<_>>>()?;
+        let sum = |of: fn(&Part) -> f64| parts.iter().map(of).sum::<f64>();
+        let energy = sum(|part| part.energy).max(f64::MIN_POSITIVE);
+        let (error_nearest, error) = (sum(|part| part.nearest) / energy, sum(|part| part.error) / energy);
+        let (q, dense) = match <[Part; 1]>::try_from(parts) {
+            Ok([part]) => (part.q, Some(part.dense)),
+            Err(parts) => (joined(scheme, rows, cols, &parts), None),
+        };
+        // INT8 products read codes; all others read the values, which need not be packed only to be decoded again.
+        let weight = match dense.filter(|_| (scheme.element, scheme.group) != (Element::Int(8), Span::Row)) {
+            Some(dense) => dense,
+            None => Weight::upload_quantized(&self.cuda.device, &q)?,
+        };
+        Ok((Solved { q, error_nearest, error }, weight))
     }
+}
+
+/// Returns one matrix of parts of its rows.
+fn joined(scheme: Scheme, rows: usize, cols: usize, parts: &[Part]) -> QTensor {
+    let mut q = QTensor::zeroed(scheme, rows, cols);
+    let mut first = 0;
+    for part in parts {
+        q.set_rows(first, &part.q);
+        first += part.q.rows;
+    }
+    q
 }
 
 impl Cuda {
