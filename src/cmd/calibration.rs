@@ -6,9 +6,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::artifact::file_name;
-use crate::backend::{SecondMoments, cuda};
 use crate::backend::cpu::Cpu;
 use crate::backend::footprint::Footprint;
+use crate::backend::{SecondMoments, cuda};
 use crate::calib::choose::{Choice, Effort, Search, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
 use crate::calib::imatrix::Imatrix;

@@ -1,5 +1,6 @@
 //! Writes one planned artifact: nearest codes, or calibrated ones, which an interrupted run may have begun or finished.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::time::Instant;
 
@@ -136,13 +137,15 @@ fn calibrated<B: Machine>(
     let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
     let calibration = windows.calibration(choice.settings, room);
     let progress = |weights| bar.inc(weights);
-    // For logs, where there is no bar.
-    let (started, count) = (Instant::now(), source.config.num_hidden_layers);
-    let finished_before = output.journal.layers().len();
+    // For logs, where there is no bar. What an earlier run has done says nothing of the time left.
+    let (known, count) = (output.journal.layers().len(), source.config.num_hidden_layers);
+    let started = Cell::new(Instant::now());
     let layer_done = |layer: usize| {
-        let own = (layer + 1).saturating_sub(finished_before).max(1) as u32;
-        let left = started.elapsed() / own * (count - layer - 1) as u32;
-        let (name, done) = (plan.recipe.format.name, layer + 1);
+        if layer < known {
+            return started.set(Instant::now());
+        }
+        let (done, name) = (layer + 1, plan.recipe.format.name);
+        let left = started.get().elapsed() / (done - known) as u32 * (count - done) as u32;
         printer
             .detail(format!("{name}: layer {done} of {count} is finished, about {} s left", left.as_secs()));
     };
