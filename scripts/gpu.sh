@@ -6,7 +6,9 @@
 #
 # QUANT_TEST_MODELS   model folders, `:` between them, for the whole-model part (default: none, part left out)
 # QUANT_TEST_TEXT     text for them
-# QUANT_TEST_BINARIES a folder with the test executables `parity`, `generation`, `solver`, `same_answer` and `speed`, for machines
+# QUANT_TEST_CALIBRATION  a text of at least 262,144 tokens: times the calibration of an 8B shape on it (default: none, part
+#                     left out); needs torch, and 22 GB in QUANT_TEST_SCRATCH (default: /dev/shm)
+# QUANT_TEST_BINARIES a folder with the test executables `parity`, `generation`, `solver`, `same_answer`, `speed` and `quant`, for machines
 #                     without cargo; built here otherwise
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -47,6 +49,28 @@ if [ -n "${QUANT_TEST_MODELS:-}" ]; then
         echo
     } >>"$table"
     "$(binary same_answer)" --ignored --nocapture >>"$table" 2>&1 || failed=1
+fi
+
+if [ -n "${QUANT_TEST_CALIBRATION:-}" ]; then
+    scratch=$(mktemp -d "${QUANT_TEST_SCRATCH:-/dev/shm}/quant.XXXXXX")
+    trap 'rm -rf "$scratch"' EXIT
+    quant=${QUANT_TEST_BINARIES:+$QUANT_TEST_BINARIES/quant}
+    [ -n "$quant" ] || { cargo build --release --locked --quiet && quant=target/release/quant; }
+    python3 scripts/random_llama.py "$scratch/8b" eval/tiny-llama
+    {
+        echo
+        echo "## Calibration: 8B shape to MXFP4, 128 x 2048 tokens, whole processes"
+        echo
+        echo "| effort | seconds |"
+        echo "|---|---|"
+    } >>"$table"
+    for effort in fast balanced; do
+        start=$(date +%s%N)
+        "$quant" convert "$scratch/8b" --format mxfp4 --method gptq --effort $effort --device cuda:0 --calib "$QUANT_TEST_CALIBRATION" \
+            --calib-tokens 262144 --calib-ctx 2048 --no-validate -o "$scratch/$effort" >&2 || failed=1
+        echo "| $effort | $((($(date +%s%N) - start) / 1000000000)) |" >>"$table"
+        rm -rf "${scratch:?}/$effort"
+    done
 fi
 
 {

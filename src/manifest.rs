@@ -118,6 +118,12 @@ pub enum TensorRecord {
         /// How strongly its input was smoothed: the α of SmoothQuant or AWQ.
         #[serde(skip_serializing_if = "Option::is_none")]
         smoothing: Option<f32>,
+        /// Damping that its inputs' second moments needed, relative to their mean diagonal, where that was more than asked.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raised_damp: Option<f32>,
+        /// Whether it has the nearest codes after all, since calibrated ones were worse.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        kept_nearest: bool,
         /// The scheme that was asked for and does not fit this tensor.
         #[serde(skip_serializing_if = "Option::is_none")]
         fallback_from: Option<String>,
@@ -388,6 +394,8 @@ mod tests {
             error: 0.0125,
             error_nearest: None,
             smoothing: None,
+            raised_damp: None,
+            kept_nearest: false,
             fallback_from: None,
         };
         let hashes = |names: &[&str]| names.iter().map(|name| (name.to_string(), "ab".repeat(32))).collect();

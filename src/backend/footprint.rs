@@ -94,9 +94,9 @@ impl Footprint for Cuda {
         4 * (1 << 27).max(256 * vocab as u64)
     }
 
-    /// As `cuda/solve` says: a matrix `[cols, cols]` more in F32 and one in F64, and 28 bytes a weight of a slab.
+    /// As `cuda/solve` says: a matrix `[cols, cols]` more in F32 and one in F64, and 33 bytes a weight of a slab.
     fn solver_bytes(&self, rows: u64, cols: u64) -> u64 {
-        12 * cols * cols + 28 * (rows * cols).min(1 << 26)
+        12 * cols * cols + 33 * (rows * cols).min(1 << 26)
     }
 }
 

@@ -19,7 +19,7 @@ use super::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_column
 use super::sums::{Sums, sampled_rows};
 use crate::backend::parked::{Parked, Room};
 use crate::backend::{Batch, MomentSums, SecondMoments};
-use crate::method::solve::{self, Solve, Solved};
+use crate::method::solve::{self, Deviation, Solve, Solved};
 use crate::model::TensorSource;
 use crate::model::block::{Half, Layer, LayerConstants};
 use crate::model::config::Config;
@@ -62,6 +62,8 @@ pub trait FinishedLayers {
 }
 
 /// What is finished.
+// A handful exist at a time.
+#[allow(clippy::large_enum_variant)]
 pub enum Finished {
     /// Codes and scales.
     Quantized(Calibrated),
@@ -107,7 +109,8 @@ pub fn calibrate<B: SecondMoments>(
 ) -> Result<Option<f64>> {
     let constants = LayerConstants::new(config);
     let room = Room::new(request.room);
-    let mut run = Run { backend, config, constants, request, chunks: Vec::new(), room, emit };
+    let mut run =
+        Run { backend, config, constants, request, chunks: Vec::new(), room, done: Vec::new(), emit };
     let table = quantized_embeddings(&mut run, source)?;
     run.embed(source, table)?;
     Streamed::new(config, source)?.each_layer(backend, &mut |layer, full| {
@@ -118,7 +121,8 @@ pub fn calibrate<B: SecondMoments>(
             None => run.layer(source, layer, full, &mut quantized),
         }
         .with_context(|| format!("layer {layer}"))?;
-        (run.emit)(Finished::Layer(layer))
+        run.done.push(Finished::Layer(layer));
+        Ok(())
     })?;
     run.head(source)
 }
@@ -144,6 +148,8 @@ struct Run<'a, B: SecondMoments> {
     chunks: Vec<Chunk<B>>,
     /// What the streams leave of the device's memory.
     room: Room,
+    /// What is finished and not emitted yet.
+    done: Vec<Finished>,
     emit: Emit<'a>,
 }
 
@@ -157,8 +163,9 @@ fn quantized_embeddings<B: SecondMoments>(
     let weight = source.read(id)?;
     let [rows, cols] = weight.dims();
     let q = fit(scheme, &weight.to_f32(), rows, cols, None, run.request.settings.scale_rule);
-    let solved = Solved { q: q.clone(), error_nearest: f64::NAN, error: f64::NAN };
-    (run.emit)(Finished::Quantized(Calibrated { id, solved, tokens: 0, smoothing: None }))?;
+    let solved =
+        Solved { q: q.clone(), error_nearest: f64::NAN, error: f64::NAN, deviation: Deviation::default() };
+    run.done.push(Finished::Quantized(Calibrated { id, solved, tokens: 0, smoothing: None }));
     Ok(Some(q))
 }
 
@@ -294,7 +301,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 }
                 Finished::Layer(_) => {}
             }
-            (self.emit)(tensor)?;
+            self.done.push(tensor);
         }
         for Chunk { batch, full: stream, quantized: other, .. } in &mut self.chunks {
             for (stream, layer) in [(stream, full), (other, &*quantized)] {
@@ -312,6 +319,11 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         linear.weight = weight;
         linear.activations = self.request.activations;
         Ok(())
+    }
+
+    /// Emits what is finished. Called where a device still has sums to work on, so that it need not wait for files.
+    fn emit_done(&mut self) -> Result<()> {
+        self.done.drain(..).try_for_each(|done| (self.emit)(done))
     }
 
     /// Returns the weights of a layer's linears of these roles with their schemes, those that are quantized.
@@ -369,7 +381,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         };
         let values = factors.fold(&stored).to_f32();
         *gain = self.backend.tensor(1, cols, &values)?;
-        (self.emit)(Finished::Rewritten(norm, values))?;
+        self.done.push(Finished::Rewritten(norm, values));
         Ok(factors)
     }
 
@@ -384,6 +396,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         inner: Option<&Factors>,
         quantized: &mut Layer<B>,
     ) -> Result<()> {
+        self.emit_done()?;
         let wanted = self.wanted(layer, roles);
         let norm = match roles[0] {
             Role::Q => Some((Role::AttnNorm, &mut quantized.attn_norm)),
@@ -395,7 +408,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         if wanted.len() < roles.len() {
             if let Some((norm, _)) = norm {
                 // Something behind it stays as it is, and so does the norm.
-                (self.emit)(Finished::Rewritten(norm, source.read(norm)?.to_f32()))?;
+                self.done.push(Finished::Rewritten(norm, source.read(norm)?.to_f32()));
             }
             if wanted.is_empty() {
                 return Ok(());
@@ -459,7 +472,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 solver.quantize(&weights, scheme, global).with_context(|| format!("{id}"))?;
             self.exchange(id, weight, quantized)?;
             let smoothing = factors.map(|factors| factors.strength);
-            (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing }))?;
+            self.done.push(Finished::Quantized(Calibrated { id, solved, tokens, smoothing }));
         }
         Ok(())
     }
@@ -489,10 +502,11 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 let tokens = sums.moments.tokens;
                 let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;
                 let (solved, quantized) = solver.quantize(&weight, scheme, None)?;
-                (self.emit)(Finished::Quantized(Calibrated { id, solved, tokens, smoothing: None }))?;
+                self.done.push(Finished::Quantized(Calibrated { id, solved, tokens, smoothing: None }));
                 Some(quantized)
             }
         };
+        self.emit_done()?;
         self.divergence(&gain, &full, quantized.as_ref().unwrap_or(&full))
     }
 

@@ -1,6 +1,5 @@
 //! Writes one planned artifact: nearest codes, or calibrated ones, which an interrupted run may have begun or finished.
 
-use std::cell::Cell;
 use std::path::Path;
 use std::time::Instant;
 
@@ -47,6 +46,7 @@ pub fn write(
             measure::on_named_device(&args.source.device, args.protocol.precise, printer.silent(), work)?
         }
     };
+    report_deviations(task.plan.recipe.format.name, &task.plan, &costs, printer);
     for (step, cost) in task.plan.steps.iter().zip(costs) {
         let record = record(&task.plan, step, cost);
         printer.detail(detail(task.plan.recipe.format.name, step, cost));
@@ -137,15 +137,13 @@ fn calibrated<B: Machine>(
     let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
     let calibration = windows.calibration(choice.settings, room);
     let progress = |weights| bar.inc(weights);
-    // For logs, where there is no bar. What an earlier run has done says nothing of the time left.
-    let (known, count) = (output.journal.layers().len(), source.config.num_hidden_layers);
-    let started = Cell::new(Instant::now());
+    // For logs, where there is no bar.
+    let (started, count) = (Instant::now(), source.config.num_hidden_layers);
+    let finished_before = output.journal.layers().len();
     let layer_done = |layer: usize| {
-        if layer < known {
-            return started.set(Instant::now());
-        }
-        let (done, name) = (layer + 1, plan.recipe.format.name);
-        let left = started.get().elapsed() / (done - known) as u32 * (count - done) as u32;
+        let own = (layer + 1).saturating_sub(finished_before).max(1) as u32;
+        let left = started.elapsed() / own * (count - layer - 1) as u32;
+        let (name, done) = (plan.recipe.format.name, layer + 1);
         printer
             .detail(format!("{name}: layer {done} of {count} is finished, about {} s left", left.as_secs()));
     };
@@ -202,6 +200,26 @@ impl Task {
     }
 }
 
+/// Says how many matrices calibration could not treat as asked.
+fn report_deviations(format: &str, plan: &Plan, costs: &[Cost], printer: Printer) {
+    let raised: Vec<f32> = costs.iter().filter_map(|cost| cost.deviation.raised_damp).collect();
+    if let Some(most) = raised.iter().copied().reduce(f32::max) {
+        printer.note(format!(
+            "note: {format}: damping rose, to {most} at most, for {} matrices whose inputs depend on each other",
+            raised.len()
+        ));
+    }
+    let nearest = plan.steps.iter().zip(costs).filter(|(_, cost)| cost.deviation.kept_nearest);
+    let nearest: Vec<String> = nearest.map(|(step, _)| step.id.to_string()).collect();
+    if let Some(first) = nearest.first() {
+        printer.note(format!(
+            "note: {format}: {} matrices keep their nearest codes, since calibrated ones were worse: {first}{}",
+            nearest.len(),
+            if nearest.len() > 1 { ", …" } else { "" }
+        ));
+    }
+}
+
 /// One line about a quantized tensor for `--verbose`.
 fn detail(format: &str, step: &Step, cost: Cost) -> String {
     let nearest = cost.error_nearest.map_or(String::new(), |e| format!(", nearest codes {:.3} %", 100.0 * e));
@@ -230,6 +248,8 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
             error: cost.error,
             error_nearest: cost.error_nearest,
             smoothing: cost.smoothing,
+            raised_damp: cost.deviation.raised_damp,
+            kept_nearest: cost.deviation.kept_nearest,
             fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.name.to_string()),
         },
     }

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::journal::{FinishedLayer, FinishedTensor, Journal, Outcome};
 use super::stream::stream;
@@ -61,9 +61,14 @@ pub fn convert_calibrated<B: SecondMoments>(
             }
             Finished::Quantized(Calibrated { id, solved, tokens, smoothing }) => {
                 let step = &plan.steps[place[&id]];
-                let (error, error_nearest) = (solved.error, solved.error_nearest);
+                let Solved { error, error_nearest, deviation, .. } = solved;
+                ensure!(
+                    !(deviation.kept_nearest && plan.recipe.no_fallback),
+                    "`{id}` ends with the codes nearest to its weights, since calibrated ones were worse; give more \
+                     `--calib-tokens`, or leave `--no-fallback` away"
+                );
                 costs[place[&id]] = match error.is_finite() {
-                    true => Cost { error, error_nearest: Some(error_nearest), smoothing },
+                    true => Cost { error, error_nearest: Some(error_nearest), smoothing, deviation },
                     // Embeddings have no input to weigh errors with.
                     false => {
                         let weights = source.read(id)?.to_f32();
@@ -73,7 +78,7 @@ pub fn convert_calibrated<B: SecondMoments>(
                 let parts = pack(solved.q, plan, step)?;
                 write_rows(plan, sink, step, 0..step.rows(), &parts)?;
                 progress((step.rows() * step.cols()) as u64);
-                (step, Some(Outcome { error, error_nearest, tokens, smoothing }))
+                (step, Some(Outcome { error, error_nearest, tokens, smoothing, deviation }))
             }
         };
         if step.id.layer.is_some() {
@@ -154,8 +159,12 @@ impl Recovery<'_> {
                 floats_from_bytes(dtype, &parts[0], &mut values);
                 Finished::Rewritten(step.id, values)
             }
-            (Action::Quantize(scheme), Some(Outcome { error, error_nearest, tokens, smoothing })) => {
-                let solved = Solved { q: unpack(scheme, &parts, plan, step)?, error, error_nearest };
+            (
+                Action::Quantize(scheme),
+                Some(Outcome { error, error_nearest, tokens, smoothing, deviation }),
+            ) => {
+                let q = unpack(scheme, &parts, plan, step)?;
+                let solved = Solved { q, error, error_nearest, deviation };
                 Finished::Quantized(Calibrated { id: step.id, solved, tokens, smoothing })
             }
             _ => bail!("the journal says of `{}` what the plan does not", tensor.name),

@@ -18,6 +18,7 @@ use super::Cost;
 use crate::calib::choose::Trial;
 use crate::container::leftovers::{JOURNAL, KEY_CHARACTERS};
 use crate::container::output::{partial_path, remove};
+use crate::method::solve::Deviation;
 
 /// One line.
 #[derive(Serialize, Deserialize)]
@@ -69,6 +70,7 @@ pub struct Outcome {
     pub error_nearest: f64,
     pub tokens: usize,
     pub smoothing: Option<f32>,
+    pub deviation: Deviation,
 }
 
 /// The journal of one output.

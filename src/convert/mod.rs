@@ -14,6 +14,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::container::Sink;
+use crate::method::solve::Deviation;
 use crate::plan::{Plan, Step};
 use crate::scheme::{QTensor, Scheme};
 use crate::tensor::{Dtype, bytes_from_floats};
@@ -30,6 +31,9 @@ pub struct Cost {
     pub error_nearest: Option<f64>,
     /// How strongly its input was smoothed (the α of [`crate::calib::smoothing`]).
     pub smoothing: Option<f32>,
+    /// What calibration did not do as asked.
+    #[serde(default)]
+    pub deviation: Deviation,
 }
 
 /// Writes what the plan alone decides: computed tensors and parts of fixed content.

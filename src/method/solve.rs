@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::descent::descend;
 use super::gptq::{Feedback, gptq};
@@ -34,6 +35,18 @@ pub struct Solved {
     pub error_nearest: f64,
     /// The same for the codes chosen.
     pub error: f64,
+    /// What was not done as asked.
+    pub deviation: Deviation,
+}
+
+/// Where calibrating a matrix did not go as asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Deviation {
+    /// Damping that the Hessian needed, relative to its mean diagonal, where what was asked for did not make it positive
+    /// definite.
+    pub raised_damp: Option<f32>,
+    /// Whether these are the nearest codes after all, since those chosen were worse.
+    pub kept_nearest: bool,
 }
 
 /// Chooses the codes of the linears that read one input, on any device. [`Solver`] is the definition.
@@ -104,7 +117,15 @@ pub struct Solver {
     importances: Vec<f32>,
     feedback: Feedback,
     damped: Vec<f32>,
+    raised_damp: Option<f32>,
     knobs: Knobs,
+}
+
+impl Knobs {
+    /// Returns the damping to begin with for moments of that many columns per token.
+    pub(crate) fn first_damp(&self, scarcity: f32) -> f32 {
+        (self.damp + scarcity.min(1.0)).max(1e-6)
+    }
 }
 
 impl Solver {
@@ -113,9 +134,11 @@ impl Solver {
     /// # Errors
     /// If the moments are not finite.
     pub fn new(moments: Moments, knobs: Knobs) -> Result<Self> {
-        let feedback = Feedback::new(&moments, knobs.damp + moments.scarcity().min(1.0))?;
-        let damped = moments.damped(feedback.damp);
-        Ok(Solver { importances: moments.importances(), feedback, damped, moments, knobs })
+        let asked = knobs.first_damp(moments.scarcity());
+        let feedback = Feedback::new(&moments, asked)?;
+        let raised_damp = (feedback.damp != asked).then_some(feedback.damp);
+        let (damped, importances) = (moments.damped(feedback.damp), moments.importances());
+        Ok(Solver { importances, feedback, damped, raised_damp, moments, knobs })
     }
 
     fn error(&self, q: &QTensor, target: &[f32]) -> f64 {
@@ -150,10 +173,60 @@ impl Solve for Solver {
         let mut q = fit_target(&target, self.moments.cols, scheme, global, &self.importances, rule);
         let energy = self.energy(&target, rows).max(f64::MIN_POSITIVE);
         let error_nearest = self.error(&q, &target) / energy;
+        let nearest = q.clone();
         gptq(&target, &mut q, &self.feedback);
         descend(&target, &mut q, &self.damped, self.knobs.sweeps);
-        let error = self.error(&q, &target) / energy;
+        let mut error = self.error(&q, &target) / energy;
+        let kept_nearest = error > error_nearest;
+        if kept_nearest {
+            (q, error) = (nearest, error_nearest);
+        }
+        let deviation = Deviation { raised_damp: self.raised_damp, kept_nearest };
         let weight = Matrix::Quantized(q.clone());
-        Ok((Solved { q, error_nearest, error }, weight))
+        Ok((Solved { q, error_nearest, error, deviation }, weight))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::method::testing::Random;
+    use crate::scheme::schemes::Q4_0;
+    use crate::tensor::Dense;
+
+    const KNOBS: Knobs = Knobs {
+        strength: Strength { inputs: 0.0, residual: 0.0 },
+        damp: 0.01,
+        sweeps: 2,
+        scale_rule: ScaleRule::Search,
+    };
+
+    fn solve(moments: Moments, knobs: Knobs) -> Solved {
+        let weights = Random::new(3).normal(8 * moments.cols);
+        let weights = Matrix::Dense(Dense::from_f32(vec![8, moments.cols], &weights));
+        Solver::new(moments, knobs).unwrap().quantize(&weights, Q4_0, None).unwrap().0
+    }
+
+    #[test]
+    fn damping_that_had_to_rise_is_told() {
+        let mut moments = Moments::new(64);
+        moments.tokens = 1 << 20;
+        (0..64).for_each(|col| moments.hessian[col * 65] = 1.0);
+        assert_eq!(solve(moments.clone(), KNOBS).deviation, Deviation::default());
+        // Eigenvalue -0.05: a hundredth of the diagonal does not lift it, a tenth does.
+        (moments.hessian[1], moments.hessian[64]) = (1.05, 1.05);
+        let raised = solve(moments, KNOBS).deviation.raised_damp.unwrap();
+        assert!((raised - 0.1).abs() < 1e-3, "{raised}");
+    }
+
+    #[test]
+    fn nearest_codes_stay_where_calibrated_ones_are_worse() {
+        let mut moments = Moments::new(128);
+        moments.tokens = 1 << 20;
+        (0..128).for_each(|col| moments.hessian[col * 129] = if col % 32 == 0 { 1e6 } else { 1.0 });
+        // So much damping hides which columns matter: descent leaves the scales that were fitted to them.
+        let solved = solve(moments, Knobs { damp: 1e6, ..KNOBS });
+        assert!(solved.deviation.kept_nearest);
+        assert_eq!(solved.error, solved.error_nearest);
     }
 }

@@ -322,10 +322,15 @@ impl Backend for Cuda {
     }
 
     fn read(&self, x: &Tensor) -> Result<Vec<f32>> {
-        let x = if x.float == Float::F32 { x.clone() } else { self.cast(x, None, Float::F32)? };
         let mut values = vec![0.0; x.count()];
-        self.device.download_numbers(x.buffer(), &mut values)?;
+        self.read_into(x, &mut values)?;
         Ok(values)
+    }
+
+    fn read_into(&self, x: &Tensor, out: &mut [f32]) -> Result<()> {
+        ensure!(x.count() == out.len(), "{} values into memory for {}", x.count(), out.len());
+        let x = if x.float == Float::F32 { x.clone() } else { self.cast(x, None, Float::F32)? };
+        self.device.download_numbers(x.buffer(), out)
     }
 
     fn select_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {

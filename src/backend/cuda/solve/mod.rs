@@ -17,7 +17,7 @@
 //! CPU's, so codes differ where two are nearly as good.
 //!
 //! In memory at a time: two matrices `[cols, cols]` of F32 (three with the mismatch correction) and one of F64, and about
-//! 28 bytes for each of at most [`SLAB`] weights.
+//! 33 bytes for each of at most [`SLAB`] weights.
 
 mod descent;
 mod factor;
@@ -37,7 +37,7 @@ use super::gemm::{Form, Product, Types};
 use super::{Cuda, Float, Tensor, Weight, macro_of};
 use crate::backend::{MomentSums, SecondMoments};
 use crate::method::mismatch::RIDGE;
-use crate::method::solve::{Knobs, Solve, Solved, fit_target, global_of};
+use crate::method::solve::{Deviation, Knobs, Solve, Solved, fit_target, global_of};
 use crate::num::{Codec, Element};
 use crate::scheme::fit::ScaleRule;
 use crate::scheme::{QTensor, Scheme, Span};
@@ -88,6 +88,7 @@ pub struct CudaSolver<'a> {
     /// Of feedback, `[cols, cols]`.
     coefficients: Buffer,
     correction: Option<Correction>,
+    raised_damp: Option<f32>,
 }
 
 /// What the mismatch correction needs.
@@ -121,7 +122,8 @@ impl<'a> CudaSolver<'a> {
         order.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]).then(a.cmp(&b)));
         let order = cuda.device.upload_numbers(&order)?;
         let wide = cuda.device.allocate(8 * cols * cols)?;
-        let mut damp = (knobs.damp + scarcity.min(1.0)).max(1e-6);
+        let asked = knobs.first_damp(scarcity);
+        let mut damp = asked;
         loop {
             cuda.widen(&wide, &hessian, Some(&order), added(damp))?;
             if factorizer.factor(&cuda.device, &wide, cols)? {
@@ -159,6 +161,7 @@ impl<'a> CudaSolver<'a> {
             order,
             coefficients,
             correction,
+            raised_damp: (damp != asked).then_some(damp),
         })
     }
 
@@ -354,14 +357,26 @@ impl<'a> CudaSolver<'a> {
         );
         let mut grids = self.fit(&target, count, scheme, global)?;
         let nearest = self.energy(&self.values(&grids, "VALUE", Some(&target))?, count)?;
+        let nearest_grids = grids.duplicate(device)?;
         self.feed_back(&target, &grids)?;
         self.descend(&target, &mut grids)?;
-        let error = self.energy(&self.values(&grids, "VALUE", Some(&target))?, count)?;
+        let mut error = self.energy(&self.values(&grids, "VALUE", Some(&target))?, count)?;
+        let kept_nearest = error > nearest;
+        if kept_nearest {
+            (grids, error) = (nearest_grids, nearest);
+        }
         let mut q = QTensor::zeroed(scheme, count, self.cols);
         grids.download(device, &mut q)?;
         let float = self.cuda.float;
         let dense = self.values_as(&grids, "VALUE", None, float)?;
-        Ok(Part { q, energy, nearest, error, dense: Weight::of_floats(count, self.cols, float, dense) })
+        Ok(Part {
+            q,
+            energy,
+            nearest,
+            error,
+            kept_nearest,
+            dense: Weight::of_floats(count, self.cols, float, dense),
+        })
     }
 }
 
@@ -372,6 +387,7 @@ struct Part {
     energy: f64,
     nearest: f64,
     error: f64,
+    kept_nearest: bool,
 }
 
 impl Solve for CudaSolver<'_> {
@@ -391,6 +407,8 @@ impl Solve for CudaSolver<'_> {
         let sum = |of: fn(&Part) -> f64| parts.iter().map(of).sum::<f64>();
         let energy = sum(|part| part.energy).max(f64::MIN_POSITIVE);
         let (error_nearest, error) = (sum(|part| part.nearest) / energy, sum(|part| part.error) / energy);
+        let kept_nearest = parts.iter().any(|part| part.kept_nearest);
+        let deviation = Deviation { raised_damp: self.raised_damp, kept_nearest };
         let (q, dense) = match <[Part; 1]>::try_from(parts) {
             Ok([part]) => (part.q, Some(part.dense)),
             Err(parts) => (joined(scheme, rows, cols, &parts), None),
@@ -400,7 +418,7 @@ impl Solve for CudaSolver<'_> {
             Some(dense) => dense,
             None => Weight::upload_quantized(&self.cuda.device, &q)?,
         };
-        Ok((Solved { q, error_nearest, error }, weight))
+        Ok((Solved { q, error_nearest, error, deviation }, weight))
     }
 }
 
