@@ -2,7 +2,7 @@
 //! beside it.
 //!
 //! Per layer and in order: q, k, v → o → gate, up → down. Each stage sums the second moments of its input in both
-//! streams ([`Moments`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
+//! streams ([`MomentSums`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
 //! they changed. In memory at a time: the residual streams of both models ([`Parked`], so that the device need not hold
 //! them), one layer of each and the next one, one stage's moments, and as many inputs of o and down as there is room for; the others are
 //! computed again once their linear is quantized. [`super::memory`] counts it.
