@@ -79,7 +79,7 @@ const INPUT_SMOOTHING: [Change; 3] = [
 ];
 const INNER_SMOOTHING: [Change; 2] = [
     ("smoothing of down off", |s| s.inner_smoothing = Smoothing::Off),
-    ("smoothing of down 0.6", |s| s.inner_smoothing = Smoothing::Fixed(0.6)),
+    ("smoothing of down 0.3", |s| s.inner_smoothing = Smoothing::Fixed(0.3)),
 ];
 
 /// What a search knows and who hears of it.
