@@ -7,7 +7,7 @@ pub mod cuda;
 pub mod footprint;
 pub mod parked;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use crate::method::solve::{Knobs, Solve};
 use crate::model::kv_cache::KvCache;
@@ -106,11 +106,14 @@ pub trait Backend: Sync {
     /// Copies activations back as F32, row-major.
     fn read(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 
-    /// The same into memory that is there, as many values as `x` has.
-    fn read_into(&self, x: &Self::Tensor, out: &mut [f32]) -> Result<()> {
+    /// The same into a vector that is there and, where it is as long already, keeps its memory.
+    fn read_into(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()> {
         let values = self.read(x)?;
-        ensure!(values.len() == out.len(), "{} values into memory for {}", values.len(), out.len());
-        out.copy_from_slice(&values);
+        if values.len() == out.len() {
+            out.copy_from_slice(&values);
+        } else {
+            *out = values;
+        }
         Ok(())
     }
 

@@ -115,6 +115,20 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_may_lose_rows_wherever_it_waits() {
+        for place in [Place::Device, Place::Host] {
+            let x = Cpu.tensor(3, 2, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+            let mut parked = Parked::<Cpu>::new(&Cpu, place, x, 2).unwrap();
+            let last = |x: &mut _| {
+                *x = Cpu.select_rows(x, &[2])?;
+                Ok(())
+            };
+            parked.update(&Cpu, last).unwrap();
+            assert_eq!(Cpu.read(&parked.get(&Cpu).unwrap()).unwrap(), [5.0, 6.0], "{place:?}");
+        }
+    }
+
+    #[test]
     fn room_is_given_until_it_is_gone() {
         let mut room = Room::new(Some(10));
         assert_eq!([6, 5, 4].map(|bytes| room.place(bytes)), [Place::Device, Place::Host, Place::Device]);

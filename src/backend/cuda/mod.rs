@@ -327,8 +327,8 @@ impl Backend for Cuda {
         Ok(values)
     }
 
-    fn read_into(&self, x: &Tensor, out: &mut [f32]) -> Result<()> {
-        ensure!(x.count() == out.len(), "{} values into memory for {}", x.count(), out.len());
+    fn read_into(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        out.resize(x.count(), 0.0);
         let x = if x.float == Float::F32 { x.clone() } else { self.cast(x, None, Float::F32)? };
         self.device.download_numbers(x.buffer(), out)
     }
