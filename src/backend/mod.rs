@@ -11,6 +11,7 @@ use anyhow::Result;
 
 use crate::method::solve::{Knobs, Solve};
 use crate::model::kv_cache::KvCache;
+pub use crate::model::rope::Rope;
 use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
@@ -36,13 +37,6 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Scores are multiplied with this, usually `head_dim^-½`.
     pub scale: f32,
-}
-
-/// Rotary embedding in the Hugging Face arrangement: element `i` of a head's first half pairs with `i` of its second.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Angle per position of each pair, `[head_dim / 2]`, scaling already applied.
-    pub inverse_frequencies: Vec<f32>,
 }
 
 /// What the loss head reports for one scored position.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::calibration::{self, Windows};
 use super::measure::{self, Request};
-use super::write::write;
+use super::write::{Task, write};
 use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
 use crate::backend::cpu::Cpu;
@@ -24,16 +24,6 @@ use crate::output::{self, Printer, Unit};
 use crate::plan::Plan;
 use crate::recipe::{Method, Recipe};
 use crate::scheme::Span;
-
-/// One artifact: what was asked, what was decided, where it goes.
-pub struct Task {
-    pub plan: Plan,
-    pub artifact: Artifact,
-    pub manifest: Manifest,
-    pub out: PathBuf,
-    /// Of a calibrated output that is written but not yet measured.
-    pub journal: Option<Journal>,
-}
 
 /// Runs the whole pipeline for every format.
 pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {

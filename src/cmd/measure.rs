@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
 use super::questions::Questions;
-use crate::artifact::file_name;
+use super::subject::{about, kinds, load, subject, variants};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Precision};
@@ -407,46 +407,10 @@ fn stream(checkpoint: &Checkpoint) -> Result<Streamed<'_, Checkpoint>> {
     Streamed::new(&checkpoint.config, checkpoint).with_context(|| format!("{}", checkpoint.path.display()))
 }
 
-pub fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Result<Model<B>> {
-    Model::load(backend, &checkpoint.config, checkpoint)
-        .with_context(|| format!("{}", checkpoint.path.display()))
-}
-
 /// Returns a hash of everything that decides what a model computes.
 fn content_hash(checkpoint: &Checkpoint) -> Result<String> {
     let files: Vec<&Path> = checkpoint.weight_files().collect();
     let mut hashes = files.par_iter().map(|file| manifest::hash_file(file)).collect::<Result<Vec<_>>>()?;
     hashes.extend(checkpoint.config_json().map(str::to_string));
     Ok(hashes.join("\n"))
-}
-
-fn about(checkpoint: &Checkpoint) -> About {
-    About {
-        name: file_name(&checkpoint.path),
-        format: checkpoint.format_name(),
-        bytes: checkpoint.total_bytes(),
-        bits_per_weight: checkpoint.bits_per_weight(),
-    }
-}
-
-pub fn subject<'a, M>(checkpoint: &Checkpoint, model: &'a M) -> Subject<'a, M> {
-    let About { name, format, bytes, bits_per_weight } = about(checkpoint);
-    Subject { name, format, bytes, bits_per_weight, model, kv_cache: KvCache::Exact }
-}
-
-/// The exact cache, and those that were asked for.
-fn kinds(kv_caches: &[KvCache]) -> impl Iterator<Item = KvCache> {
-    [KvCache::Exact].into_iter().chain(kv_caches.iter().copied())
-}
-
-/// Returns a model with every cache.
-pub fn variants<'a, M>(
-    kv_caches: &[KvCache],
-    checkpoint: &Checkpoint,
-    model: &'a M,
-) -> impl Iterator<Item = Subject<'a, M>> {
-    kinds(kv_caches).map(move |kv_cache| {
-        let About { name, format, bytes, bits_per_weight } = about(checkpoint).with_cache(kv_cache);
-        Subject { name, format, bytes, bits_per_weight, model, kv_cache }
-    })
 }

@@ -12,6 +12,7 @@ mod plan_report;
 mod questions;
 mod sensitivity;
 mod show;
+mod subject;
 mod write;
 
 use std::path::PathBuf;

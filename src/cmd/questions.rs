@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use super::measure::{load, subject, variants};
+use super::subject::{load, subject, variants};
 use crate::checkpoint::Checkpoint;
 use crate::cli::QuestionArgs;
 use crate::eval::Report;

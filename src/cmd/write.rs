@@ -1,14 +1,14 @@
 //! Writes one planned artifact: nearest codes, or calibrated ones, which an interrupted run may have begun or finished.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::Value;
 
 use super::calibration::Windows;
-use super::convert::Task;
 use super::measure::{self, WithBackend};
+use crate::artifact::Artifact;
 use crate::calib::imatrix::Imatrix;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
@@ -16,10 +16,20 @@ use crate::container::{Opening, leftovers};
 use crate::convert::journal::{self, FinishedOutput, Journal};
 use crate::convert::{self, Cost, Output};
 use crate::eval::speed::Machine;
-use crate::manifest::{self, SchemeRecord, TensorRecord};
+use crate::manifest::{self, Manifest, SchemeRecord, TensorRecord};
 use crate::num::Codec;
 use crate::output::{Printer, Unit};
 use crate::plan::{Action, Plan, Step};
+
+/// One artifact: what was asked, what was decided, where it goes.
+pub struct Task {
+    pub plan: Plan,
+    pub artifact: Artifact,
+    pub manifest: Manifest,
+    pub out: PathBuf,
+    /// Of a calibrated output that is written but not yet measured.
+    pub journal: Option<Journal>,
+}
 
 /// Writes one artifact and records what became of every tensor.
 pub fn write(

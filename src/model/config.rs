@@ -4,12 +4,10 @@
 //! `Qwen2Config`, `Qwen3Config`). Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (transformers 4) and
 //! `rope_parameters` (transformers 5).
 
-use std::f64::consts::PI;
-
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::backend::Rope;
+use super::rope::{Rope, RopeScaling};
 use crate::names::{Role, TensorId};
 
 /// The decoder families that share one forward pass; differences are flags of [`Config`], never names in the pass.
@@ -29,31 +27,6 @@ const ARCHITECTURES: [(Architecture, &str, &str); 4] = [
     (Architecture::Qwen2, "Qwen2ForCausalLM", "qwen2"),
     (Architecture::Qwen3, "Qwen3ForCausalLM", "qwen3"),
 ];
-
-/// RoPE scaling as the configuration names it.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Plain RoPE.
-    None,
-    /// All frequencies divided by a factor.
-    Linear {
-        /// Divisor.
-        factor: f32,
-    },
-    /// Llama 3: long wavelengths divided by `factor`, short ones kept, a ramp between.
-    Llama3 {
-        /// Divisor of long wavelengths.
-        factor: f32,
-        /// `low_freq_factor`
-        low: f32,
-        /// `high_freq_factor`
-        high: f32,
-        /// `original_max_position_embeddings`
-        original_context: usize,
-    },
-    /// A divisor for each frequency, `[head_dim / 2]`: how GGUF files state Llama 3 scaling.
-    Divisors(Vec<f32>),
-}
 
 /// A decoder's shape and constants; names as in `config.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -223,40 +196,14 @@ impl Config {
         }
     }
 
-    /// Returns the rotary angles with scaling applied: θ^(-2i / head_dim), divided by [`Config::rope_divisors`].
+    /// Returns the rotary angles with scaling applied.
     pub fn rope(&self) -> Rope {
-        let frequencies = self.plain_frequencies().zip(self.rope_divisors());
-        Rope { inverse_frequencies: frequencies.map(|(f, divisor)| (f / divisor) as f32).collect() }
+        self.rope_scaling.apply(self.rope_theta, self.head_dim)
     }
 
     /// Returns what scaling divides each frequency by, `[head_dim / 2]`; for Llama 3 these are GGUF's `rope_freqs`.
-    ///
-    /// With wavelength λ = 2π / frequency and original context C, Llama 3 keeps λ < C / high, divides λ > C / low by
-    /// `factor`, and between interpolates the reciprocal (transformers `_compute_llama3_parameters`).
     pub fn rope_divisors(&self) -> Vec<f64> {
-        let divisor = |(i, frequency): (usize, f64)| match self.rope_scaling {
-            RopeScaling::None => 1.0,
-            RopeScaling::Divisors(ref divisors) => divisors[i] as f64,
-            RopeScaling::Linear { factor } => factor as f64,
-            RopeScaling::Llama3 { factor, low, high, original_context } => {
-                let (factor, low, high) = (factor as f64, low as f64, high as f64);
-                let periods = original_context as f64 * frequency / (2.0 * PI);
-                if periods > high {
-                    1.0
-                } else if periods < low {
-                    factor
-                } else {
-                    let kept = (periods - low) / (high - low);
-                    1.0 / ((1.0 - kept) / factor + kept)
-                }
-            }
-        };
-        self.plain_frequencies().enumerate().map(divisor).collect()
-    }
-
-    fn plain_frequencies(&self) -> impl Iterator<Item = f64> {
-        let (theta, head_dim) = (self.rope_theta as f64, self.head_dim as f64);
-        (0..self.head_dim / 2).map(move |i| theta.powf(-2.0 * i as f64 / head_dim))
+        self.rope_scaling.divisors(self.rope_theta, self.head_dim)
     }
 }
 

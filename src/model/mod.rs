@@ -7,6 +7,7 @@ pub mod chat_template;
 pub mod config;
 pub mod kv_cache;
 pub mod layers;
+pub mod rope;
 pub mod tokenizer;
 
 use anyhow::{Context, Result, ensure};

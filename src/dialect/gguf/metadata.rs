@@ -7,7 +7,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::tokenizer;
 use crate::container::gguf::{Gguf, Metadata, Value};
-use crate::model::config::{Architecture, Config, RopeScaling};
+use crate::model::config::{Architecture, Config};
+use crate::model::rope::RopeScaling;
 use crate::model::tokenizer::TokenizerFiles;
 use crate::names::{Role, TensorId};
 use crate::tensor::{Dtype, floats_from_bytes};
