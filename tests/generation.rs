@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod gpu;
+
+use gpu::gpu;
 use quant::backend::cpu::Cpu;
 use quant::backend::cuda::decode::CudaDecoder;
 use quant::backend::cuda::{Cuda, Precision};
@@ -106,18 +109,6 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     error / norm(&mut expected.iter().copied())
 }
 
-/// Opens the GPU, or says why the test is skipped.
-fn gpu() -> Option<Cuda> {
-    match Cuda::new(0, Precision::F16) {
-        Ok(cuda) => Some(cuda),
-        Err(reason) if std::env::var_os("QUANT_REQUIRE_GPU").is_none() => {
-            eprintln!("SKIPPED: {reason:#}");
-            None
-        }
-        Err(reason) => panic!("{reason:#}"),
-    }
-}
-
 /// Generates on the GPU and compares each step's logits with the CPU's: relative error, bounded.
 fn continue_as_the_cpu_would(
     cuda: &Cuda,
@@ -154,7 +145,7 @@ const F16_LAYERS: f64 = 0.002;
 
 #[test]
 fn every_step_continues_as_the_cpu_would() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let grouped = schemes::int8_grouped(128);
     let schemes = schemes::ALL.into_iter().chain([grouped]).map(Some).chain([None]);
     for (at, scheme) in schemes.enumerate() {
@@ -172,7 +163,7 @@ fn every_step_continues_as_the_cpu_would() {
 
 #[test]
 fn quantized_inputs_are_quantized_in_every_step() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let source = Noise { activations: Activations::Int8PerToken, ..Noise::new(true, Some(schemes::INT8)) };
     for shape in [[1, 20], [5, 20]] {
         // The last bits of inputs turn steps of 1/127 now and then, and these turn more: .017 was seen.
@@ -182,7 +173,7 @@ fn quantized_inputs_are_quantized_in_every_step() {
 
 #[test]
 fn every_step_keeps_keys_and_values_as_the_cpu_does() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let kinds =
         [KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: None }, KvCache::Int8 { group: Some(16) }];
     for (kind, norms) in kinds.into_iter().flat_map(|kind| [(kind, true), (kind, false)]) {
@@ -196,7 +187,7 @@ fn every_step_keeps_keys_and_values_as_the_cpu_does() {
 
 #[test]
 fn sequences_of_different_lengths_are_replaced_idle_and_refused() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let source = Noise::new(true, None);
     let on_cpu = Model::load(&Cpu, &source.config, &source).unwrap();
     let on_gpu = Model::load(&cuda, &source.config, &source).unwrap();

@@ -5,6 +5,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod gpu;
+
+use gpu::gpu;
 use half::f16;
 use quant::backend::cpu::Cpu;
 use quant::backend::cuda::{Cuda, Float, Precision};
@@ -24,14 +27,8 @@ const F32: f32 = 1e-5;
 /// Runs a test on the GPU in both precisions; the second argument is the rounding of one operation's output.
 fn on_gpu(test: impl Fn(&Cuda, f32)) {
     for (precision, rounding) in [(Precision::F16, F16), (Precision::F32, 0.0)] {
-        match Cuda::new(0, precision) {
-            Ok(cuda) => test(&cuda, rounding),
-            Err(reason) if std::env::var_os("QUANT_REQUIRE_GPU").is_none() => {
-                eprintln!("SKIPPED: {reason:#}");
-                return;
-            }
-            Err(reason) => panic!("{reason:#}"),
-        }
+        let Some(cuda) = gpu(precision) else { return };
+        test(&cuda, rounding);
     }
 }
 
@@ -460,7 +457,7 @@ fn attention() {
 
 #[test]
 fn what_f16_cannot_hold_never_goes_unseen() {
-    let Ok(cuda) = Cuda::new(0, Precision::F16) else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let batch = Batch { sequences: 1, tokens: 2 };
     let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 64, window: None, scale: 0.125 };
     let ones = || cuda.tensor(2, 64, &[1.0; 128]).unwrap();

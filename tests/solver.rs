@@ -3,8 +3,11 @@
 
 #![allow(clippy::unwrap_used)] // tests: a failed unwrap is a failed test
 
+mod gpu;
+
+use gpu::gpu;
 use quant::backend::cpu::Cpu;
-use quant::backend::cuda::{Cuda, Precision};
+use quant::backend::cuda::Precision;
 use quant::backend::{Backend, MomentSums, SecondMoments};
 use quant::method::mismatch::Strength;
 use quant::method::solve::{Knobs, Solve, Solved};
@@ -18,17 +21,6 @@ const KNOBS: Knobs = Knobs {
     sweeps: 2,
     scale_rule: ScaleRule::Search,
 };
-
-fn gpu() -> Option<Cuda> {
-    match Cuda::new(0, Precision::F16) {
-        Ok(cuda) => Some(cuda),
-        Err(reason) if std::env::var_os("QUANT_REQUIRE_GPU").is_none() => {
-            eprintln!("SKIPPED: {reason:#}");
-            None
-        }
-        Err(reason) => panic!("{reason:#}"),
-    }
-}
 
 fn normals(random: &mut fastrand::Rng, count: usize) -> Vec<f32> {
     // Twelve uniform numbers have variance 1.
@@ -90,7 +82,7 @@ fn all_schemes() -> Vec<Scheme> {
 
 /// Solves every scheme on both and prints how they compare.
 fn compare(knobs: Knobs, problem: &Problem, bound: f64) {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     for scheme in all_schemes() {
         let (expected, found) = (problem.solve(&Cpu, scheme, knobs), problem.solve(&cuda, scheme, knobs));
         let same = expected.q.codes.iter().zip(&found.q.codes).filter(|(a, b)| a == b).count();
@@ -116,7 +108,7 @@ fn every_scheme_ends_with_the_error_of_the_cpu() {
 /// Scales of powers of two are the only ones that the GPU fits itself.
 #[test]
 fn every_rule_gives_the_scales_of_the_cpu() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let problem = Problem::random(64, 512, 1100);
     for scale_rule in [ScaleRule::Floor, ScaleRule::Even, ScaleRule::T7_25, ScaleRule::Search] {
         let strength = Strength { inputs: 0.0, residual: 0.0 };
@@ -139,7 +131,7 @@ fn feedback_alone_agrees_too() {
 /// With the identity for a Hessian no error is fed back, and codes are the nearest ones on both.
 #[test]
 fn uncorrelated_inputs_give_equal_codes() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let (rows, cols) = (33, 512);
     let mut problem = Problem::random(rows, cols, cols);
     problem.full = (0..cols * cols).map(|i| f32::from(u8::from(i / cols == i % cols))).collect();
@@ -153,7 +145,7 @@ fn uncorrelated_inputs_give_equal_codes() {
 
 #[test]
 fn two_runs_give_the_same_bits() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let problem = Problem::random(96, 512, 1100);
     for scheme in [schemes::MXFP4, schemes::INT8, schemes::Q4_K] {
         let (first, second) = (problem.solve(&cuda, scheme, KNOBS), problem.solve(&cuda, scheme, KNOBS));
@@ -163,7 +155,7 @@ fn two_runs_give_the_same_bits() {
 
 #[test]
 fn a_singular_hessian_is_damped_and_one_that_is_not_finite_refused() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = gpu(Precision::F16) else { return };
     let mut problem = Problem::random(16, 256, 5);
     let found = problem.solve(&cuda, schemes::MXFP4, KNOBS);
     assert!(found.error.is_finite() && found.error <= found.error_nearest);

@@ -1,0 +1,15 @@
+//! The GPU that tests run on, where there is one.
+
+use quant::backend::cuda::{Cuda, Precision};
+
+/// Opens the GPU, or says why the test is skipped. Panics instead where `QUANT_REQUIRE_GPU` is set.
+pub fn gpu(precision: Precision) -> Option<Cuda> {
+    match Cuda::new(0, precision) {
+        Ok(cuda) => Some(cuda),
+        Err(reason) if std::env::var_os("QUANT_REQUIRE_GPU").is_none() => {
+            eprintln!("SKIPPED: {reason:#}");
+            None
+        }
+        Err(reason) => panic!("{reason:#}"),
+    }
+}
