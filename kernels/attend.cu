@@ -3,6 +3,7 @@
 //   q                 f16 [batch, heads · D]
 //   k, v              f16 [batch, kv_heads · D]
 //   q_gain, k_gain    f32 [D] or null
+//   sinks             f32 [heads], with SINKS: exp(sink) joins a head's denominator, unscaled
 //   k_cache, v_cache  f16 [batch, capacity, kv_heads · D]
 //   positions         u32 [batch]     the new position; it sees 0 ..= position, at most `window` of them; sequences whose
 //                                     position is past the cache are left out
@@ -53,11 +54,20 @@ __device__ __forceinline__ void turn(const f16 *from, const float *gain, float p
     }
 }
 
+// Returns a head's denominator, of scores less `most`, with its sink: infinite where that is far above all scores.
+__device__ __forceinline__ float with_sink(float total, const float *sinks, u32 head, float most) {
+#if SINKS
+    total += expf(sinks[head] - most);
+#endif
+    return total;
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v, const float *__restrict__ q_gain,
-       const float *__restrict__ k_gain, f16 *k_cache, f16 *v_cache, const u32 *__restrict__ positions,
-       const __grid_constant__ Frequencies frequencies, float *partial, u32 *arrived, f16 *__restrict__ out, u32 heads,
-       u32 kv_heads, u32 capacity, u32 window, float scale, float eps, float k_scale, float v_scale) {
+       const float *__restrict__ k_gain, const float *__restrict__ sinks, f16 *k_cache, f16 *v_cache,
+       const u32 *__restrict__ positions, const __grid_constant__ Frequencies frequencies, float *partial, u32 *arrived,
+       f16 *__restrict__ out, u32 heads, u32 kv_heads, u32 capacity, u32 window, float scale, float eps, float k_scale,
+       float v_scale) {
     __shared__ float parts[WARPS][HEADS][D], largest_of[WARPS][HEADS], sum_of[WARPS][HEADS];
     __shared__ __align__(16) float queries[HEADS][D];
     __shared__ __align__(16) f16 new_key[D], new_value[D];
@@ -190,6 +200,7 @@ attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restri
         float factor = its == -INFINITY_F ? 0.0f : expf(its - most), total = factor * sum_of[w][h];
 #pragma unroll
         for (int lanes = 1; lanes < WARPS; lanes *= 2) total += __shfl_xor_sync(mates, total, lanes);
+        if (splits == 1) total = with_sink(total, sinks, first_head + h, most);
         sum_of[w][h] = splits == 1 ? factor / total : factor;
         if (splits > 1 && w == 0) own[HEADS * D + 2 * h] = most, own[HEADS * D + 2 * h + 1] = total;
     }
@@ -228,7 +239,7 @@ attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restri
             largest_here[j] = largest_here[j] == -INFINITY_F ? 0.0f : expf(largest_here[j] - most);
             if (s < splits) total += largest_here[j] * __ldcg(its + s * ENTRY + 1);
         }
-        total = warp_sum(total);
+        total = with_sink(warp_sum(total), sinks, first_head + warp, most);
 #pragma unroll
         for (int j = 0; j < MAX_SPLITS / 32; j++)
             if (lane + 32 * j < splits) share_of[(lane + 32 * j) * HEADS + warp] = largest_here[j] / total;

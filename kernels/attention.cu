@@ -1,6 +1,7 @@
 // attention: causal softmax(scale · q kᵀ) v within each sequence, grouped-query, optionally a sliding window
 //   q    f16 [sequences · tokens, heads · D]
 //   k, v f16 [sequences · tokens, kv_heads · D]
+//   sinks f32 [heads], with SINKS: exp(sink) joins the denominator, unscaled
 //   out  f16 [sequences · tokens, heads · D]
 // Scores and probabilities never leave the chip: keys pass by in tiles of BC, and each row keeps its running maximum
 // and sum (FlashAttention-2, arXiv 2307.08691, algorithm 1). Products are m16n8k16 f16 with F32 sums; probabilities
@@ -50,8 +51,9 @@ __device__ __forceinline__ void fetch_tile(u16 *tile, const f16 *from, u32 first
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-attention(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v, f16 *__restrict__ out,
-          u32 tokens, u32 heads, u32 kv_heads, u32 window, float scale) {
+attention(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v,
+          const float *__restrict__ sinks, f16 *__restrict__ out, u32 tokens, u32 heads, u32 kv_heads, u32 window,
+          float scale) {
     extern __shared__ __align__(16) u16 shared[];
     u16 *key_tiles = shared, *value_tiles = shared + 2 * BC * PITCH;
     // The last queries see the most keys: start them first.
@@ -161,6 +163,10 @@ attention(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__res
     for (int r = 0; r < 2; r++) {
         sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
         sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+#if SINKS
+        // Far above all scores this is infinite, and every probability 0.
+        sum[r] += exp2_fast(sinks[head] * 1.44269504f - largest[r] * to_log2);
+#endif
         float factor = 1.0f / sum[r];
         if (rows[r] < tokens)
 #pragma unroll

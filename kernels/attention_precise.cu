@@ -1,6 +1,7 @@
 // attention_precise: causal softmax(scale · q kᵀ) v within each sequence, all in F32, for `--precise`
 //   q    f32 [sequences · tokens, heads · D]
 //   k, v f32 [sequences · tokens, kv_heads · D]
+//   sinks f32 [heads], with SINKS: exp(sink) joins the denominator, unscaled
 //   out  f32 [sequences · tokens, heads · D]
 // One warp a query, D / 32 columns a lane (the last may be empty); keys pass by one at a time. A reference, not fast.
 // grid (ceil(tokens / 8), heads, sequences), block 256.
@@ -9,7 +10,8 @@
 
 extern "C" __global__ void __launch_bounds__(256)
 attention_precise(const float *__restrict__ q, const float *__restrict__ k, const float *__restrict__ v,
-                  float *__restrict__ out, u32 tokens, u32 heads, u32 kv_heads, u32 window, float scale) {
+                  const float *__restrict__ sinks, float *__restrict__ out, u32 tokens, u32 heads, u32 kv_heads,
+                  u32 window, float scale) {
     u32 row = blockIdx.x * 8 + threadIdx.x / 32, head = blockIdx.y, lane = threadIdx.x % 32;
     if (row >= tokens) return;
     u64 sequence = (u64)blockIdx.z * tokens, kv_row = kv_heads * D;
@@ -30,6 +32,10 @@ attention_precise(const float *__restrict__ q, const float *__restrict__ k, cons
         for (int c = 0; c < COLUMNS; c++)
             if (c * 32 + lane < D) o[c] = o[c] * shrink + p * v[key * kv_row + c * 32 + lane];
     }
+#if SINKS
+    // Far above all scores this is infinite, and every probability 0.
+    sum += expf(sinks[head] - largest);
+#endif
     for (int c = 0; c < COLUMNS; c++)
         if (c * 32 + lane < D) out[at + c * 32 + lane] = o[c] / sum;
 }

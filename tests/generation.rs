@@ -25,6 +25,8 @@ struct Noise {
     config: Config,
     scheme: Option<Scheme>,
     activations: Activations,
+    /// Sinks of the first layer's heads.
+    sinks: Option<[f32; 8]>,
 }
 
 impl Noise {
@@ -39,7 +41,12 @@ impl Noise {
             "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
             "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
         });
-        Noise { config: Config::from_json(&config).unwrap(), scheme, activations: Activations::Full }
+        Noise {
+            config: Config::from_json(&config).unwrap(),
+            scheme,
+            activations: Activations::Full,
+            sinks: None,
+        }
     }
 
     fn shape(&self, role: Role) -> [usize; 2] {
@@ -121,6 +128,15 @@ fn continue_as_the_cpu_would(
     let mut on_cpu = Model::load(&Cpu, &source.config, source).unwrap();
     let mut on_gpu = Model::load(cuda, &source.config, source).unwrap();
     (on_cpu.constants.kv_cache, on_gpu.constants.kv_cache) = (kv_cache, kv_cache);
+    if let Some(sinks) = &source.sinks {
+        let sinks = |layer: usize| -> Vec<f32> { sinks.iter().map(|sink| sink + layer as f32).collect() };
+        for (at, layer) in on_cpu.layers.iter_mut().enumerate() {
+            layer.sinks = Some(Cpu.tensor(1, 8, &sinks(at)).unwrap());
+        }
+        for (at, layer) in on_gpu.layers.iter_mut().enumerate() {
+            layer.sinks = Some(cuda.tensor(1, 8, &sinks(at)).unwrap());
+        }
+    }
     let ids: Vec<u32> = (0..batch * prompt).map(|i| (i * 7919 % 1000) as u32).collect();
     let mut decoder = CudaDecoder::new(cuda, &on_gpu, batch, prompt + 30).unwrap();
     decoder.prefill_all(&ids).unwrap();
@@ -158,6 +174,17 @@ fn every_step_continues_as_the_cpu_would() {
     // Positions dealt to several blocks.
     for shape in [[1, 300], [3, 400]] {
         continue_as_the_cpu_would(&cuda, &Noise::new(true, None), "long", shape, KvCache::Exact, F16_LAYERS);
+    }
+}
+
+#[test]
+fn every_step_has_the_sinks_of_its_layer() {
+    let Some(cuda) = gpu(Precision::F16) else { return };
+    let sinks = Some([f32::NEG_INFINITY, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 1e4]);
+    // One block a head, and positions dealt to several.
+    for shape in [[1, 37], [32, 17], [1, 300], [3, 400]] {
+        let source = Noise { sinks, ..Noise::new(true, None) };
+        continue_as_the_cpu_would(&cuda, &source, "sinks", shape, KvCache::Exact, F16_LAYERS);
     }
 }
 

@@ -105,13 +105,18 @@ fn variants() -> Vec<Kernel> {
     }
     for head_dim in [64, 80, 96, 128, 256] {
         let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
-        kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps}")));
-        kernels.push(kernel("attention_precise", &format!("D={head_dim}")));
+        for sinks in ["SINKS=0", "SINKS=1"] {
+            kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps} {sinks}")));
+            kernels.push(kernel("attention_precise", &format!("D={head_dim} {sinks}")));
+        }
         for kind in [KvCache::Exact, KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: Some(16) }] {
             let (_, cache) = cache_defines(kind, head_dim);
             let with = |more: &[String]| cache.iter().chain(more).cloned().collect();
-            let heads = [format!("D={head_dim}"), "HEADS=4".to_string()];
-            kernels.push(Kernel { name: "attend", defines: with(&heads) });
+            let heads = |sinks: u8| [format!("D={head_dim}"), "HEADS=4".into(), format!("SINKS={sinks}")];
+            kernels.push(Kernel { name: "attend", defines: with(&heads(0)) });
+            if kind == KvCache::Exact {
+                kernels.push(Kernel { name: "attend", defines: with(&heads(1)) });
+            }
             kernels.push(Kernel { name: "round_cache", defines: with(&["X=f16".to_string()]) });
         }
     }

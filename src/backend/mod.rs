@@ -148,11 +148,15 @@ pub trait Backend: Sync {
     fn rope(&self, x: &mut Self::Tensor, rope: &Rope, batch: Batch) -> Result<()>;
 
     /// Causal softmax(scale · q kᵀ) v within each sequence. q `[n, heads · head_dim]`, k and v `[n, kv_heads · head_dim]`.
+    ///
+    /// `sinks` `[heads]` adds a position to every query of a head that mixes nothing in: exp(sink), not scaled, joins the
+    /// denominator (gpt-oss; Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023). -∞ is no sink.
     fn attention(
         &self,
         q: &Self::Tensor,
         k: &Self::Tensor,
         v: &Self::Tensor,
+        sinks: Option<&Self::Tensor>,
         shape: &AttentionShape,
         batch: Batch,
     ) -> Result<Self::Tensor>;

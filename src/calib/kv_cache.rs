@@ -40,7 +40,7 @@ pub fn fp8_scales<B: Backend>(
                 let greater = |a: f32, b: &f32| if b.abs() <= a { a } else { b.abs() };
                 *largest = values.iter().fold(*largest, greater);
             }
-            let mixed = backend.attention(&q, &k, &v, &constants.attention, batch)?;
+            let mixed = layer.mix(backend, &constants, [&q, &k, &v], batch)?;
             layer.finish(backend, &constants, x, &mixed)?;
         }
         ensure!(

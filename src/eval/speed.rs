@@ -180,7 +180,7 @@ pub fn attention(cuda: &Cuda, head_dim: usize, tokens: usize, matrix_rate: f64) 
     // Products read F16; convert outside the timed part.
     let [q, k, v] = [q?, k?, v?].map(|x| cuda.rounded(&x));
     let (q, k, v) = (q?, k?, v?);
-    let time = seconds(cuda, 9, 4, || cuda.attention(&q, &k, &v, &shape, batch).map(|_| ()))?;
+    let time = seconds(cuda, 9, 4, || cuda.attention(&q, &k, &v, None, &shape, batch).map(|_| ()))?;
     let pairs = sequences * heads * tokens * (tokens + 1) / 2;
     let value = 4.0 * (pairs * head_dim) as f64 / time;
     let what = format!("attention, heads of {head_dim}, {sequences} x {tokens} tokens");
@@ -238,6 +238,7 @@ pub fn random_model(cuda: &Cuda, config: Config, format: Option<&Format>) -> Res
             v: linear(Role::V, kv_width, hidden)?,
             o: linear(Role::O, hidden, q_width)?,
             qk_norm: None,
+            sinks: None,
             kv_scales: [1.0; 2],
             ffn_norm: gain.clone(),
             gate: linear(Role::Gate, ffn, hidden)?,

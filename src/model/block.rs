@@ -70,7 +70,7 @@ impl<B: Backend> Clone for Linear<B> {
 
 impl<B: Backend> Clone for Layer<B> {
     fn clone(&self) -> Self {
-        let Layer { attn_norm, q, k, v, o, qk_norm, kv_scales, ffn_norm, gate, up, down } = self;
+        let Layer { attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, gate, up, down } = self;
         Layer {
             attn_norm: attn_norm.clone(),
             q: q.clone(),
@@ -78,6 +78,7 @@ impl<B: Backend> Clone for Layer<B> {
             v: v.clone(),
             o: o.clone(),
             qk_norm: qk_norm.clone(),
+            sinks: sinks.clone(),
             kv_scales: *kv_scales,
             ffn_norm: ffn_norm.clone(),
             gate: gate.clone(),
@@ -157,6 +158,8 @@ pub struct Layer<B: Backend> {
     pub o: Linear<B>,
     /// Norms of each head of q and k, for models that have them.
     pub qk_norm: Option<(B::Tensor, B::Tensor)>,
+    /// `[heads]`, for models whose attention has sinks ([`Backend::attention`]); no architecture read so far has them.
+    pub sinks: Option<B::Tensor>,
     /// Scales of keys and values in an FP8 cache.
     pub kv_scales: [f32; 2],
     pub ffn_norm: B::Tensor,
@@ -183,6 +186,7 @@ impl<B: Backend> Layer<B> {
                 true => Some((norm(Role::QNorm, config.head_dim)?, norm(Role::KNorm, config.head_dim)?)),
                 false => None,
             },
+            sinks: None,
             kv_scales: source.kv_scales(layer)?.unwrap_or([1.0; 2]),
             ffn_norm: norm(Role::FfnNorm, hidden)?,
             gate: linear(Role::Gate, [ffn, hidden], config.mlp_bias)?,
@@ -304,7 +308,18 @@ impl<B: Backend> Layer<B> {
         batch: Batch,
     ) -> Result<B::Tensor> {
         let [q, k, v] = self.queries_keys_values(backend, constants, normed, batch)?;
-        backend.attention(&q, &k, &v, &constants.attention, batch)
+        self.mix(backend, constants, [&q, &k, &v], batch)
+    }
+
+    /// Returns the values mixed by attention for what [`Layer::queries_keys_values`] returned.
+    pub fn mix(
+        &self,
+        backend: &B,
+        constants: &LayerConstants,
+        [q, k, v]: [&B::Tensor; 3],
+        batch: Batch,
+    ) -> Result<B::Tensor> {
+        backend.attention(q, k, v, self.sinks.as_ref(), &constants.attention, batch)
     }
 
     /// Returns what attention takes, rotated, keys and values as a cache gives them back: queries `[n, heads · head_dim]`,

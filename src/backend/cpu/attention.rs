@@ -65,11 +65,12 @@ impl Rotations {
     }
 }
 
-/// Returns causal softmax(scale · q kᵀ) v within each sequence, `[n, heads · head_dim]`.
+/// Returns causal softmax(scale · q kᵀ) v within each sequence, `[n, heads · head_dim]`; `sinks` `[heads]`.
 pub fn attention(
     q: &Array2<f32>,
     k: &Array2<f32>,
     v: &Array2<f32>,
+    sinks: Option<&[f32]>,
     shape: &AttentionShape,
     batch: Batch,
 ) -> Array2<f32> {
@@ -91,7 +92,8 @@ pub fn attention(
                         |(head, out)| {
                             let queries = panel * COLS..panel * COLS + out.nrows();
                             let (keys, values) = &packed[sequence * shape.kv_heads + head / group];
-                            attend(view(q, sequence, head), queries, keys, values, shape, out);
+                            let sink = sinks.map(|sinks| sinks[head]);
+                            attend(view(q, sequence, head), queries, keys, values, sink, shape, out);
                         },
                     );
                 },
@@ -119,6 +121,7 @@ fn attend(
     queries: Range<usize>,
     keys: &Left,
     values: &Left,
+    sink: Option<f32>,
     shape: &AttentionShape,
     mut out: ArrayViewMut2<f32>,
 ) {
@@ -134,7 +137,7 @@ fn attend(
         multiply_to_panel(keys, first_block, 0..shape.head_dim, panel, scores);
         let scores = &mut scores[..seen.len()];
         mask(scores, seen.start, queries.start, shape.window);
-        let sums = softmax(scores, shape.scale);
+        let sums = softmax(scores, shape.scale, sink);
 
         transposed.resize(shape.head_dim.next_multiple_of(ROWS), [0.0; COLS]);
         multiply_to_panel(values, 0, seen.clone(), scores, transposed);
@@ -175,9 +178,10 @@ fn mask(scores: &mut [[f32; COLS]], first_key: usize, first_query: usize, window
     }
 }
 
-/// Replaces every column by exp(scale · (score - its maximum)) and returns the columns' sums.
+/// Replaces every column by exp(scale · (score - its maximum)) and returns the columns' sums, the sink's share added. A sink
+/// far above all scores makes that infinite and so every probability 0.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
-fn softmax(scores: &mut [[f32; COLS]], scale: f32) -> [f32; COLS] {
+fn softmax(scores: &mut [[f32; COLS]], scale: f32, sink: Option<f32>) -> [f32; COLS] {
     let mut maxima = [f32::NEG_INFINITY; COLS];
     for row in scores.iter() {
         for (max, &score) in maxima.iter_mut().zip(row) {
@@ -191,6 +195,9 @@ fn softmax(scores: &mut [[f32; COLS]], scale: f32) -> [f32; COLS] {
             *sum += *score;
         }
     }
+    if let Some(sink) = sink {
+        sums.iter_mut().zip(&maxima).for_each(|(sum, &max)| *sum += exp(sink - max * scale));
+    }
     sums
 }
 
@@ -202,6 +209,7 @@ pub fn attend_one(
     keys: &[f32],
     values: &[f32],
     kv_head: usize,
+    sink: Option<f32>,
     shape: &AttentionShape,
     out: &mut [f32],
 ) {
@@ -217,6 +225,7 @@ pub fn attend_one(
         *score = exp(*score - largest);
         total += *score;
     }
+    total += sink.map_or(0.0, |sink| exp(sink - largest));
     out.fill(0.0);
     for (key, &score) in (oldest..tokens).zip(&scores) {
         let share = score / total;
@@ -242,6 +251,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     fn noise(rows: usize, cols: usize, seed: u32) -> Array2<f32> {
@@ -254,9 +264,8 @@ mod tests {
 
     /// The definition, one query at a time in F64.
     fn reference(
-        q: &Array2<f32>,
-        k: &Array2<f32>,
-        v: &Array2<f32>,
+        [q, k, v]: [&Array2<f32>; 3],
+        sinks: Option<&[f32]>,
         shape: &AttentionShape,
         batch: Batch,
     ) -> Array2<f64> {
@@ -270,14 +279,15 @@ mod tests {
                     (0..d).map(|i| q[[row, head * d + i]] as f64 * k[[start + key, kv + i]] as f64).sum();
                 (dot * shape.scale as f64).exp()
             };
-            let total: f64 = (oldest..=position).map(weight).sum();
+            let sink = sinks.map_or(0.0, |sinks| (sinks[head] as f64).exp());
+            let total: f64 = (oldest..=position).map(weight).sum::<f64>() + sink;
             (oldest..=position).map(|key| weight(key) * v[[start + key, kv + col % d]] as f64).sum::<f64>()
                 / total
         })
     }
 
     #[test]
-    fn attention_equals_its_definition_with_groups_windows_and_odd_lengths() {
+    fn attention_equals_its_definition_with_groups_windows_sinks_and_odd_lengths() {
         for (sequences, tokens, heads, kv_heads, head_dim, window) in [
             (1, 1, 1, 1, 2, None),
             (1, 75, 4, 2, 16, None),
@@ -294,12 +304,57 @@ mod tests {
                 noise(n, kv_heads * head_dim, 2),
                 noise(n, kv_heads * head_dim, 3),
             );
-            let found = attention(&q, &k, &v, &shape, batch);
-            let expected = reference(&q, &k, &v, &shape, batch);
-            // Scores reach 2 · head_dim / 3; each rounding step moves a weight by about that times 2^-24.
-            for (found, expected) in found.iter().zip(&expected) {
-                assert!((*found as f64 - expected).abs() < 1e-5, "{found} {expected} {shape:?}");
+            let sinks: Vec<f32> = (0..heads).map(|head| 4.0 - 3.0 * head as f32).collect();
+            for sinks in [None, Some(&sinks[..])] {
+                let found = attention(&q, &k, &v, sinks, &shape, batch);
+                let expected = reference([&q, &k, &v], sinks, &shape, batch);
+                // Scores reach 2 · head_dim / 3; each rounding step moves a weight by about that times 2^-24.
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert!((*found as f64 - expected).abs() < 1e-5, "{found} {expected} {shape:?}");
+                }
+                let last = batch.tokens - 1;
+                let (keys, values) = (k.as_slice().unwrap(), v.as_slice().unwrap());
+                let sequence = 0..batch.tokens * kv_heads * head_dim;
+                for head in 0..heads {
+                    let columns = head * head_dim..(head + 1) * head_dim;
+                    let mut out = vec![0.0; head_dim];
+                    attend_one(
+                        &q.row(last).as_slice().unwrap()[columns.clone()],
+                        &keys[sequence.clone()],
+                        &values[sequence.clone()],
+                        head / (heads / kv_heads),
+                        sinks.map(|sinks| sinks[head]),
+                        &shape,
+                        &mut out,
+                    );
+                    for (out, column) in out.iter().zip(columns) {
+                        let expected = expected[[last, column]];
+                        assert!((*out as f64 - expected).abs() < 1e-5, "{out} {expected} {shape:?}");
+                    }
+                }
             }
+        }
+    }
+
+    #[test]
+    fn a_sink_of_minus_infinity_is_none_and_a_huge_one_takes_everything() {
+        let batch = Batch { sequences: 1, tokens: 40 };
+        let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 8, window: Some(33), scale: 0.4 };
+        let (q, k, v) = (noise(40, 16, 1), noise(40, 8, 2), noise(40, 8, 3));
+        let with = |sinks: Option<&[f32]>| attention(&q, &k, &v, sinks, &shape, batch);
+        assert_eq!(with(Some(&[f32::NEG_INFINITY; 2])), with(None));
+        for huge in [1e3, 1e38, f32::INFINITY] {
+            let found = with(Some(&[f32::NEG_INFINITY, huge]));
+            assert_eq!(
+                found.slice(s![.., ..8]),
+                with(None).slice(s![.., ..8]),
+                "heads have sinks of their own"
+            );
+            assert!(found.slice(s![.., 8..]).iter().all(|&x| x == 0.0), "a sink of {huge}");
+            let mut out = [1.0; 8];
+            let (keys, values) = (k.as_slice().unwrap(), v.as_slice().unwrap());
+            attend_one(&q.row(39).as_slice().unwrap()[8..], keys, values, 0, Some(huge), &shape, &mut out);
+            assert_eq!(out, [0.0; 8], "a sink of {huge}");
         }
     }
 

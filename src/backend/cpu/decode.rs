@@ -88,7 +88,7 @@ impl Decoder for CpuDecoder<'_> {
         for (layer, cache) in model.layers.iter().zip(&mut cache.layers) {
             let normed = Cpu.rms_norm(&x, &layer.attn_norm, model.constants.eps)?;
             let [q, k, v] = layer.queries_keys_values(&Cpu, &self.constants, &normed, batch)?;
-            let mixed = Cpu.attention(&q, &k, &v, &model.constants.attention, batch)?;
+            let mixed = layer.mix(&Cpu, &model.constants, [&q, &k, &v], batch)?;
             *cache = (Cpu.read(&k)?, Cpu.read(&v)?);
             layer.finish(&Cpu, &model.constants, &mut x, &mixed)?;
         }
@@ -156,6 +156,7 @@ impl CpuDecoder<'_> {
             values.extend(v.row(row));
         }
         let shape = &self.model.constants.attention;
+        let sinks = self.model.layers[layer].sinks.as_ref();
         let mut mixed = Array2::zeros(q.dim());
         mixed.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(row, mut mixed)| {
             let (keys, values) = &self.caches[running[row]].layers[layer];
@@ -166,7 +167,8 @@ impl CpuDecoder<'_> {
                 let mut out = mixed.slice_mut(s![columns]);
                 let (query, out) = (query.to_slice(), out.as_slice_mut());
                 let (query, out) = query.zip(out).expect("rows are contiguous");
-                attend_one(query, keys, values, kv_head, shape, out);
+                let sink = sinks.map(|sinks| sinks[[0, head]]);
+                attend_one(query, keys, values, kv_head, sink, shape, out);
             }
         });
         mixed

@@ -122,10 +122,15 @@ impl Backend for Cpu {
         q: &Array2<f32>,
         k: &Array2<f32>,
         v: &Array2<f32>,
+        sinks: Option<&Array2<f32>>,
         shape: &AttentionShape,
         batch: Batch,
     ) -> Result<Array2<f32>> {
-        Ok(attention::attention(q, k, v, shape, batch))
+        let sinks = sinks.map(slice).transpose()?;
+        if let Some(sinks) = sinks {
+            ensure!(sinks.len() == shape.heads, "{} sinks for {} heads", sinks.len(), shape.heads);
+        }
+        Ok(attention::attention(q, k, v, sinks, shape, batch))
     }
 
     fn round_cache(&self, x: &mut Array2<f32>, kind: KvCache, head_dim: usize, scale: f32) -> Result<()> {

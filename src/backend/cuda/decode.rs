@@ -195,7 +195,7 @@ impl<'a> CudaDecoder<'a> {
             let [q, k, v] = layer.queries_keys_values(cuda, constants, &normed, batch)?;
             self.keep(&k, &cache.0, first, batch)?;
             self.keep(&v, &cache.1, first, batch)?;
-            let mixed = cuda.attention(&q, &k, &v, &constants.attention, batch)?;
+            let mixed = layer.mix(cuda, constants, [&q, &k, &v], batch)?;
             layer.finish(cuda, constants, &mut x, &mixed)?;
         }
         let last: Vec<usize> = (1..=count).map(|sequence| sequence * tokens - 1).collect();
@@ -335,7 +335,11 @@ impl<'a> CudaDecoder<'a> {
         let gains = layer.qk_norm.as_ref().map_or((0, 0), |(q, k)| (q.at(), k.at()));
         let splits = splits(self.model, self.lengths.len(), self.capacity);
         let (_, mut defines) = super::cache_defines(constants.kv_cache, shape.head_dim);
-        defines.extend([format!("D={}", shape.head_dim), format!("HEADS={heads}")]);
+        defines.extend([
+            format!("D={}", shape.head_dim),
+            format!("HEADS={heads}"),
+            super::sinks_define(layer.sinks.as_ref()),
+        ]);
         self.cuda.device.launch_overlapping(
             Kernel { name: "attend", defines },
             Geometry { grid: [shape.heads / heads, self.lengths.len(), splits], ..Geometry::flat(0, 256) },
@@ -345,6 +349,7 @@ impl<'a> CudaDecoder<'a> {
                 Arg::Pointer(state.v.at()),
                 Arg::Pointer(gains.0),
                 Arg::Pointer(gains.1),
+                Arg::Pointer(layer.sinks.as_ref().map_or(0, Tensor::at)),
                 Arg::Pointer(cache.0.at()),
                 Arg::Pointer(cache.1.at()),
                 Arg::Pointer(state.positions.at()),

@@ -328,7 +328,7 @@ impl Device {
         };
         self.context.bind_to_thread()?;
         // SAFETY: the arguments live until the call returns, which copies them; memory they point to is freed in stream
-        // order, so after this kernel; sizes and types are the launcher's contract, checked by tests/parity.rs.
+        // order, so after this kernel; sizes and types are the launcher's contract, checked by tests/parity.
         unsafe {
             cuLaunchKernelEx(&raw const config, function.cu_function(), addresses.as_mut_ptr(), null_mut())
         }

@@ -267,6 +267,11 @@ fn window_argument(window: Option<usize>) -> u32 {
     window.map_or(1 << 30, |window| window.min(1 << 30) as u32)
 }
 
+/// Returns the definition for attention with or without sinks.
+fn sinks_define(sinks: Option<&Tensor>) -> String {
+    format!("SINKS={}", u8::from(sinks.is_some()))
+}
+
 /// Returns the definition that gives a kernel's type parameter its type.
 fn macro_of(parameter: &str, float: Float) -> String {
     format!("{parameter}={}", float.c_name())
@@ -428,6 +433,7 @@ impl Backend for Cuda {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        sinks: Option<&Tensor>,
         shape: &AttentionShape,
         batch: Batch,
     ) -> Result<Tensor> {
@@ -446,14 +452,22 @@ impl Backend for Cuda {
                 x.cols
             );
         }
+        if let Some(sinks) = sinks {
+            ensure!(
+                sinks.float == Float::F32 && sinks.count() == heads,
+                "{} sinks for {heads} heads",
+                sinks.count()
+            );
+        }
         let (q, k, v) = (self.rounded(q)?, self.rounded(k)?, self.rounded(v)?);
         let y = Tensor::empty(&self.device, q.rows, q.cols, self.float)?;
-        let (kernel, block_rows, geometry) = match self.float {
+        let (mut kernel, block_rows, geometry) = match self.float {
             Float::F32 => {
                 (Kernel::new("attention_precise", &[&format!("D={head_dim}")]), 8, Geometry::flat(0, 256))
             }
             _ => flash_attention(head_dim),
         };
+        kernel.defines.push(sinks_define(sinks));
         let grid = [batch.tokens.div_ceil(block_rows), heads, batch.sequences];
         self.device.launch(
             kernel,
@@ -462,6 +476,7 @@ impl Backend for Cuda {
                 Arg::Pointer(q.at()),
                 Arg::Pointer(k.at()),
                 Arg::Pointer(v.at()),
+                Arg::Pointer(sinks.map_or(0, Tensor::at)),
                 Arg::Pointer(y.at()),
                 Arg::U32(batch.tokens as u32),
                 Arg::U32(heads as u32),
