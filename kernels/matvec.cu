@@ -252,16 +252,23 @@ __device__ __forceinline__ void fetch_tokens(u8 *stage, const f16 *x, u32 cols, 
     }
 }
 #else
-// Writes norm(x) · gain to shared memory, zeros past its end.
-__device__ __forceinline__ void norm_to_shared(const float *x, const float *gain, f16 *to, u32 cols, u32 pieces, float eps) {
+// Writes norm(x) · gain to shared memory, zeros past its end. A thread's first eight columns stay in registers; `first_gain`
+// has their gains.
+__device__ __forceinline__ void norm_to_shared(const float *x, const float *gain, const float first_gain[8], f16 *to,
+                                               u32 cols, u32 pieces, float eps) {
     __shared__ float scratch[32];
-    float sum = 0.0f, a[8], g[8];
-    for (u32 c = 8 * threadIdx.x; c < cols; c += 256 * WARPS) {
+    const u32 own = 8 * threadIdx.x, step = 256 * WARPS;
+    float sum = 0.0f, first[8] = {}, a[8], g[8];
+    if (own < cols) load8(x + own, first);
+    for (int j = 0; j < 8; j++) sum += first[j] * first[j];
+    for (u32 c = own + step; c < cols; c += step) {
         load8(x + c, a);
         for (int j = 0; j < 8; j++) sum += a[j] * a[j];
     }
     float factor = 1.0f / sqrtf(block_sum(sum, scratch) / (float)cols + eps);
-    for (u32 c = 8 * threadIdx.x; c < pieces * PIECE; c += 256 * WARPS) {
+    for (int j = 0; j < 8; j++) first[j] = first[j] * factor * first_gain[j];
+    if (own < pieces * PIECE) store8(to + own, first);
+    for (u32 c = own + step; c < pieces * PIECE; c += step) {
         for (int j = 0; j < 8; j++) a[j] = g[j] = 0.0f;
         if (c < cols) load8(x + c, a), load8(gain + c, g);
         for (int j = 0; j < 8; j++) a[j] = a[j] * factor * g[j];
@@ -481,9 +488,13 @@ matvec(const __grid_constant__ Parts parts, const void *__restrict__ x, const fl
     }
 #if NORM
     u8 *normed = (u8 *)(sums + SUM_BUFFERS * WARPS * SUMS);
-    for (u32 c = 32 * threadIdx.x; c < cols; c += 1024 * WARPS) asm volatile("prefetch.global.L2 [%0];" :: "l"(gain + c));
+    // Gains do not depend on the kernel before either.
+    float first_gain[8] = {};
+    if (8 * threadIdx.x < cols) load8(gain + 8 * threadIdx.x, first_gain);
+    for (u32 c = 256 * WARPS + 32 * threadIdx.x; c < cols; c += 1024 * WARPS)
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(gain + c));
     wait_for_predecessor();
-    norm_to_shared((const float *)x, gain, (f16 *)normed, cols, pieces, eps);
+    norm_to_shared((const float *)x, gain, first_gain, (f16 *)normed, cols, pieces, eps);
     __syncthreads();
 #else
     wait_for_predecessor();

@@ -3,9 +3,10 @@
 use super::Backend;
 use super::cpu::Cpu;
 use super::cuda::Cuda;
+use super::cuda::widen::scheme_on_device;
 use crate::checkpoint::{Stored, TensorInfo};
 use crate::model::config::Config;
-use crate::scheme::Offset;
+use crate::scheme::{Offset, Scheme};
 
 /// A device that can tell what it would take.
 pub trait Footprint {
@@ -73,11 +74,15 @@ impl Footprint for Cuda {
         self.value_bytes() as u64
     }
 
-    /// Dense matrices become F16, vectors F32; packed rows are padded to whole pieces of 128 columns.
+    /// Dense matrices become F16, vectors F32; packed rows are padded to whole pieces of 128 columns, and small matrices may
+    /// have wider codes.
     fn weight_bytes(&self, info: &TensorInfo) -> u64 {
         match (info.stored, &info.shape[..]) {
-            (Stored::Quantized(..), &[_, cols]) => {
-                info.bytes * cols.next_multiple_of(128) as u64 / cols.max(1) as u64
+            (Stored::Quantized(scheme, _), &[rows, cols]) => {
+                let bits = |scheme: Scheme| scheme.stored_bits(rows, cols).max(1);
+                let wider = bits(scheme_on_device(scheme, rows, cols)) as f64 / bits(scheme) as f64;
+                let padded = cols.next_multiple_of(128) as f64 / cols.max(1) as f64;
+                (info.bytes as f64 * wider * padded) as u64
             }
             (_, &[_, _]) => info.weights() * self.activation_bytes(),
             _ => info.weights() * 4,

@@ -6,6 +6,7 @@
 //! | `compile` | kernel sources → machine code, cached on disk |
 //! | `device` | memory, launches, one stream |
 //! | `weight` | packed weights and their decoding |
+//! | `widen` | small matrices with wider codes |
 //! | `tensor` | activations |
 //! | `gemm` | cuBLASLt |
 //! | `linear` | y = x · wᵀ in its variants |
@@ -41,6 +42,7 @@ mod matvec;
 mod solve;
 mod tensor;
 mod weight;
+pub(crate) mod widen;
 
 use std::sync::OnceLock;
 

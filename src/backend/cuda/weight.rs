@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Device, Geometry};
 use super::tensor::Float;
+use super::widen::widened;
 use crate::num::{Codec, Element};
 use crate::scheme::{Offset, QTensor, Scheme, Span};
 use crate::tensor::{Dtype, Matrix};
@@ -48,7 +49,7 @@ pub enum Stored {
 }
 
 impl Weight {
-    /// Copies a matrix to the device, packing codes to their bits.
+    /// Copies a matrix to the device, packing codes to their bits, small ones [`widened`].
     pub fn upload(device: &Device, matrix: &Matrix) -> Result<Self> {
         let [rows, cols] = matrix.dims();
         ensure!(cols % 8 == 0, "{cols} columns: the GPU wants a multiple of 8; use `--device cpu`");
@@ -58,7 +59,7 @@ impl Weight {
         );
         match matrix {
             Matrix::Dense(dense) => Ok(Self::dense(rows, cols, dense.dtype, device.upload(&dense.bytes)?)),
-            Matrix::Quantized(q) => Self::upload_quantized(device, q),
+            Matrix::Quantized(q) => Self::upload_quantized(device, widened(q).as_ref().unwrap_or(q)),
         }
     }
 
