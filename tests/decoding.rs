@@ -1,12 +1,14 @@
 //! Step-by-step decoding on the CPU agrees with the full forward pass.
 #![allow(clippy::unwrap_used)]
 
+mod sequences;
+
 use std::path::Path;
 
 use quant::backend::cpu::Cpu;
 use quant::backend::{Backend, Batch};
 use quant::checkpoint::Checkpoint;
-use quant::generate::{Finish, Generate, Request, Sampling, Stop, generate};
+use quant::generate::{Draw, Finish, Generate, Request, Sampling, Stop, generate};
 use quant::model::Model;
 use quant::model::kv_cache::KvCache;
 use quant::model::tokenizer::Tokenizer;
@@ -36,46 +38,22 @@ fn ids(count: usize, seed: u32) -> Vec<u32> {
 }
 
 /// Both sides compute in F32 and differ in the order of attention's sums only: logits reach 22 and two layers amplify, so
-/// a few hundred units in the last place (2^-20 at 16) are to be expected; 1e-4 is the bound of `tests/logits.rs`. The
-/// sequences have different lengths, one is replaced, one idles.
+/// a few hundred units in the last place (2^-20 at 16) are to be expected; 1e-4 is the bound of `tests/logits.rs`.
 #[test]
 fn every_step_gives_the_logits_of_the_full_pass() {
     for name in ["llama2", "llama3", "llama_biases", "mistral", "qwen2", "qwen3"] {
         let mut model = golden(name);
-        let vocab = model.config.vocab_size;
         if name == "qwen3" {
             let heads = model.config.num_attention_heads;
             let sinks: Vec<f32> = (0..heads).map(|head| 2.0 - head as f32).collect();
             model.layers[1].sinks = Some(Cpu.tensor(1, heads, &sinks).unwrap());
         }
-        let mut decoder = Cpu.decoder(&model, KvCache::Exact, 3, 40).unwrap();
-        let mut sequences = [ids(3, 1), ids(17, 2), ids(9, 3)];
-        for (at, prompt) in sequences.iter().enumerate() {
-            decoder.prefill(at, prompt).unwrap();
-        }
-        for step in 0..20 {
-            if step == 8 {
-                sequences[1] = ids(5, 9);
-                decoder.prefill(1, &sequences[1]).unwrap();
+        let mut decoder = Cpu.decoder(&model, KvCache::Exact, 3, sequences::CAPACITY).unwrap();
+        sequences::come_and_go(decoder.as_mut(), model.config.vocab_size as u32, &mut |ids, found| {
+            for (found, expected) in found.iter().zip(&full(&model, ids)) {
+                assert!((found - expected).abs() < 1e-4, "{name}, {} tokens: {found} {expected}", ids.len());
             }
-            let mut tokens: Vec<_> = (0..3u32).map(|at| Some(step * 5 % 64 + at)).collect();
-            if step < 8 {
-                tokens[1] = None;
-            }
-            decoder.step(&tokens).unwrap();
-            let logits = decoder.logits().unwrap();
-            for (at, token) in tokens.iter().enumerate() {
-                let Some(token) = token else { continue };
-                sequences[at].push(*token);
-                let expected = full(&model, &sequences[at]);
-                let found = &logits[at * vocab..(at + 1) * vocab];
-                for (found, expected) in found.iter().zip(&expected) {
-                    assert!((found - expected).abs() < 1e-4, "{name}, step {step}: {found} {expected}");
-                }
-                let top = decoder.top().unwrap()[at] as usize;
-                assert!(found.iter().all(|&logit| logit <= found[top]));
-            }
-        }
+        });
     }
 }
 
@@ -90,7 +68,7 @@ fn a_quantized_cache_reads_the_same_step_by_step() {
         model.constants.kv_cache = kind;
         model.layers[1].kv_scales = [0.5, 2.0];
         let mut decoder = Cpu.decoder(&model, KvCache::Exact, 1, 40).unwrap();
-        decoder.prefill(0, &ids(12, 2)).unwrap();
+        decoder.prefill(0, &ids(12, 2), Draw::GREEDY).unwrap();
         ids(20, 2)[12..].iter().for_each(|&token| decoder.step(&[Some(token)]).unwrap());
         let (found, whole) = (decoder.logits().unwrap(), full(&model, &ids(20, 2)));
         let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -105,9 +83,9 @@ fn a_full_or_empty_sequence_cannot_be_continued() {
     let mut decoder = Cpu.decoder(&model, KvCache::Exact, 2, 4).unwrap();
     let refusal = |result: anyhow::Result<()>| result.unwrap_err().to_string();
     assert!(refusal(decoder.step(&[Some(1), None])).contains("holds 0 of 4"));
-    assert!(refusal(decoder.prefill(0, &[])).contains("a prompt of 0 tokens"));
-    assert!(refusal(decoder.prefill(0, &[1; 5])).contains("a prompt of 5 tokens"));
-    decoder.prefill(0, &[1; 4]).unwrap();
+    assert!(refusal(decoder.prefill(0, &[], Draw::GREEDY)).contains("a prompt of 0 tokens"));
+    assert!(refusal(decoder.prefill(0, &[1; 5], Draw::GREEDY)).contains("a prompt of 5 tokens"));
+    decoder.prefill(0, &[1; 4], Draw::GREEDY).unwrap();
     assert!(refusal(decoder.step(&[Some(1), None])).contains("holds 4 of 4"));
     assert!(Cpu.decoder(&model, KvCache::Exact, 1, 1 << 20).err().unwrap().to_string().contains("context"));
 }

@@ -5,13 +5,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod gpu;
+mod sequences;
 
 use gpu::gpu;
 use quant::backend::cpu::Cpu;
 use quant::backend::cuda::decode::CudaDecoder;
 use quant::backend::cuda::{Cuda, Precision};
 use quant::backend::{Backend, Batch};
-use quant::generate::Decoder;
+use quant::generate::{Decoder, Sampling};
 use quant::model::config::Config;
 use quant::model::kv_cache::KvCache;
 use quant::model::{Model, TensorSource};
@@ -35,7 +36,12 @@ impl Noise {
             if qwen3 { ("Qwen3ForCausalLM", "qwen3") } else { ("Qwen2ForCausalLM", "qwen2") };
         // Rows that are no whole pieces of 128, where the scheme takes them.
         let whole = scheme.is_some_and(|scheme| scheme.block_cols() > 32);
-        let (hidden, ffn) = if whole { (256, 512) } else { (192, 352) };
+        let (hidden, ffn) = match scheme {
+            _ if whole => (256, 512),
+            // Larger than what lies widened to Q8_0.
+            Some(schemes::Q5_0) => (192, 1184),
+            _ => (192, 352),
+        };
         let config = serde_json::json!({
             "architectures": [architecture], "model_type": model_type, "hidden_size": hidden, "intermediate_size": ffn,
             "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
@@ -139,13 +145,13 @@ fn continue_as_the_cpu_would(
     }
     let ids: Vec<u32> = (0..batch * prompt).map(|i| (i * 7919 % 1000) as u32).collect();
     let mut decoder = CudaDecoder::new(cuda, &on_gpu, batch, prompt + 30).unwrap();
-    decoder.prefill_all(&ids).unwrap();
+    decoder.prefill_all(&ids, &Sampling::GREEDY).unwrap();
     for steps in [0, 1, 6] {
         decoder.generate(steps).unwrap();
         // The last token has been chosen but not fed.
         let mut sequences = decoder.tokens().unwrap();
         let chosen: Vec<u32> = sequences.iter_mut().map(|sequence| sequence.pop().unwrap()).collect();
-        assert_eq!(decoder.top().unwrap(), chosen);
+        assert_eq!(decoder.next_tokens().unwrap(), chosen);
         let (found, expected) = (decoder.logits().unwrap(), logits_on_cpu(&on_cpu, &sequences));
         let error = relative_error(&found, &expected);
         assert!(error < bound, "{name}, batch {batch}, {} tokens: off by {error}", sequences[0].len());
@@ -218,35 +224,40 @@ fn sequences_of_different_lengths_are_replaced_idle_and_refused() {
     let source = Noise::new(true, None);
     let on_cpu = Model::load(&Cpu, &source.config, &source).unwrap();
     let on_gpu = Model::load(&cuda, &source.config, &source).unwrap();
-    let mut decoder = CudaDecoder::new(&cuda, &on_gpu, 3, 24).unwrap();
-    let prompt = |count: u32, seed: u32| (0..count).map(|i| (i + seed) * 7919 % 1000).collect::<Vec<_>>();
-    let mut sequences = [prompt(3, 1), prompt(12, 2), prompt(9, 3)];
-    assert!(decoder.step(&[Some(1), None, None]).is_err(), "an empty sequence");
-    for (at, prompt) in sequences.iter().enumerate() {
-        decoder.prefill(at, prompt).unwrap();
-    }
-    for step in 0..12 {
-        if step == 8 {
-            sequences[1] = prompt(5, 9);
-            decoder.prefill(1, &sequences[1]).unwrap();
+    let mut decoder = CudaDecoder::new(&cuda, &on_gpu, 3, sequences::CAPACITY).unwrap();
+    sequences::come_and_go(&mut decoder, 1000, &mut |ids, found| {
+        let error = relative_error(found, &logits_on_cpu(&on_cpu, &[ids.to_vec()]));
+        assert!(error < F16_LAYERS, "{} tokens: off by {error}", ids.len());
+    });
+}
+
+/// Weights are whole numbers and random numbers a function of seed, prompt and position, so both sides draw the same.
+#[test]
+fn sampled_tokens_are_those_that_the_definition_draws() {
+    let Some(cuda) = gpu(Precision::F16) else { return };
+    for vocab in [1000, 151_936] {
+        let mut source = Noise::new(true, None);
+        source.config.vocab_size = vocab;
+        let model = Model::load(&cuda, &source.config, &source).unwrap();
+        // Usual; everything kept; logits nearly equal; one token only.
+        for (temperature, top_p) in [(0.8, 0.95), (1.5, 1.0), (100.0, 0.3), (0.01, 0.5)] {
+            for batch in [1, 5, 32] {
+                let sampling = Sampling { temperature, top_p, seed: 11 };
+                let mut decoder = CudaDecoder::new(&cuda, &model, batch, 24).unwrap();
+                let ids: Vec<u32> = (0..batch * 7).map(|i| (i * 7919 % vocab) as u32).collect();
+                decoder.prefill_all(&ids, &sampling).unwrap();
+                for steps in [0, 1, 9] {
+                    decoder.generate(steps).unwrap();
+                    let (texts, logits) = (decoder.tokens().unwrap(), decoder.logits().unwrap());
+                    for (prompt, (text, logits)) in texts.iter().zip(logits.chunks(vocab)).enumerate() {
+                        let (next, before) = text.split_last().unwrap();
+                        let expected = sampling.draw(prompt as u64).choose(logits, before.len());
+                        assert_eq!(Some(*next), expected, "{sampling:?}, {vocab} tokens, batch {batch}");
+                    }
+                    let next: Vec<u32> = texts.iter().map(|text| text[text.len() - 1]).collect();
+                    assert_eq!(decoder.next_tokens().unwrap(), next);
+                }
+            }
         }
-        let mut tokens = [Some(step), Some(step + 100), Some(step + 200)];
-        if step < 8 {
-            tokens[1] = None;
-        }
-        decoder.step(&tokens).unwrap();
-        let logits = decoder.logits().unwrap();
-        for (at, token) in tokens.iter().enumerate() {
-            let Some(token) = token else { continue };
-            sequences[at].push(*token);
-            let expected = logits_on_cpu(&on_cpu, &sequences[at..=at]);
-            let error = relative_error(&logits[1000 * at..1000 * (at + 1)], &expected);
-            assert!(error < F16_LAYERS, "step {step}, sequence {at}: off by {error}");
-        }
     }
-    let full = [None, None, Some(1)];
-    for _ in 0..3 {
-        decoder.step(&full).unwrap();
-    }
-    assert!(decoder.step(&full).is_err(), "a full sequence");
 }

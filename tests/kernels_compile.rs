@@ -100,7 +100,7 @@ fn variants() -> Vec<Kernel> {
             kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));
         }
     }
-    for name in ["advance", "compare", "gather", "score"] {
+    for name in ["advance", "compare", "draw", "gather", "nucleus", "score"] {
         kernels.push(kernel(name, ""));
     }
     for head_dim in [64, 80, 96, 128, 256] {

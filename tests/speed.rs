@@ -5,6 +5,7 @@
 use quant::backend::Batch;
 use quant::backend::cuda::{Cuda, Precision};
 use quant::eval::speed::{self, Rate};
+use quant::generate::Sampling;
 use quant::model::Model;
 use quant::model::config::Config;
 use quant::scheme::mix;
@@ -33,6 +34,20 @@ fn operations() {
     speed::dequantize(&cuda, copy).unwrap().iter().for_each(show);
     for (head_dim, tokens) in [(64, 2048), (128, 512), (128, 2048), (128, 8192), (256, 2048)] {
         show(&speed::attention(&cuda, head_dim, tokens, products).unwrap());
+    }
+}
+
+#[test]
+#[ignore = "measures speed on a GPU"]
+fn choosing() {
+    let cuda = Cuda::new(0, Precision::F16).unwrap();
+    let sampled = Sampling { temperature: 0.8, top_p: 0.95, seed: 1 };
+    for (name, sampling) in [("most likely", Sampling::GREEDY), ("sampled", sampled)] {
+        for batch in [1, 8, 32] {
+            let value = 1e6 * speed::choosing(&cuda, batch, &sampling).unwrap();
+            let what = format!("{name} of 151,936 tokens, {batch} sequences");
+            show(&Rate { what, value, unit: "µs", share: None });
+        }
     }
 }
 

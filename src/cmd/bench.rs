@@ -12,7 +12,7 @@ use crate::backend::{Backend, Batch};
 use crate::checkpoint::Checkpoint;
 use crate::cli::BenchArgs;
 use crate::eval::speed::{Ceilings, Machine};
-use crate::generate::Generate;
+use crate::generate::{Draw, Generate};
 use crate::model::Model;
 use crate::model::config::Config;
 use crate::model::kv_cache::KvCache;
@@ -186,19 +186,19 @@ fn generation<B: Generate>(
     let prompts = ids(&model.config, sequences * prompt);
     let mut decoder = backend.decoder(model, KvCache::Exact, sequences, prompt + count + WARM_UP)?;
     for (sequence, prompt) in prompts.chunks(prompt).enumerate() {
-        decoder.prefill(sequence, prompt)?;
+        decoder.prefill(sequence, prompt, Draw::GREEDY)?;
     }
     let first = seconds(backend, || {
-        decoder.prefill(0, &prompts[..prompt])?;
-        decoder.top().map(|_| ())
+        decoder.prefill(0, &prompts[..prompt], Draw::GREEDY)?;
+        decoder.next_tokens().map(|_| ())
     })?;
     let mut steps = |count: usize| -> Result<f64> {
         let start = Instant::now();
         for _ in 0..count {
-            let next: Vec<_> = decoder.top()?.into_iter().map(Some).collect();
+            let next: Vec<_> = decoder.next_tokens()?.into_iter().map(Some).collect();
             decoder.step(&next)?;
         }
-        decoder.top()?;
+        decoder.next_tokens()?;
         Ok(start.elapsed().as_secs_f64())
     };
     steps(WARM_UP)?;

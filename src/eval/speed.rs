@@ -8,11 +8,12 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::choose::Chooser;
 use crate::backend::cuda::decode::CudaDecoder;
 use crate::backend::cuda::{Cuda, Float, Tensor, Weight};
 use crate::backend::footprint::Footprint;
 use crate::backend::{AttentionShape, Backend, Batch, SecondMoments};
-use crate::generate::Generate;
+use crate::generate::{Generate, Sampling};
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::config::Config;
@@ -75,7 +76,7 @@ pub struct Rate {
     pub what: String,
     /// How fast.
     pub value: f64,
-    /// `GB/s`, `TFLOP/s` or `tok/s`.
+    /// `GB/s`, `TFLOP/s`, `tok/s` or `µs`.
     pub unit: &'static str,
     /// Share of the machine's own copy bandwidth or matrix rate.
     pub share: Option<f64>,
@@ -280,10 +281,25 @@ pub fn generation(cuda: &Cuda, model: &Model<Cuda>, batch: usize, prompt: usize)
     let count = 128;
     let ids: Vec<u32> = (0..batch * prompt).map(|i| (i * 7919 % model.config.vocab_size) as u32).collect();
     let mut decoder = CudaDecoder::new(cuda, model, batch, prompt + 3 * count + 8)?;
-    decoder.prefill_all(&ids)?;
-    let first_token = seconds(cuda, 3, 1, || decoder.prefill_all(&ids))?;
+    decoder.prefill_all(&ids, &Sampling::GREEDY)?;
+    let first_token = seconds(cuda, 3, 1, || decoder.prefill_all(&ids, &Sampling::GREEDY))?;
     // The first step records the graph.
     decoder.generate(2)?;
     let time = seconds(cuda, 1, 1, || decoder.generate(count))?;
     Ok(Generation { first_token, tokens_per_second: (batch * count) as f64 / time })
+}
+
+/// Tokens of the largest vocabularies that are common (Qwen).
+const LARGE_VOCABULARY: usize = 151_936;
+
+/// Returns the seconds that choosing the next tokens of `batch` sequences takes, from 151,936 logits each.
+pub fn choosing(cuda: &Cuda, batch: usize, sampling: &Sampling) -> Result<f64> {
+    let device = cuda.device();
+    let mut chooser = Chooser::new(device, batch, LARGE_VOCABULARY, 8)?;
+    let logits = noise(batch * LARGE_VOCABULARY).into_iter().flat_map(|x| (20.0 * x).to_le_bytes());
+    device.write(&chooser.logits, 0, &logits.collect::<Vec<u8>>())?;
+    for sequence in 0..batch {
+        chooser.start(device, sequence, &[0], sampling.draw(sequence as u64))?;
+    }
+    seconds(cuda, 9, 100, || chooser.choose(device, 0, batch))
 }

@@ -1,7 +1,7 @@
 //! Continuing texts token by token, over a cache of keys and values.
 //!
 //! [`Decoder`] is what a device provides: a fixed number of sequences, each at its own length. [`generate`] keeps them
-//! busy with any number of prompts, chooses tokens ([`Sampling`]) and stops ([`Stop`]).
+//! busy with any number of prompts, each with its [`Draw`] from a [`Sampling`], and stops ([`Stop`]).
 
 mod sampling;
 mod stop;
@@ -9,7 +9,7 @@ mod stop;
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
-pub use self::sampling::Sampling;
+pub use self::sampling::{Draw, Sampling};
 pub use self::stop::Stop;
 use crate::backend::Backend;
 use crate::model::Model;
@@ -18,8 +18,8 @@ use crate::model::tokenizer::Tokenizer;
 
 /// Several sequences that a model continues together, each at its own length.
 ///
-/// A sequence is empty until its first [`Decoder::prefill`]; logits and most likely tokens of empty and idle sequences
-/// are unspecified.
+/// A sequence is empty until its first [`Decoder::prefill`]; logits and next tokens of empty and idle sequences are
+/// unspecified.
 pub trait Decoder {
     /// Returns the number of sequences.
     fn sequences(&self) -> usize;
@@ -27,11 +27,11 @@ pub trait Decoder {
     /// Returns how many tokens a sequence may hold.
     fn capacity(&self) -> usize;
 
-    /// Replaces a sequence with `prompt`, one token or more.
+    /// Replaces a sequence with `prompt`, one token or more, whose continuation is chosen as `draw` says.
     ///
     /// # Errors
     /// Prompts that are empty or exceed the capacity, ids outside the vocabulary.
-    fn prefill(&mut self, sequence: usize, prompt: &[u32]) -> Result<()>;
+    fn prefill(&mut self, sequence: usize, prompt: &[u32], draw: Draw) -> Result<()>;
 
     /// Appends `tokens[s]` to every sequence `s`. `None` leaves a sequence idle: it must be prefilled before it is used
     /// again, so that a device may run it along with any token.
@@ -40,10 +40,13 @@ pub trait Decoder {
     /// Sequences that are full or empty, ids outside the vocabulary.
     fn step(&mut self, tokens: &[Option<u32>]) -> Result<()>;
 
-    /// Returns each sequence's most likely next token, the lowest id on ties.
-    fn top(&mut self) -> Result<Vec<u32>>;
+    /// Returns each sequence's next token: [`Draw::choose`] of its logits.
+    ///
+    /// # Errors
+    /// Logits that are not finite.
+    fn next_tokens(&mut self) -> Result<Vec<u32>>;
 
-    /// Returns the logits of each sequence's next token, `[sequences, vocab]`.
+    /// Returns the logits of each sequence's next token, `[sequences, vocab]`, for tests.
     fn logits(&mut self) -> Result<Vec<f32>>;
 }
 
@@ -115,12 +118,11 @@ pub fn decoder_for<'a, B: Generate>(
     backend.decoder(model, kv_cache, sequences, capacity)
 }
 
-/// A prompt, its tokens so far and its own random numbers, so that neighbours do not change its text.
-struct Running<'a> {
+/// A prompt and its tokens so far.
+struct Running {
     prompt: usize,
     limit: usize,
     new: Vec<u32>,
-    chooser: sampling::Chooser<'a>,
 }
 
 /// Continues every prompt; `done` is called with each as it ends, in any order.
@@ -150,16 +152,16 @@ pub fn generate(
     loop {
         for (sequence, slot) in running.iter_mut().enumerate().filter(|(_, slot)| slot.is_none()) {
             let Some((prompt, request)) = waiting.next() else { break };
-            decoder.prefill(sequence, &request.ids)?;
-            let (limit, chooser) = (request.max_new_tokens, sampling.chooser(prompt as u64));
-            *slot = Some(Running { prompt, limit, new: Vec::new(), chooser });
+            // Random numbers of its own, so that neighbours do not change its text.
+            decoder.prefill(sequence, &request.ids, sampling.draw(prompt as u64))?;
+            *slot = Some(Running { prompt, limit: request.max_new_tokens, new: Vec::new() });
         }
         if running.iter().all(Option::is_none) {
             return Ok(());
         }
-        append_next(decoder, sampling, &mut running)?;
-        for slot in &mut running {
+        for (slot, next) in running.iter_mut().zip(decoder.next_tokens()?) {
             let Some(run) = slot else { continue };
+            run.new.push(next);
             if let Some(generated) = stop.ended(&run.new, run.limit, tokenizer)? {
                 done(run.prompt, generated)?;
                 *slot = None;
@@ -170,24 +172,4 @@ pub fn generate(
             decoder.step(&tokens)?;
         }
     }
-}
-
-/// Chooses the next token of every running sequence.
-fn append_next(
-    decoder: &mut dyn Decoder,
-    sampling: &Sampling,
-    running: &mut [Option<Running>],
-) -> Result<()> {
-    if sampling.is_greedy() {
-        for (run, top) in running.iter_mut().zip(decoder.top()?) {
-            run.iter_mut().for_each(|run| run.new.push(top));
-        }
-        return Ok(());
-    }
-    let logits = decoder.logits()?;
-    let vocab = logits.len() / running.len();
-    for (run, logits) in running.iter_mut().zip(logits.chunks(vocab)) {
-        run.iter_mut().for_each(|run| run.new.push(run.chooser.choose(logits)));
-    }
-    Ok(())
 }

@@ -1,13 +1,13 @@
 //! Generation: one token of every sequence at a time, over F32 keys and values that grow as they are used.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
 use super::Cpu;
 use super::attention::{Rotations, attend_one};
 use crate::backend::{Backend, Batch};
-use crate::generate::{Decoder, Generate};
+use crate::generate::{Decoder, Draw, Generate};
 use crate::model::Model;
 use crate::model::block::LayerConstants;
 use crate::model::kv_cache::KvCache;
@@ -46,11 +46,12 @@ impl Generate for Cpu {
 struct Cache {
     layers: Vec<(Vec<f32>, Vec<f32>)>,
     tokens: usize,
+    draw: Draw,
 }
 
 impl Cache {
     fn new(layers: usize) -> Self {
-        Cache { layers: vec![Default::default(); layers], tokens: 0 }
+        Cache { layers: vec![Default::default(); layers], tokens: 0, draw: Draw::GREEDY }
     }
 }
 
@@ -73,7 +74,7 @@ impl Decoder for CpuDecoder<'_> {
         self.capacity
     }
 
-    fn prefill(&mut self, sequence: usize, prompt: &[u32]) -> Result<()> {
+    fn prefill(&mut self, sequence: usize, prompt: &[u32], draw: Draw) -> Result<()> {
         ensure!(
             (1..=self.capacity).contains(&prompt.len()),
             "a prompt of {} tokens for a sequence of up to {}",
@@ -84,7 +85,7 @@ impl Decoder for CpuDecoder<'_> {
         let batch = Batch { sequences: 1, tokens: prompt.len() };
         let mut x = model.embed(&Cpu, prompt)?;
         let cache = &mut self.caches[sequence];
-        cache.tokens = prompt.len();
+        (cache.tokens, cache.draw) = (prompt.len(), draw);
         for (layer, cache) in model.layers.iter().zip(&mut cache.layers) {
             let normed = Cpu.rms_norm(&x, &layer.attn_norm, model.constants.eps)?;
             let [q, k, v] = layer.queries_keys_values(&Cpu, &self.constants, &normed, batch)?;
@@ -127,12 +128,13 @@ impl Decoder for CpuDecoder<'_> {
         self.keep_logits(&x, &running)
     }
 
-    fn top(&mut self) -> Result<Vec<u32>> {
-        let first_largest = |row: &[f32]| {
-            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            row.iter().position(|&logit| logit == max).unwrap_or(0) as u32
-        };
-        Ok(self.logits.rows().into_iter().map(|row| row.as_slice().map_or(0, first_largest)).collect())
+    fn next_tokens(&mut self) -> Result<Vec<u32>> {
+        let rows = self.logits.axis_iter(Axis(0)).into_par_iter().zip(&self.caches);
+        rows.map(|(row, cache)| {
+            let chosen = row.as_slice().and_then(|logits| cache.draw.choose(logits, cache.tokens));
+            chosen.context("logits are not finite; the weights hold NaN, or infinite values")
+        })
+        .collect()
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {

@@ -12,6 +12,7 @@ use anyhow::{Result, ensure};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
+pub(crate) use self::elementwise::exp;
 use self::product::{Left, Previous, Wanted, multiply_transposed};
 use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
 use crate::method::solve::{Knobs, Solver};

@@ -1,19 +1,20 @@
 //! Generating tokens: one position of every sequence at a time, over a cache of keys and values.
 //!
 //! A step reads every packed weight once (`kernels/matvec.cu`) and is one CUDA graph: the token ids, positions and logits
-//! it works on stay on the device. [`CudaDecoder::generate`] feeds each step the most likely token of the one before
-//! without asking the host; through [`Decoder`] the host chooses.
+//! it works on stay on the device, and so does the choice of the next token ([`Chooser`]). [`CudaDecoder::generate`] feeds
+//! each step the token that the one before chose, without asking the host; through [`Decoder`] the host sees every token.
 
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
+use super::choose::Chooser;
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
 use super::matvec::{Input, MAX_TOKENS, Output, Part};
-use super::{Cuda, Float, Tensor, u32_bytes};
+use super::{Cuda, Float, Tensor};
 use crate::backend::{Backend, Batch};
-use crate::generate::{Decoder, Generate};
+use crate::generate::{Decoder, Draw, Generate, Sampling};
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::kv_cache::KvCache;
@@ -38,9 +39,6 @@ impl Generate for Cuda {
     }
 }
 
-/// Blocks of `advance` that share a sequence's logits.
-const ADVANCE_BLOCKS: usize = 16;
-
 /// Widest row that a product norms itself.
 const WIDEST_NORM: usize = 8192;
 
@@ -64,18 +62,12 @@ pub struct CudaDecoder<'a> {
     /// Keys and values of each layer, F16 `[sequences, capacity, kv_heads · head_dim]`.
     cache: Vec<(Buffer, Buffer)>,
     state: State,
+    chooser: Chooser,
     step: Option<CudaGraph>,
 }
 
 /// Memory a step works in; the first dimension counts sequences.
 struct State {
-    /// u32 `[sequences + 1]`: the most likely next tokens, which a step is fed; not 0 at the end after logits that are not
-    /// finite.
-    ids: Buffer,
-    /// u32 `[sequences]`: the position of that token.
-    positions: Buffer,
-    /// u32 `[sequences, capacity]`: the token at each position.
-    history: Buffer,
     /// F32 `[sequences, hidden]`: the residual stream.
     x: Buffer,
     /// F16 `[sequences, hidden]`
@@ -88,14 +80,11 @@ struct State {
     mixed: Buffer,
     /// F16 `[sequences, intermediate]`
     gated: Buffer,
-    /// F32 `[sequences, vocab]`
-    logits: Buffer,
     /// Integers as F16, and their scales F32 `[sequences]`, for linears that quantize their inputs.
     codes: Buffer,
     scales: Buffer,
-    /// Partial results of `attend` and of `advance`, and their counters.
+    /// Partial results of `attend` and their counters.
     partial: Buffer,
-    best: Buffer,
     arrived: Buffer,
 }
 
@@ -132,13 +121,9 @@ impl<'a> CudaDecoder<'a> {
         let q_width = config.num_attention_heads * head_dim;
         let cache = || device.allocate(sequences * capacity * kv_width * 2);
         let floats = |width: usize, float: Float| device.allocate(sequences * width * float.bytes());
-        let zeros = |count: usize| device.upload(&vec![0; 4 * count]);
         let widest = config.hidden_size.max(q_width).max(config.intermediate_size);
         let splits = splits(model, sequences, capacity);
         let state = State {
-            ids: zeros(sequences + 1)?,
-            positions: zeros(sequences)?,
-            history: zeros(sequences * capacity)?,
             x: floats(config.hidden_size, Float::F32)?,
             normed: floats(config.hidden_size, Float::F16)?,
             q: floats(q_width, Float::F16)?,
@@ -146,12 +131,10 @@ impl<'a> CudaDecoder<'a> {
             v: floats(kv_width, Float::F16)?,
             mixed: floats(q_width, Float::F16)?,
             gated: floats(config.intermediate_size, Float::F16)?,
-            logits: floats(config.vocab_size, Float::F32)?,
             codes: floats(widest, Float::F16)?,
             scales: floats(1, Float::F32)?,
             partial: device.allocate(sequences * config.num_attention_heads * splits * (head_dim + 2) * 4)?,
-            best: zeros(2 * sequences * ADVANCE_BLOCKS)?,
-            arrived: zeros(sequences * config.num_attention_heads)?,
+            arrived: device.zeros(4 * sequences * config.num_attention_heads)?,
         };
         Ok(CudaDecoder {
             cuda,
@@ -161,6 +144,7 @@ impl<'a> CudaDecoder<'a> {
             lengths: vec![0; sequences],
             cache: model.layers.iter().map(|_| Ok((cache()?, cache()?))).collect::<Result<_>>()?,
             state,
+            chooser: Chooser::new(device, sequences, config.vocab_size, capacity)?,
             step: None,
         })
     }
@@ -172,21 +156,23 @@ impl<'a> CudaDecoder<'a> {
     }
 
     /// Replaces all sequences with prompts of one length, one after another.
-    pub fn prefill_all(&mut self, prompts: &[u32]) -> Result<()> {
+    pub fn prefill_all(&mut self, prompts: &[u32], sampling: &Sampling) -> Result<()> {
         let sequences = self.lengths.len();
         ensure!(prompts.len().is_multiple_of(sequences), "{} tokens for {sequences} prompts", prompts.len());
-        self.prefill_from(0, sequences, prompts)
+        let draws: Vec<Draw> = (0..sequences as u64).map(|prompt| sampling.draw(prompt)).collect();
+        self.prefill_from(0, prompts, &draws)
     }
 
-    /// Replaces `count` sequences from `first` on with prompts of one length.
-    fn prefill_from(&mut self, first: usize, count: usize, prompts: &[u32]) -> Result<()> {
+    /// Replaces sequences from `first` on with prompts of one length, one for each of `draws`.
+    fn prefill_from(&mut self, first: usize, prompts: &[u32], draws: &[Draw]) -> Result<()> {
+        let (count, sampled) = (draws.len(), self.chooser.samples());
         let tokens = prompts.len() / count;
         ensure!(
             (1..=self.capacity).contains(&tokens) && first + count <= self.lengths.len(),
             "a prompt of {tokens} tokens for a sequence of up to {}",
             self.capacity
         );
-        let (cuda, model, state) = (self.cuda, self.model, &self.state);
+        let (cuda, model) = (self.cuda, self.model);
         let (device, batch) = (&cuda.device, Batch { sequences: count, tokens });
         let mut x = model.embed(cuda, prompts)?;
         let constants = &self.constants;
@@ -200,16 +186,16 @@ impl<'a> CudaDecoder<'a> {
         }
         let last: Vec<usize> = (1..=count).map(|sequence| sequence * tokens - 1).collect();
         let x = cuda.rms_norm(&cuda.select_rows(&x, &last)?, &model.output_norm, constants.eps)?;
-        let logits = state.logits.at() + (first * model.config.vocab_size * 4) as u64;
-        let head = [Part { weight: model.head(), bias: None, y: logits }];
+        let head = [Part { weight: model.head(), bias: None, y: self.chooser.logits_of(first) }];
         cuda.matvec(Input { x: x.at(), norm: None, scales: None, tokens: count }, &head, Output::F32)?;
-        for (sequence, prompt) in (first..).zip(prompts.chunks(tokens)) {
-            let row = 4 * sequence * self.capacity;
-            device.write(&state.history, row, &u32_bytes(prompt.iter().copied()))?;
-            // The position of the last token: `advance` moves on to the next.
-            device.write(&state.positions, 4 * sequence, &u32_bytes([tokens as u32 - 1].into_iter()))?;
+        for (sequence, (prompt, draw)) in (first..).zip(prompts.chunks(tokens).zip(draws)) {
+            self.chooser.start(device, sequence, prompt, *draw)?;
         }
-        self.advance(first, count)?;
+        self.chooser.choose(device, first, count)?;
+        if self.chooser.samples() != sampled {
+            // Recorded without the kernels that sample.
+            self.step = None;
+        }
         self.lengths[first..first + count].fill(tokens);
         Ok(())
     }
@@ -225,7 +211,7 @@ impl<'a> CudaDecoder<'a> {
         Ok(())
     }
 
-    /// Generates `count` more of the most likely tokens for every sequence.
+    /// Generates `count` more tokens for every sequence.
     pub fn generate(&mut self, count: usize) -> Result<()> {
         for &length in &self.lengths {
             ensure!(
@@ -243,13 +229,7 @@ impl<'a> CudaDecoder<'a> {
 
     /// Returns all tokens of each sequence, the prompt first and the next token last; while there is room for that.
     pub fn tokens(&self) -> Result<Vec<Vec<u32>>> {
-        let mut bytes = vec![0u8; 4 * self.lengths.len() * self.capacity];
-        self.cuda.device.download(&self.state.history, &mut bytes)?;
-        let ids: Vec<u32> = words(&bytes).collect();
-        let rows = ids.chunks(self.capacity).zip(&self.lengths);
-        Ok(rows
-            .map(|(row, &length)| row[..(length + usize::from(length > 0)).min(row.len())].to_vec())
-            .collect())
+        self.chooser.texts(&self.cuda.device, &self.lengths)
     }
 
     fn launch_step(&mut self) -> Result<()> {
@@ -274,7 +254,7 @@ impl<'a> CudaDecoder<'a> {
     /// Queues one step: every sequence's token through all layers, and the choice of the next.
     fn run_step(&self) -> Result<()> {
         let (model, state) = (self.model, &self.state);
-        model.embed.embed_into(&self.cuda.device, &state.ids, self.lengths.len(), &state.x)?;
+        model.embed.embed_into(&self.cuda.device, &self.chooser.ids, self.lengths.len(), &state.x)?;
         for (layer, cache) in model.layers.iter().zip(&self.cache) {
             let qkv = [(&layer.q, &state.q), (&layer.k, &state.k), (&layer.v, &state.v)];
             self.product(From::Residual(&layer.attn_norm), &qkv, Output::F16)?;
@@ -284,9 +264,9 @@ impl<'a> CudaDecoder<'a> {
             self.product(From::Residual(&layer.ffn_norm), &gate_up, Output::Swiglu)?;
             self.product(From::Values(&state.gated), &[(&layer.down, &state.x)], Output::Add)?;
         }
-        let head = [Part { weight: model.head(), bias: None, y: state.logits.at() }];
+        let head = [Part { weight: model.head(), bias: None, y: self.chooser.logits_of(0) }];
         self.cuda.matvec(self.normed(&model.output_norm, Activations::Full)?, &head, Output::F32)?;
-        self.advance(0, self.lengths.len())
+        self.chooser.choose(&self.cuda.device, 0, self.lengths.len())
     }
 
     /// Returns norm(residual stream) · gain as a product reads it: a lone sequence's is worked out by the product itself.
@@ -352,7 +332,7 @@ impl<'a> CudaDecoder<'a> {
                 Arg::Pointer(layer.sinks.as_ref().map_or(0, Tensor::at)),
                 Arg::Pointer(cache.0.at()),
                 Arg::Pointer(cache.1.at()),
-                Arg::Pointer(state.positions.at()),
+                Arg::Pointer(self.chooser.positions.at()),
                 Arg::Struct(&super::frequencies(&constants.rope)),
                 Arg::Pointer(state.partial.at()),
                 Arg::Pointer(state.arrived.at()),
@@ -368,27 +348,6 @@ impl<'a> CudaDecoder<'a> {
             ],
         )
     }
-
-    /// Queues the choice of the next token of `count` sequences from `first` on.
-    fn advance(&self, first: usize, count: usize) -> Result<()> {
-        let (state, vocab) = (&self.state, self.model.config.vocab_size);
-        let word = 4 * first as u64;
-        self.cuda.device.launch_overlapping(
-            Kernel::new("advance", &[]),
-            Geometry { grid: [ADVANCE_BLOCKS, count, 1], ..Geometry::flat(0, 1024) },
-            &[
-                Arg::Pointer(state.logits.at() + word * vocab as u64),
-                Arg::Pointer(state.ids.at() + word),
-                Arg::Pointer(state.positions.at() + word),
-                Arg::Pointer(state.history.at() + word * self.capacity as u64),
-                Arg::Pointer(state.best.at() + 2 * word * ADVANCE_BLOCKS as u64),
-                Arg::Pointer(state.arrived.at() + word),
-                Arg::Pointer(state.ids.at() + 4 * self.lengths.len() as u64),
-                Arg::U32(vocab as u32),
-                Arg::U32(self.capacity as u32),
-            ],
-        )
-    }
 }
 
 impl Decoder for CudaDecoder<'_> {
@@ -400,8 +359,8 @@ impl Decoder for CudaDecoder<'_> {
         self.capacity
     }
 
-    fn prefill(&mut self, sequence: usize, prompt: &[u32]) -> Result<()> {
-        self.prefill_from(sequence, 1, prompt)
+    fn prefill(&mut self, sequence: usize, prompt: &[u32], draw: Draw) -> Result<()> {
+        self.prefill_from(sequence, prompt, &[draw])
     }
 
     fn step(&mut self, tokens: &[Option<u32>]) -> Result<()> {
@@ -423,32 +382,20 @@ impl Decoder for CudaDecoder<'_> {
         }
         let fed = |(token, _): &(&Option<u32>, &mut usize)| token.is_some();
         tokens.iter().zip(&mut self.lengths).filter(fed).for_each(|(_, length)| *length += 1);
-        let ids = u32_bytes(tokens.iter().map(|token| token.unwrap_or(0)));
-        self.cuda.device.write(&self.state.ids, 0, &ids)?;
+        self.chooser.feed(&self.cuda.device, tokens.iter().map(|token| token.unwrap_or(0)))?;
         self.launch_step()
     }
 
-    fn top(&mut self) -> Result<Vec<u32>> {
-        let mut bytes = vec![0u8; 4 * (self.lengths.len() + 1)];
-        self.cuda.device.download(&self.state.ids, &mut bytes)?;
-        let mut ids: Vec<u32> = words(&bytes).collect();
-        ensure!(
-            ids.pop() == Some(0),
-            "logits are not finite; activations pass what F16 holds, or weights hold NaN"
-        );
-        Ok(ids)
+    fn next_tokens(&mut self) -> Result<Vec<u32>> {
+        self.chooser.next(&self.cuda.device)
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {
-        let mut bytes = vec![0u8; 4 * self.lengths.len() * self.model.config.vocab_size];
-        self.cuda.device.download(&self.state.logits, &mut bytes)?;
-        self.top()?;
-        Ok(words(&bytes).map(f32::from_bits).collect())
+        let mut logits = vec![0.0; self.lengths.len() * self.model.config.vocab_size];
+        self.cuda.device.download_numbers(&self.chooser.logits, &mut logits)?;
+        self.next_tokens()?;
+        Ok(logits)
     }
-}
-
-fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
-    bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b))
 }
 
 /// Returns how many query heads a block of `attend` takes: their queries and outputs stay in registers.

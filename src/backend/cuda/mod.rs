@@ -13,6 +13,7 @@
 //! | `loss` | logits, likelihoods and divergences |
 //! | `matvec` | products of a few tokens |
 //! | `decode` | generation over a cache |
+//! | `choose` | the next token, most likely or sampled |
 //! | `solve` | calibrated rounding |
 //!
 //! # Rounding
@@ -31,6 +32,7 @@
 //! INT8 W8A8 products are exact integers, scaled in F32. With [`Precision::F32`] every
 //! activation and weight is F32 and products use F32 arithmetic without TF32.
 
+pub(crate) mod choose;
 pub mod compile;
 pub mod decode;
 pub mod device;
