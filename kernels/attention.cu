@@ -14,8 +14,6 @@
 #define PITCH (D + 8)
 #define ROWS (16 * WARPS)
 
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ void load_matrices(u32 r[4], const u16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
@@ -24,12 +22,8 @@ __device__ __forceinline__ void load_matrices_transposed(u32 r[4], const u16 *ro
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
 }
-// c += a · b: a [16, 16] row-major, b [16, 8] column-major, c [16, 8].
 __device__ __forceinline__ void multiply(float c[4], const u32 a[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    multiply(c, a[0], a[1], a[2], a[3], b0, b1);
 }
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -45,8 +39,7 @@ __device__ __forceinline__ void fetch_tile(u16 *tile, const f16 *from, u32 first
         u32 row = at / (D / 8), column = at % (D / 8) * 8;
         u32 inside = first + row < tokens;
         const f16 *source = from + (u64)(inside ? first + row : 0) * row_elements + column;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_address(tile + row * PITCH + column)), "l"(source), "r"(inside ? 16 : 0) : "memory");
+        fetch<16>(tile + row * PITCH + column, source, inside);
     }
 }
 
@@ -88,15 +81,15 @@ attention(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__res
     u32 tile = (block_row >= window ? block_row - window + 1 : 0) / BC, tiles = (end + BC - 1) / BC;
     fetch_tile(key_tiles, k, tile * BC, tokens, kv_row);
     fetch_tile(value_tiles, v, tile * BC, tokens, kv_row);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    close_group();
     for (u32 stage = 0; tile < tiles; tile++, stage ^= 1) {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        wait_for_groups<0>();
         // Everyone's copies have landed, and everyone is done with the other stage.
         __syncthreads();
         if (tile + 1 < tiles) {
             fetch_tile(key_tiles + (stage ^ 1) * BC * PITCH, k, (tile + 1) * BC, tokens, kv_row);
             fetch_tile(value_tiles + (stage ^ 1) * BC * PITCH, v, (tile + 1) * BC, tokens, kv_row);
-            asm volatile("cp.async.commit_group;" ::: "memory");
+            close_group();
         }
         u32 first = tile * BC;
         if (first > warp_row + 15) continue; // above the diagonal for this warp

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
+use super::attention::{cache_defines, frequencies, sinks_define, window_argument};
 use super::choose::Chooser;
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
@@ -314,11 +315,11 @@ impl<'a> CudaDecoder<'a> {
         let heads = heads_together(self.model);
         let gains = layer.qk_norm.as_ref().map_or((0, 0), |(q, k)| (q.at(), k.at()));
         let splits = splits(self.model, self.lengths.len(), self.capacity);
-        let (_, mut defines) = super::cache_defines(constants.kv_cache, shape.head_dim);
+        let (_, mut defines) = cache_defines(constants.kv_cache, shape.head_dim);
         defines.extend([
             format!("D={}", shape.head_dim),
             format!("HEADS={heads}"),
-            super::sinks_define(layer.sinks.as_ref()),
+            sinks_define(layer.sinks.as_ref()),
         ]);
         self.cuda.device.launch_overlapping(
             Kernel { name: "attend", defines },
@@ -333,14 +334,14 @@ impl<'a> CudaDecoder<'a> {
                 Arg::Pointer(cache.0.at()),
                 Arg::Pointer(cache.1.at()),
                 Arg::Pointer(self.chooser.positions.at()),
-                Arg::Struct(&super::frequencies(&constants.rope)),
+                Arg::Struct(&frequencies(&constants.rope)),
                 Arg::Pointer(state.partial.at()),
                 Arg::Pointer(state.arrived.at()),
                 Arg::Pointer(state.mixed.at()),
                 Arg::U32(shape.heads as u32),
                 Arg::U32(shape.kv_heads as u32),
                 Arg::U32(self.capacity as u32),
-                Arg::U32(super::window_argument(shape.window)),
+                Arg::U32(window_argument(shape.window)),
                 Arg::F32(shape.scale),
                 Arg::F32(constants.eps),
                 Arg::F32(layer.kv_scales[0]),

@@ -10,6 +10,7 @@
 //! | `tensor` | activations |
 //! | `gemm` | cuBLASLt |
 //! | `linear` | y = x · wᵀ in its variants |
+//! | `attention` | rotation, caches, attention |
 //! | `loss` | logits, likelihoods and divergences |
 //! | `matvec` | products of a few tokens |
 //! | `decode` | generation over a cache |
@@ -32,6 +33,7 @@
 //! INT8 W8A8 products are exact integers, scaled in F32. With [`Precision::F32`] every
 //! activation and weight is F32 and products use F32 arithmetic without TF32.
 
+mod attention;
 pub(crate) mod choose;
 pub mod compile;
 pub mod decode;
@@ -51,6 +53,7 @@ use std::sync::OnceLock;
 use anyhow::{Result, ensure};
 use cudarc::driver::CudaContext;
 
+pub use self::attention::cache_defines;
 use self::compile::Kernel;
 use self::device::{Arg, Device, Geometry};
 use self::gemm::{Form, Gemm, Product, Types};
@@ -244,38 +247,6 @@ impl SecondMoments for Cuda {
     }
 }
 
-/// Returns `struct Frequencies` of the kernels: 128 floats, of which the first `head_dim / 2` matter.
-fn frequencies(rope: &Rope) -> [u64; 64] {
-    let mut words = [0u64; 64];
-    for (word, pair) in words.iter_mut().zip(rope.inverse_frequencies.chunks(2)) {
-        let bits = |value: Option<&f32>| u64::from(value.map_or(0, |value| value.to_bits()));
-        *word = bits(pair.first()) | bits(pair.get(1)) << 32;
-    }
-    words
-}
-
-/// Returns how many values a cache rounds together, and the definitions of `cache.cuh`.
-pub fn cache_defines(kind: KvCache, head_dim: usize) -> (usize, Vec<String>) {
-    let (name, run, bits) = match kind {
-        KvCache::Exact => ("EXACT", head_dim, 32),
-        KvCache::Bf16 => ("BF16", head_dim, 32),
-        KvCache::Fp8 => ("FP8", head_dim, 32),
-        KvCache::Int8 { group: None } => ("INT8", head_dim, 32),
-        KvCache::Int8 { group: Some(group) } => ("INT8", group, 16),
-    };
-    (run, vec![format!("KV={name}"), format!("RUN={run}"), format!("SCALE_BITS={bits}")])
-}
-
-/// Returns how many latest positions a query sees; none at all is a number that no position plus it overflows.
-fn window_argument(window: Option<usize>) -> u32 {
-    window.map_or(1 << 30, |window| window.min(1 << 30) as u32)
-}
-
-/// Returns the definition for attention with or without sinks.
-fn sinks_define(sinks: Option<&Tensor>) -> String {
-    format!("SINKS={}", u8::from(sinks.is_some()))
-}
-
 /// Returns the definition that gives a kernel's type parameter its type.
 fn macro_of(parameter: &str, float: Float) -> String {
     format!("{parameter}={}", float.c_name())
@@ -409,27 +380,7 @@ impl Backend for Cuda {
     }
 
     fn rope(&self, x: &mut Tensor, rope: &Rope, batch: Batch) -> Result<()> {
-        let half = rope.inverse_frequencies.len();
-        ensure!(
-            half.is_multiple_of(4) && (1..=128).contains(&half),
-            "head size {}: the GPU takes multiples of 8 up to 256",
-            2 * half
-        );
-        ensure!(x.cols.is_multiple_of(2 * half), "{} columns in heads of {}", x.cols, 2 * half);
-        ensure!(x.rows == batch.sequences * batch.tokens, "{} rows for {batch:?}", x.rows);
-        x.make_unique(&self.device)?;
-        self.device.launch(
-            Kernel::new("rope", &[&macro_of("X", x.float)]),
-            Geometry::flat(x.rows, 256),
-            &[
-                Arg::Pointer(x.at()),
-                Arg::Struct(&frequencies(rope)),
-                Arg::U32((x.cols / (2 * half)) as u32),
-                Arg::U32(half as u32),
-                Arg::U32(batch.tokens as u32),
-                Arg::U32(0),
-            ],
-        )
+        self.rotate(x, rope, batch)
     }
 
     fn attention(
@@ -441,71 +392,11 @@ impl Backend for Cuda {
         shape: &AttentionShape,
         batch: Batch,
     ) -> Result<Tensor> {
-        let AttentionShape { heads, kv_heads, head_dim, window, scale } = *shape;
-        ensure!(
-            head_dim % 16 == 0 && head_dim <= 256,
-            "head size {head_dim}: the GPU takes multiples of 16 up to 256"
-        );
-        ensure!(kv_heads > 0 && heads % kv_heads == 0, "{heads} query heads for {kv_heads} key heads");
-        ensure!(window != Some(0), "a sliding window of 0 sees nothing");
-        for (x, count) in [(q, heads), (k, kv_heads), (v, kv_heads)] {
-            ensure!(
-                x.rows == batch.sequences * batch.tokens && x.cols == count * head_dim,
-                "[{}, {}] for {shape:?}",
-                x.rows,
-                x.cols
-            );
-        }
-        if let Some(sinks) = sinks {
-            ensure!(
-                sinks.float == Float::F32 && sinks.count() == heads,
-                "{} sinks for {heads} heads",
-                sinks.count()
-            );
-        }
-        let (q, k, v) = (self.rounded(q)?, self.rounded(k)?, self.rounded(v)?);
-        let y = Tensor::empty(&self.device, q.rows, q.cols, self.float)?;
-        let (mut kernel, block_rows, geometry) = match self.float {
-            Float::F32 => {
-                (Kernel::new("attention_precise", &[&format!("D={head_dim}")]), 8, Geometry::flat(0, 256))
-            }
-            _ => flash_attention(head_dim),
-        };
-        kernel.defines.push(sinks_define(sinks));
-        let grid = [batch.tokens.div_ceil(block_rows), heads, batch.sequences];
-        self.device.launch(
-            kernel,
-            Geometry { grid, ..geometry },
-            &[
-                Arg::Pointer(q.at()),
-                Arg::Pointer(k.at()),
-                Arg::Pointer(v.at()),
-                Arg::Pointer(sinks.map_or(0, Tensor::at)),
-                Arg::Pointer(y.at()),
-                Arg::U32(batch.tokens as u32),
-                Arg::U32(heads as u32),
-                Arg::U32(kv_heads as u32),
-                Arg::U32(window_argument(window)),
-                Arg::F32(scale),
-            ],
-        )?;
-        Ok(y)
+        self.mix([q, k, v], sinks, shape, batch)
     }
 
     fn round_cache(&self, x: &mut Tensor, kind: KvCache, head_dim: usize, scale: f32) -> Result<()> {
-        if kind == KvCache::Exact {
-            return Ok(());
-        }
-        ensure!(x.cols.is_multiple_of(head_dim), "{} columns in heads of {head_dim}", x.cols);
-        x.make_unique(&self.device)?;
-        let (run, mut defines) = cache_defines(kind, head_dim);
-        defines.push(macro_of("X", x.float));
-        let runs = x.count() / run;
-        self.device.launch(
-            Kernel { name: "round_cache", defines },
-            Geometry::flat(runs.div_ceil(8), 256),
-            &[Arg::Pointer(x.at()), Arg::U64(runs as u64), Arg::F32(scale)],
-        )
+        self.round_runs(x, kind, head_dim, scale)
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -541,14 +432,4 @@ impl Backend for Cuda {
     ) -> Result<Vec<Divergence>> {
         self.compare_rows(baseline, model, targets)
     }
-}
-
-/// Returns the kernel for a head size, the queries a block takes, and its geometry without the grid. Heads past 128 take
-/// smaller tiles, so that output, scores and queries of a warp stay in registers.
-fn flash_attention(head_dim: usize) -> (Kernel, usize, Geometry) {
-    let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
-    let defines = [format!("D={head_dim}"), format!("BC={tile}"), format!("WARPS={warps}")];
-    let shared = 4 * tile * (head_dim + 8) * 2;
-    let geometry = Geometry { grid: [0; 3], block: [32 * warps, 1], shared: shared as u32 };
-    (Kernel { name: "attention", defines: defines.to_vec() }, 16 * warps as usize, geometry)
 }
