@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod choice;
 mod elementwise;
 #[path = "../gpu/mod.rs"]
 mod gpu;

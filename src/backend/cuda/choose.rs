@@ -17,7 +17,7 @@ const BLOCKS: usize = 16;
 const BLOCK_TOKENS: usize = 1 << 17;
 
 /// Tokens of several sequences, and how they go on.
-pub(crate) struct Chooser {
+pub struct Chooser {
     sequences: usize,
     vocab: usize,
     capacity: usize,

@@ -34,7 +34,7 @@
 //! activation and weight is F32 and products use F32 arithmetic without TF32.
 
 mod attention;
-pub(crate) mod choose;
+pub mod choose;
 pub mod compile;
 pub mod decode;
 pub mod device;

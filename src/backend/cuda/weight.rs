@@ -49,7 +49,7 @@ pub enum Stored {
 }
 
 impl Weight {
-    /// Copies a matrix to the device, packing codes to their bits, small ones [`widened`].
+    /// Copies a matrix to the device, packing codes to their bits; small ones may get wider codes (`widen`).
     pub fn upload(device: &Device, matrix: &Matrix) -> Result<Self> {
         let [rows, cols] = matrix.dims();
         ensure!(cols % 8 == 0, "{cols} columns: the GPU wants a multiple of 8; use `--device cpu`");
