@@ -1,5 +1,5 @@
-//! Weights in GPU memory, as compact as the files: packed code planes and the stored scales, laid out as
-//! `kernels/decode.cuh` says. Nothing is decoded before it is used.
+//! Weights in GPU memory, as compact as the files (but for small matrices in Q5_0, see `widen`): packed code planes and the
+//! stored scales, laid out as `kernels/decode.cuh` says. Nothing is decoded before it is used.
 
 use std::ops::Range;
 use std::sync::Arc;
