@@ -24,7 +24,7 @@ if [ -z "${QUANT:-}" ]; then
     QUANT=${CARGO_TARGET_DIR:-$repository/target}/release/quant
 fi
 
-compressed_tensors=(mxfp4 int8 int8-w8a8)
+compressed_tensors=(mxfp4 int8 int8-w8a8 int8-w8a8-static)
 gguf=(q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s q4_0)
 
 # Prints what llama-perplexity measures: the estimate after the last window. On a busy machine its log thread loses the
@@ -45,10 +45,16 @@ for model in "$@"; do
     name=$(basename "$model")
     out=$work/$name
     mkdir -p "$out"
-    convert() { "$QUANT" convert "$model" --method rtn --no-validate --force --quiet "$@" >&2; }
-    for format in "${compressed_tensors[@]}"; do convert --format "$format" -o "$out/$format"; done
-    for format in "${gguf[@]}"; do convert --format "$format" -o "$out/$format.gguf"; done
-    convert --format mxfp4 --dialect gguf -o "$out/mxfp4.gguf"
+    convert() { "$QUANT" convert "$model" --no-validate --force --quiet "$@" >&2; }
+    for format in "${compressed_tensors[@]}"; do
+        case $format in
+            # Its input scales come from calibration.
+            *-static) convert --effort fast --calib-tokens 16384 --format "$format" -o "$out/$format" ;;
+            *) convert --method rtn --format "$format" -o "$out/$format" ;;
+        esac
+    done
+    for format in "${gguf[@]}"; do convert --method rtn --format "$format" -o "$out/$format.gguf"; done
+    convert --method rtn --format mxfp4 --dialect gguf -o "$out/mxfp4.gguf"
 
     # Equal token ids are a condition of equal perplexity; see text.py.
     "$python" "$repository/scripts/engines/text.py" "$text" "$model/tokenizer.json" "$peers/bin/llama-tokenize" \
@@ -58,7 +64,7 @@ for model in "$@"; do
 
     for format in "${compressed_tensors[@]}"; do
         limit=0.0001
-        [ "$format" != int8-w8a8 ] || limit=0.01
+        [[ "$format" != int8-w8a8* ]] || limit=0.01
         ppl=$("$python" "$repository/scripts/engines/transformers_ppl.py" "$out/$format" "$out/text.txt" "$out/eval.json") || ppl=nan
         printf '%s\t%s\t%s\t%s\t%s\n' "$out/eval.json" "$out/$format" transformers "$ppl" "$limit" >>"$results"
     done

@@ -4,7 +4,8 @@ usage: python scripts/golden_compressed_tensors.py [OUT_DIR]      (default tests
 
 For every format one safetensors file: what the library's compressor stores for a small weight (`weight_packed`,
 `weight_scale`, ...), what its decompressor makes of that (`decompressed`, BF16), and in the metadata the library's own
-`quantization_config` and the versions used. `tests/golden_compressed_tensors.rs` reads them.
+`quantization_config` and the versions used. Where inputs have a fixed scale, also that scale (`input_scale`), inputs
+(`inputs`) and what the library makes of them (`inputs_rounded`). `tests/golden_compressed_tensors.rs` reads them.
 Needs the packages that scripts/peers.sh installs.
 """
 import json
@@ -15,6 +16,7 @@ import torch
 from compressed_tensors import __version__ as version
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from safetensors.torch import save_file
 
 MXFP4 = dict(num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8", zp_dtype="torch.uint8")
@@ -24,6 +26,8 @@ NVFP4 = dict(
 )
 FP8_PER_TOKEN = dict(num_bits=8, type="float", strategy="token", dynamic=True)
 PER_TOKEN = dict(num_bits=8, type="int", strategy="token", dynamic=True)
+
+PER_TENSOR = dict(num_bits=8, type="int", strategy="tensor", dynamic=False)
 
 # file: (format, weights, input_activations, rows, cols)
 CASES = {
@@ -37,6 +41,7 @@ CASES = {
     "int8_group32": ("pack-quantized", dict(num_bits=8, type="int", strategy="group", group_size=32), None, 5, 96),
     "int8_odd_width": ("pack-quantized", dict(num_bits=8, type="int", strategy="channel"), None, 3, 33),
     "int8_w8a8": ("int-quantized", dict(num_bits=8, type="int", strategy="channel"), PER_TOKEN, 5, 33),
+    "int8_w8a8_static": ("int-quantized", dict(num_bits=8, type="int", strategy="channel"), PER_TENSOR, 5, 48),
 }
 
 LIMITS = {("float", 4): 6, ("float", 8): 448, ("int", 4): 7.5, ("int", 8): 127.5}
@@ -82,6 +87,13 @@ def main() -> None:
         back = compressor.decompress(stored, scheme)["weight"]
         tensors = {key: value.contiguous() for key, value in stored.items()}
         tensors["decompressed"] = back.to(torch.bfloat16)
+        if activations is PER_TENSOR:
+            # Ties between codes, and values past the ends of the range; F32, as our reference computes.
+            inputs = torch.cat([torch.arange(-150, 150, 0.5), 40 * torch.randn(424)]) * 0.03125
+            args = scheme.input_activations
+            tensors["input_scale"] = torch.tensor([0.03125])
+            tensors["inputs"] = inputs.reshape(-1, 64)
+            tensors["inputs_rounded"] = fake_quantize(tensors["inputs"], tensors["input_scale"], None, args)
         metadata = {"versions": versions, "quantization_config": json.dumps(config.model_dump(mode="json"))}
         save_file(tensors, out / f"{name}.safetensors", metadata)
         print(name, {key: (str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}, back.dtype)

@@ -122,6 +122,13 @@ const ROWS: &[Row] = &[
     ),
     (CT, "SGLang", fused_apart, No, FUSED_APART),
     (CT, "SGLang", has_fp8, If, "GPU of compute capability 8.9 or later"),
+    (
+        CT,
+        "SGLang",
+        has_static,
+        If,
+        "GPU of compute capability 8.0 or later; it passes over the fixed scales of inputs and finds one per token",
+    ),
     (CT, "SGLang", always, If, "GPU of compute capability 8.0 or later"),
     (
         CT,
@@ -189,7 +196,13 @@ fn has_fp8(output: &Output) -> bool {
 }
 
 fn has_w8a8(output: &Output) -> bool {
-    stores(output, |_, activations| activations == Activations::Int8PerToken)
+    stores(output, |_, activations| {
+        matches!(activations, Activations::Int8PerToken | Activations::Int8PerTensor)
+    })
+}
+
+fn has_static(output: &Output) -> bool {
+    stores(output, |_, activations| activations.is_static())
 }
 
 fn odd_group(output: &Output) -> bool {
@@ -263,10 +276,13 @@ mod tests {
         let mxfp4 = layer(MXFP4, Activations::Full);
         let int8 = layer(INT8, Activations::Full);
         let w8a8 = layer(INT8, Activations::Int8PerToken);
+        let fixed = layer(INT8, Activations::Int8PerTensor);
         let q4_k = layer(Q4_K, Activations::Full);
         for (dialect, loader, tensors, loads, mentions) in [
             (CT, "vLLM", &mxfp4, If, "8.0"),
             (CT, "vLLM", &w8a8, If, "CutlassInt8"),
+            (CT, "vLLM", &fixed, If, "CutlassInt8"),
+            (CT, "SGLang", &fixed, If, "per token"),
             (CT, "vLLM", &int8, If, "not on CPUs"),
             (CT, "SGLang", &mxfp4, No, "dense MXFP4"),
             (CT, "SGLang", &w8a8, If, "8.0"),

@@ -118,6 +118,9 @@ pub enum TensorRecord {
         /// How strongly its input was smoothed: the α of SmoothQuant or AWQ.
         #[serde(skip_serializing_if = "Option::is_none")]
         smoothing: Option<f32>,
+        /// The scale of its linear's inputs, where calibration fixes one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        input_scale: Option<f32>,
         /// Damping that its inputs' second moments needed, relative to their mean diagonal, where that was more than asked.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         raised_damp: Option<f32>,
@@ -258,6 +261,7 @@ impl SchemeRecord {
                 Activations::Full => None,
                 Activations::Int8PerToken => Some("int8 per token".into()),
                 Activations::Fp8PerToken => Some("e4m3 per token".into()),
+                Activations::Int8PerTensor => Some("int8 per tensor".into()),
             },
         }
     }
@@ -394,6 +398,7 @@ mod tests {
             error: 0.0125,
             error_nearest: None,
             smoothing: None,
+            input_scale: None,
             raised_damp: None,
             kept_nearest: false,
             fallback_from: None,

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use crate::checkpoint::{Checkpoint, Stored};
 use crate::container::{Storage, TensorSpec};
-use crate::dialect::compressed_tensors::KV_SCALES;
+use crate::dialect::compressed_tensors::{INPUT_SCALE, KV_SCALES};
 use crate::names::{Part, TensorId};
 use crate::recipe::Recipe;
 use crate::scheme::Scheme;
@@ -40,6 +40,8 @@ pub struct Step {
     pub values: Option<Vec<f32>>,
     /// Indices into [`Plan::outputs`] of the stored tensors it becomes.
     pub parts: Range<usize>,
+    /// Index of the scale of its linear's inputs, where calibration fixes one.
+    pub input_scale: Option<usize>,
 }
 
 /// A stored tensor of the output.
@@ -117,6 +119,12 @@ impl Plan {
             }
         }
         step.parts = first..self.outputs.len();
+        if matches!(step.action, Action::Quantize(_)) && self.recipe.activations(step.id).is_static() {
+            let name = dialect.tensor_name(step.id, INPUT_SCALE);
+            let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
+            step.input_scale = Some(self.outputs.len());
+            self.outputs.push(Output { spec, fixed: None });
+        }
         self.steps.push(step);
         Ok(())
     }
@@ -185,7 +193,8 @@ fn decide(
 
 impl Step {
     fn new(id: TensorId, shape: Vec<usize>, action: Action) -> Self {
-        Step { id, shape, action, fallback: None, row_order: None, values: None, parts: 0..0 }
+        let (fallback, row_order, values) = (None, None, None);
+        Step { id, shape, action, fallback, row_order, values, parts: 0..0, input_scale: None }
     }
 
     /// Returns the rows; a vector is a column of one-element rows, so that its elements can be reordered like rows.

@@ -5,10 +5,12 @@
 use std::path::Path;
 
 use half::bf16;
+use quant::backend::cpu::Cpu;
+use quant::backend::{Backend, SecondMoments};
 use quant::container::Storage;
 use quant::dialect::Dialect;
-use quant::dialect::compressed_tensors::CompressedTensors;
 use quant::dialect::compressed_tensors::config::Quantization;
+use quant::dialect::compressed_tensors::{CompressedTensors, INPUT_SCALE};
 use quant::scheme::{Activations, Scheme, schemes};
 use safetensors::SafeTensors;
 
@@ -33,7 +35,9 @@ fn check(name: &str, wanted: Scheme, wanted_activations: Activations) {
     assert_eq!((scheme, activations), (wanted, wanted_activations), "the library's config names the scheme");
 
     let parts = CompressedTensors.parts(&scheme, activations, rows, cols).unwrap();
-    assert_eq!(parts.len() + 1, file.len(), "the same tensors, and `decompressed`");
+    // Those of the inputs are looked at elsewhere.
+    let beside = |name: &&str| *name != "decompressed" && !name.starts_with("input");
+    assert_eq!(parts.len(), file.names().iter().filter(|name| beside(name)).count(), "the same tensors");
     for part in &parts {
         let stored = file.tensor(part.suffix).unwrap();
         assert_eq!(stored.shape(), part.shape, "{name} {}", part.suffix);
@@ -101,4 +105,27 @@ fn int8_of_odd_width_equals_the_library() {
 #[test]
 fn int8_with_quantized_activations_equals_the_library() {
     check("int8_w8a8", schemes::INT8, Activations::Int8PerToken);
+}
+
+#[test]
+fn int8_with_inputs_of_a_fixed_scale_equals_the_library() {
+    check("int8_w8a8_static", schemes::INT8, Activations::Int8PerTensor);
+}
+
+#[test]
+fn inputs_of_a_fixed_scale_are_rounded_as_the_library_rounds_them() {
+    let (bytes, _, activations, _) = golden("int8_w8a8_static");
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let floats = |name: &str| -> Vec<f32> {
+        let data = file.tensor(name).unwrap().data();
+        data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+    };
+    let inputs = floats("inputs");
+    let scale = floats(INPUT_SCALE)[0];
+    let rounding = activations.rounding(|| Ok(scale)).unwrap();
+    let x = Cpu.tensor(inputs.len() / 64, 64, &inputs).unwrap();
+    let found = Cpu.read(&Cpu.round_inputs(&x, rounding).unwrap()).unwrap();
+    assert_eq!(found, floats("inputs_rounded"));
+    let codes: Vec<f32> = found.iter().map(|x| x / scale).collect();
+    assert!(codes.contains(&-128.0) && codes.contains(&127.0), "both ends occur");
 }

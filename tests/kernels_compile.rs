@@ -81,7 +81,7 @@ fn calibrating(schemes: &[Scheme]) -> Vec<Kernel> {
 fn variants() -> Vec<Kernel> {
     let mut kernels = decoding();
     for x in ["float", "f16"] {
-        for name in ["rope", "swiglu"] {
+        for name in ["maxima", "rope", "swiglu"] {
             kernels.push(kernel(name, &format!("X={x}")));
         }
         for sign in ["1.0f", "-1.0f"] {
@@ -93,8 +93,14 @@ fn variants() -> Vec<Kernel> {
             }
         }
         for codes in ["i8", "f16", "float"] {
-            kernels.push(kernel("quantize_rows", &format!("X={x} C={codes} TO=INT8")));
-            kernels.push(kernel("quantize_rows", &format!("X={x} C={codes} TO=E4M3")));
+            for to in ["INT8", "E4M3"] {
+                kernels.push(kernel("quantize_rows", &format!("X={x} C={codes} TO={to} KEEP=CODES")));
+            }
+        }
+        for values in ["f16", "float"] {
+            for to in ["INT8", "E4M3"] {
+                kernels.push(kernel("quantize_rows", &format!("X={x} C={values} TO={to} KEEP=VALUES")));
+            }
         }
         for sums in ["int", "float"] {
             kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));

@@ -17,7 +17,7 @@ use quant::model::{Model, TensorSource};
 use quant::names::TensorId;
 use quant::scheme::fit::{ScaleRule, fit};
 use quant::scheme::mix::{self, ModelShape};
-use quant::scheme::{Activations, QTensor, Scheme};
+use quant::scheme::{Activations, QTensor, Rounding, Scheme};
 use quant::tensor::Matrix;
 
 /// Enough text for calibration to win clearly, little enough for a test.
@@ -37,8 +37,8 @@ impl TensorSource for Replaced<'_> {
         }
     }
 
-    fn activations(&self, _: TensorId) -> Activations {
-        Activations::Full
+    fn rounding(&self, _: TensorId) -> Rounding {
+        Rounding::None
     }
 }
 

@@ -11,6 +11,7 @@ use quant::checkpoint::Checkpoint;
 use quant::container::safetensors::{SHARD_BYTES, SafetensorsSink};
 use quant::container::{Opening, Sink, Storage, TensorSpec};
 use quant::embedded;
+use quant::names::{Role, TensorId};
 use quant::tensor::Matrix;
 use serde_json::Value;
 
@@ -160,4 +161,22 @@ fn what_an_interrupted_run_left_is_used_only_where_it_fits() {
     assert!(told.contains("going on"), "{told}");
     assert!(bytes(killed.path(), "out.gguf") == bytes(whole.path(), "out.gguf"));
     assert_eq!(leftovers(killed.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn scales_of_inputs_survive_an_interruption() {
+    let (whole, killed) = (folder_with_model(), folder_with_model());
+    let line = format!("convert model --format int8-w8a8-static --effort fast {TEXT} --no-validate -o out");
+    ok(whole.path(), &line);
+    kill_at(killed.path(), &line, r#"{"layer":{"#, 1);
+    let told = ok(killed.path(), &line);
+    assert!(told.contains("going on"), "{told}");
+    assert!(bytes(whole.path(), "out") == bytes(killed.path(), "out"));
+
+    let written = Checkpoint::open(&whole.path().join("out")).unwrap();
+    let scale = |role| written.tensors[&TensorId::in_layer(1, role)].rounding.scale().unwrap();
+    for (role, other) in [(Role::Q, Role::K), (Role::Q, Role::V), (Role::Gate, Role::Up)] {
+        assert_eq!(scale(role), scale(other), "engines join them");
+    }
+    assert_ne!(scale(Role::Q), scale(Role::Down));
 }

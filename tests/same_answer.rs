@@ -2,7 +2,7 @@
 //!
 //! Needs a GPU and `QUANT_TEST_MODELS` (folders, `:` between them) with `QUANT_TEST_TEXT` (a text file); ignored by default,
 //! run by `scripts/gpu.sh`. Bounds: KL(CPU ‖ GPU) <= 1e-4, the same most likely token for 99.5 % of positions, perplexity
-//! within .002; with F32 activations they shrink to the noise of summation order.
+//! within .002; with F32 rounding they shrink to the noise of summation order.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +20,7 @@ use quant::model::{Model, TensorSource};
 use quant::names::TensorId;
 use quant::scheme::fit::{ScaleRule, fit};
 use quant::scheme::schemes::{INT8, MXFP4, Q4_K, Q6_K, Q8_0};
-use quant::scheme::{Activations, QTensor, Scheme};
+use quant::scheme::{QTensor, Rounding, Scheme};
 use quant::tensor::Matrix;
 
 const N_CTX: usize = 512;
@@ -30,7 +30,7 @@ const WINDOWS: usize = 60;
 struct Rounded<'a> {
     checkpoint: &'a Checkpoint,
     scheme: Option<Scheme>,
-    activations: Activations,
+    rounding: Rounding,
 }
 
 impl TensorSource for Rounded<'_> {
@@ -42,8 +42,8 @@ impl TensorSource for Rounded<'_> {
         }
     }
 
-    fn activations(&self, id: TensorId) -> Activations {
-        if id.role.is_linear() { self.activations } else { Activations::Full }
+    fn rounding(&self, id: TensorId) -> Rounding {
+        if id.role.is_linear() { self.rounding } else { Rounding::None }
     }
 }
 
@@ -130,18 +130,18 @@ fn the_gpu_evaluates_as_the_cpu_does() {
     let models: Vec<PathBuf> =
         std::env::split_paths(&std::env::var_os("QUANT_TEST_MODELS").unwrap()).collect();
     let formats = [
-        ("as stored", None, Activations::Full),
-        ("mxfp4", Some(MXFP4), Activations::Full),
-        ("q4_k", Some(Q4_K), Activations::Full),
-        ("q6_k", Some(Q6_K), Activations::Full),
-        ("int8", Some(INT8), Activations::Full),
-        ("int8 w8a8", Some(INT8), Activations::Int8PerToken),
+        ("as stored", None, Rounding::None),
+        ("mxfp4", Some(MXFP4), Rounding::None),
+        ("q4_k", Some(Q4_K), Rounding::None),
+        ("q6_k", Some(Q6_K), Rounding::None),
+        ("int8", Some(INT8), Rounding::None),
+        ("int8 w8a8", Some(INT8), Rounding::Int8PerToken),
     ];
     let mut failures = Vec::new();
     for folder in &models {
         let checkpoint = Checkpoint::open(folder).unwrap();
-        for (name, scheme, activations) in formats {
-            let source = Rounded { checkpoint: &checkpoint, scheme, activations };
+        for (name, scheme, rounding) in formats {
+            let source = Rounded { checkpoint: &checkpoint, scheme, rounding };
             let mut cpu_hidden = None;
             for (precision, mut kld, mut top) in
                 [(Precision::F16, 2e-5, 0.995), (Precision::F32, 2e-7, 0.999)]
@@ -150,7 +150,7 @@ fn the_gpu_evaluates_as_the_cpu_does() {
                 // Rounding inputs to 255 steps turns the last bit of an F32 sum into a whole step now and then, and that
                 // step into more of them: two F32 implementations end up 1.7e-3 apart on tiny-llama (measured), a third
                 // of what quantized inputs cost. So only that cost bounds the difference.
-                if activations == Activations::Int8PerToken {
+                if rounding == Rounding::Int8PerToken {
                     (kld, top, ppl) = (6e-3, 0.96, 0.03);
                 }
                 let cuda = Cuda::new(0, precision).unwrap();

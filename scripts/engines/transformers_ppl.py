@@ -2,7 +2,7 @@
 
 usage: transformers_ppl.py FOLDER TEXT EVAL_JSON
 The library unpacks the weights and says whose inputs are quantized; products are F32, as in our evaluation, so that only
-the reading of the file differs. Inputs are quantized by vLLM's rule, scale = max|x| / 127 (the library would divide by
+the reading of the file differs. Inputs of a fixed scale are quantized by the library; those of a scale per token by vLLM's rule, scale = max|x| / 127 (the library would divide by
 127.5) or / 448 for FP8. Even so W8A8 agrees only statistically: a difference of 1e-7 before a rounding becomes a whole step after it.
 """
 import json
@@ -44,6 +44,8 @@ for module in model.modules():
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is not None and scheme.input_activations is not None:
         args = scheme.input_activations
+        if (args.num_bits, args.strategy, args.dynamic) == (8, "tensor", False):
+            continue
         assert (args.num_bits, args.strategy, args.dynamic) == (8, "token", True), args
         module.quantization_enabled = False
         module.register_forward_pre_hook({"int": int8_per_token, "float": fp8_per_token}[args.type])

@@ -12,7 +12,7 @@ use anyhow::Result;
 use crate::method::solve::{Knobs, Solve};
 use crate::model::kv_cache::KvCache;
 pub use crate::model::rope::Rope;
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 
 /// Equally long token sequences, one after another: row `s · tokens + t` is token `t` of sequence `s`.
@@ -121,13 +121,13 @@ pub trait Backend: Sync {
     /// (Qwen3's q and k norms).
     fn rms_norm(&self, x: &Self::Tensor, gain: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
 
-    /// y\[n, out\] = x\[n, in\] · wᵀ + bias, F32 accumulation. `activations` says how `x` is quantized first.
+    /// y\[n, out\] = x\[n, in\] · wᵀ + bias, F32 accumulation. `rounding` says what happens to `x` first.
     fn linear(
         &self,
         x: &Self::Tensor,
         weight: &Self::Weight,
         bias: Option<&Self::Tensor>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<Self::Tensor>;
 
     /// x += linear(input, …): an output projection joins the residual stream. One operation, so that a device can add in
@@ -138,9 +138,9 @@ pub trait Backend: Sync {
         input: &Self::Tensor,
         weight: &Self::Weight,
         bias: Option<&Self::Tensor>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<()> {
-        let y = self.linear(input, weight, bias, activations)?;
+        let y = self.linear(input, weight, bias, rounding)?;
         self.add(x, &y)
     }
 
@@ -211,6 +211,12 @@ pub trait SecondMoments: Backend {
     /// x -= y
     fn subtract(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
+    /// Returns inputs as an engine's product sees them.
+    fn round_inputs(&self, x: &Self::Tensor, rounding: Rounding) -> Result<Self::Tensor>;
+
+    /// maxima\[j\] = max(maxima\[j\], |x\[i, j\]|) over all i; `maxima` is `[1, cols]`. A NaN stays.
+    fn add_maxima(&self, maxima: &mut Self::Tensor, x: &Self::Tensor) -> Result<()>;
+
     /// sum += aᵀ · b for `a` `[n, a_cols]`, `b` `[n, b_cols]`, `sum` `[a_cols, b_cols]`: second moments of calibration.
     /// Where `a` and `b` are the same tensor, only the entries at and below the diagonal need be right.
     fn add_moment(&self, sum: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor) -> Result<()>;
@@ -226,16 +232,6 @@ pub trait SecondMoments: Backend {
 }
 
 impl<T> MomentSums<T> {
-    /// Divides column j of X̃ and of X by `scales[j]`: the moments of inputs in other units.
-    pub fn rescale<B: SecondMoments<Tensor = T>>(&mut self, backend: &B, scales: &[f32]) -> Result<()> {
-        backend.divide(&mut self.hessian, Some(scales), Some(scales))?;
-        backend.divide(&mut self.cross, Some(scales), Some(scales))?;
-        match &mut self.drift {
-            Some(drift) => backend.divide(drift, None, Some(scales)),
-            None => Ok(()),
-        }
-    }
-
     /// Divides column j of X alone by `scales[j]`, where X̃ already comes in the new units.
     pub fn rescale_full<B: SecondMoments<Tensor = T>>(&mut self, backend: &B, scales: &[f32]) -> Result<()> {
         backend.divide(&mut self.cross, Some(scales), None)

@@ -79,6 +79,11 @@ const INPUT_SMOOTHING: [Change; 3] = [
     ("smoothing behind norms 0.5", |s| s.smoothing = Smoothing::Fixed(0.5)),
     ("smoothing behind norms 0.8", |s| s.smoothing = Smoothing::Fixed(0.8)),
 ];
+/// For inputs of a fixed scale, which are smoothed behind norms from the start.
+const STATIC_INNER_SMOOTHING: [Change; 2] = [
+    ("smoothing of down 0.3", |s| s.inner_smoothing = Smoothing::Fixed(0.3)),
+    ("smoothing of down 0.7", |s| s.inner_smoothing = Smoothing::Fixed(0.7)),
+];
 const INNER_SMOOTHING: [Change; 2] = [
     ("smoothing of down off", |s| s.inner_smoothing = Smoothing::Off),
     ("smoothing of down 0.3", |s| s.inner_smoothing = Smoothing::Fixed(0.3)),
@@ -111,6 +116,8 @@ impl Effort {
         match self {
             Effort::Fast => vec![],
             Effort::Balanced if full => vec![&STRENGTHS],
+            Effort::Balanced if activations.is_static() => vec![&STATIC_INNER_SMOOTHING],
+            Effort::Best if activations.is_static() => vec![&STATIC_INNER_SMOOTHING, &STRENGTHS, &DAMPING],
             Effort::Balanced => vec![&INNER_SMOOTHING, &INPUT_SMOOTHING[..1]],
             Effort::Best if full => vec![&STRENGTHS, &DAMPING, &SMOOTHING],
             Effort::Best => vec![&INNER_SMOOTHING, &INPUT_SMOOTHING, &STRENGTHS, &DAMPING],

@@ -1,8 +1,8 @@
 //! Quantizes a model layer by layer on the inputs of its already quantized part, while the full-precision model runs
 //! beside it.
 //!
-//! Per layer and in order: q, k, v → o → gate, up → down. Each stage sums the second moments of its input in both
-//! streams ([`MomentSums`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
+//! Per layer and in order: q, k, v → o → gate, up → down. Each stage prepares its input where engines round it or smoothing
+//! rescales it (`prepare`), sums the input's second moments in both streams ([`MomentSums`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
 //! they changed. In memory at a time: the residual streams of both models ([`Parked`], so that the device need not hold
 //! them), one layer of each and the next one, one stage's moments, and as many inputs of o and down as there is room for; the others are
 //! computed again once their linear is quantized. [`super::memory`] counts it.
@@ -12,13 +12,16 @@
 //! Windows past `held_out` ride along without being counted: comparing both models' outputs on them at the end says how
 //! good these settings are, on text the statistics have not seen.
 
+mod prepare;
+
 use anyhow::{Context, Result, bail};
 
+use self::prepare::{Prepared, rescaled};
 use super::settings::Settings;
-use super::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_columns};
-use super::sums::{Sums, sampled_rows};
+use super::smoothing::{Factors, Smoothing};
+use super::sums::Sums;
 use crate::backend::parked::{Parked, Room};
-use crate::backend::{Batch, MomentSums, SecondMoments};
+use crate::backend::{Batch, SecondMoments};
 use crate::method::solve::{self, Deviation, Solve, Solved};
 use crate::model::TensorSource;
 use crate::model::block::{Half, Layer, LayerConstants};
@@ -26,13 +29,11 @@ use crate::model::config::Config;
 use crate::model::layers::{Layers, Streamed};
 use crate::names::{Role, TensorId};
 use crate::scheme::fit::{self, fit};
-use crate::scheme::{Activations, QTensor, Scheme};
-use crate::tensor::{Dense, Matrix};
+use crate::scheme::{Activations, QTensor, Rounding, Scheme};
+use crate::tensor::Matrix;
 
 /// Tokens that pass through a layer together.
 pub(super) const CHUNK_TOKENS: usize = 4096;
-/// Tokens whose inputs a search for smoothing factors sees, of every chunk at most.
-const SAMPLED_TOKENS: usize = 512;
 
 /// What to calibrate, and on what.
 pub struct Request<'a> {
@@ -83,6 +84,8 @@ pub struct Calibrated {
     pub tokens: usize,
     /// How strongly its input was smoothed.
     pub smoothing: Option<f32>,
+    /// The scale of its input, where that is static.
+    pub input_scale: Option<f32>,
 }
 
 impl Request<'_> {
@@ -165,7 +168,13 @@ fn quantized_embeddings<B: SecondMoments>(
     let q = fit(scheme, &weight.to_f32(), rows, cols, None, run.request.settings.scale_rule);
     let solved =
         Solved { q: q.clone(), error_nearest: f64::NAN, error: f64::NAN, deviation: Deviation::default() };
-    run.done.push(Finished::Quantized(Calibrated { id, solved, tokens: 0, smoothing: None }));
+    run.done.push(Finished::Quantized(Calibrated {
+        id,
+        solved,
+        tokens: 0,
+        smoothing: None,
+        input_scale: None,
+    }));
     Ok(Some(q))
 }
 
@@ -212,47 +221,55 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             if half == Half::FeedForward {
                 inner = self.inner_factors(source, index, quantized)?;
             }
-            let sums = self.sum_normed(half, full)?;
-            self.stage(source, index, half.inputs(), sums, inner.as_ref(), quantized)?;
-            let sums = self.sum_mixed(half, full, quantized)?;
-            self.stage(source, index, &[half.output()], sums, inner.as_ref(), quantized)?;
+            let inner = inner.as_ref();
+            let prepared = self.prepare_normed(source, index, half, quantized)?;
+            let sums = self.sum_normed(half, full, quantized, prepared.rounding)?;
+            self.stage(source, self.wanted(index, half.inputs()), sums, &prepared, inner, quantized)?;
+            let prepared = self.prepare_mixed(source, index, half, inner, quantized)?;
+            let sums = self.sum_mixed(half, full, quantized, prepared.rounding)?;
+            self.stage(source, self.wanted(index, &[half.output()]), sums, &prepared, inner, quantized)?;
             self.add_output(half, quantized)?;
         }
         Ok(())
     }
 
     /// Sums what the first linears of a half read.
-    fn sum_normed(&self, half: Half, full: &Layer<B>) -> Result<Sums<'a, B>> {
+    fn sum_normed(
+        &self,
+        half: Half,
+        full: &Layer<B>,
+        quantized: &Layer<B>,
+        rounding: Rounding,
+    ) -> Result<Sums<'a, B>> {
         let backend = self.backend;
-        let counted = || self.chunks.iter().filter(|chunk| chunk.counted);
-        let smooth = self.request.settings.smoothing != Smoothing::Off;
-        // Smoothing changes the units of a norm's outputs before they are rounded, after they are summed.
-        let rounded = if smooth { Activations::Full } else { self.request.activations };
-        let sampled = if smooth { (2 * SAMPLED_TOKENS).div_ceil(counted().count().max(1)) } else { 0 };
-        let sums = Sums::new(backend, self.config.hidden_size, None)?;
-        let mut sums = sums.with_sample(sampled).with_rounding(rounded);
-        for chunk in counted() {
-            let norm = |stream: &Parked<B>| {
-                backend.rms_norm(stream.get(backend)?.as_ref(), full.norm(half), self.constants.eps)
+        let mut sums = Sums::new(backend, self.config.hidden_size, None)?.with_rounding(rounding);
+        for chunk in self.chunks.iter().filter(|chunk| chunk.counted) {
+            let norm = |stream: &Parked<B>, layer: &Layer<B>| {
+                backend.rms_norm(stream.get(backend)?.as_ref(), layer.norm(half), self.constants.eps)
             };
-            sums.add(chunk.ids.len(), &norm(&chunk.full)?, &norm(&chunk.quantized)?, None)?;
+            sums.add(chunk.ids.len(), &norm(&chunk.full, full)?, &norm(&chunk.quantized, quantized)?, None)?;
         }
         Ok(sums)
     }
 
     /// Sums what the last linear of a half reads, and carries the full-precision streams through the half.
-    fn sum_mixed(&mut self, half: Half, full: &Layer<B>, quantized: &Layer<B>) -> Result<Sums<'a, B>> {
+    fn sum_mixed(
+        &mut self,
+        half: Half,
+        full: &Layer<B>,
+        quantized: &Layer<B>,
+        rounding: Rounding,
+    ) -> Result<Sums<'a, B>> {
+        let width = self.mixed_width(half);
         let (backend, config, constants) = (self.backend, self.config, &self.constants);
-        let width = match half {
-            Half::Attention => config.num_attention_heads * config.head_dim,
-            Half::FeedForward => config.intermediate_size,
-        };
-        let sums = Sums::new(backend, width, Some(config.hidden_size))?;
-        let mut sums = sums.with_rounding(self.request.activations);
+        let mut sums = Sums::new(backend, width, Some(config.hidden_size))?.with_rounding(rounding);
         let mut room = self.room;
         for Chunk { ids, batch, counted, full: stream, quantized: other, pending } in &mut self.chunks {
             let other = other.get(backend)?;
-            let mixed_q = quantized.mixed(backend, constants, half, &other, *batch)?;
+            let mixed_q = match pending.take() {
+                Some(mixed) => mixed,
+                None => quantized.mixed(backend, constants, half, &other, *batch)?,
+            };
             stream.update(backend, |stream| {
                 let mixed = full.mixed(backend, constants, half, stream, *batch)?;
                 if *counted {
@@ -264,6 +281,14 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             *pending = room.take(bytes as u64).then_some(mixed_q);
         }
         Ok(sums)
+    }
+
+    /// Returns the width of what the last linear of a half reads.
+    fn mixed_width(&self, half: Half) -> usize {
+        match half {
+            Half::Attention => self.config.num_attention_heads * self.config.head_dim,
+            Half::FeedForward => self.config.intermediate_size,
+        }
     }
 
     /// Carries the quantized model's streams through a half whose linears are all quantized now.
@@ -289,7 +314,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             match &tensor {
                 Finished::Quantized(done) => {
                     let weight = backend.upload(Matrix::Quantized(done.solved.q.clone()))?;
-                    self.exchange(done.id, weight, quantized)?;
+                    let scale =
+                        || done.input_scale.with_context(|| format!("`{}` has no input scale", done.id));
+                    let rounding = self.request.activations.rounding(scale)?;
+                    self.exchange(done.id, weight, rounding, quantized)?;
                 }
                 Finished::Rewritten(id, values) => {
                     let gain = backend.tensor(1, values.len(), values)?;
@@ -313,11 +341,17 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     }
 
     /// Puts a quantized weight into the quantized layer.
-    fn exchange(&self, id: TensorId, weight: B::Weight, quantized: &mut Layer<B>) -> Result<()> {
+    fn exchange(
+        &self,
+        id: TensorId,
+        weight: B::Weight,
+        rounding: Rounding,
+        quantized: &mut Layer<B>,
+    ) -> Result<()> {
         let linear =
             quantized.linear_mut(id.role).with_context(|| format!("`{id}` is no linear of a layer"))?;
         linear.weight = weight;
-        linear.activations = self.request.activations;
+        linear.rounding = rounding;
         Ok(())
     }
 
@@ -332,147 +366,43 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         ids.filter_map(|id| Some((id, (self.request.scheme)(id)?))).collect()
     }
 
-    /// Returns the factors that move size between up and down, from what `down` of this layer sees before gate and up are
-    /// quantized; `None` without smoothing, or where up has a bias, which would have to follow.
-    fn inner_factors(
-        &self,
-        source: &impl TensorSource,
-        layer: usize,
-        quantized: &Layer<B>,
-    ) -> Result<Option<Factors>> {
-        let (smoothing, wanted) = (self.request.settings.inner_smoothing, self.wanted(layer, &[Role::Down]));
-        let up = (self.request.scheme)(TensorId::in_layer(layer, Role::Up));
-        if smoothing == Smoothing::Off || wanted.is_empty() || up.is_none() || self.config.mlp_bias {
-            return Ok(None);
-        }
-        let mut inputs = Vec::new();
-        for chunk in self.chunks.iter().filter(|chunk| chunk.counted).take(2) {
-            let stream = chunk.quantized.get(self.backend)?;
-            let normed = self.backend.rms_norm(&stream, &quantized.ffn_norm, self.constants.eps)?;
-            let rows = sampled_rows(chunk.ids.len(), SAMPLED_TOKENS);
-            let normed = self.backend.select_rows(&normed, &rows)?;
-            inputs.extend(self.backend.read(&quantized.gated(self.backend, &normed)?)?);
-        }
-        let weights = [(source.read(wanted[0].0)?.to_f32(), wanted[0].1)];
-        let cols = self.config.intermediate_size;
-        let activations = self.request.activations;
-        let linears =
-            Linears { inputs: &inputs, cols, weights: &weights, activations, against_weights: false };
-        linears.factors(self.backend, smoothing).map(Some)
-    }
-
-    /// Folds smoothing factors for the linears behind a norm into its gain. `inputs` are rows of what they read.
-    fn norm_factors(
-        &mut self,
-        source: &impl TensorSource,
-        norm: TensorId,
-        inputs: &[f32],
-        wanted: &[(TensorId, Scheme)],
-        gain: &mut B::Tensor,
-    ) -> Result<Factors> {
-        let weights = wanted.iter().map(|&(id, scheme)| Ok((source.read(id)?.to_f32(), scheme)));
-        let weights = weights.collect::<Result<Vec<_>>>()?;
-        let (cols, activations) = (self.config.hidden_size, self.request.activations);
-        let against_weights = activations != Activations::Full;
-        let linears = Linears { inputs, cols, weights: &weights, activations, against_weights };
-        let mut factors = linears.factors(self.backend, self.request.settings.smoothing)?;
-        let Matrix::Dense(stored) = source.read(norm)? else {
-            bail!("`{norm}` is quantized, wanted plain numbers")
-        };
-        let values = factors.fold(&stored).to_f32();
-        *gain = self.backend.tensor(1, cols, &values)?;
-        self.done.push(Finished::Rewritten(norm, values));
-        Ok(factors)
-    }
-
     /// Quantizes linears that share an input, emits them and exchanges them in the quantized layer. `inner` moves size
     /// between up and down.
     fn stage(
         &mut self,
         source: &impl TensorSource,
-        layer: usize,
-        roles: &[Role],
-        mut sums: Sums<B>,
+        wanted: Vec<(TensorId, Scheme)>,
+        sums: Sums<B>,
+        prepared: &Prepared,
         inner: Option<&Factors>,
         quantized: &mut Layer<B>,
     ) -> Result<()> {
         self.emit_done()?;
-        let wanted = self.wanted(layer, roles);
-        let norm = match roles[0] {
-            Role::Q => Some((Role::AttnNorm, &mut quantized.attn_norm)),
-            Role::Gate => Some((Role::FfnNorm, &mut quantized.ffn_norm)),
-            _ => None,
-        };
-        let norm = norm.map(|(role, gain)| (TensorId::in_layer(layer, role), gain));
-        let norm = norm.filter(|(id, _)| self.request.rewrites(*id));
-        if wanted.len() < roles.len() {
-            if let Some((norm, _)) = norm {
-                // Something behind it stays as it is, and so does the norm.
-                self.done.push(Finished::Rewritten(norm, source.read(norm)?.to_f32()));
-            }
-            if wanted.is_empty() {
-                return Ok(());
-            }
-            return self.solve(source, wanted, sums.moments, None, None, quantized);
-        }
-        let inputs = std::mem::take(&mut sums.sample);
+        let Some(&(first, _)) = wanted.first() else { return Ok(()) };
+        let Prepared { factors, rounding } = prepared;
+        let factors = factors.as_ref();
         let mut moments = sums.moments;
-        let mut factors = None;
-        if let Some((norm, gain)) = norm {
-            let found = self.norm_factors(source, norm, &inputs, &wanted, gain)?;
-            moments.rescale(self.backend, &found.scales)?;
-            factors = Some(found);
-        } else if let (Role::Down, Some(inner)) = (roles[0], inner) {
-            moments.rescale_full(self.backend, &inner.scales)?;
-            factors = Some(inner.clone());
+        if let Some(factors) = factors {
+            moments.rescale_full(self.backend, &factors.scales)?;
         }
-        self.solve(source, wanted, moments, factors.as_ref(), inner, quantized)
-    }
-
-    /// Quantizes, emits and exchanges the linears of a stage: `factors` are those of their input, `inner` those between up
-    /// and down.
-    fn solve(
-        &mut self,
-        source: &impl TensorSource,
-        wanted: Vec<(TensorId, Scheme)>,
-        moments: MomentSums<B::Tensor>,
-        factors: Option<&Factors>,
-        inner: Option<&Factors>,
-        quantized: &mut Layer<B>,
-    ) -> Result<()> {
-        let roles = [wanted[0].0.role];
         let tokens = moments.tokens;
-        let prepared = |id: TensorId| -> Result<Matrix> {
-            let stored = source.read(id)?;
-            let inner = inner.filter(|_| id.role == Role::Up);
-            if factors.is_none() && inner.is_none() {
-                return Ok(stored);
-            }
-            let mut weights = stored.to_f32();
-            if let Some(factors) = factors {
-                multiply_columns(&mut weights, &factors.scales);
-            }
-            if let Some(inner) = inner {
-                divide_rows(&mut weights, &inner.scales);
-            }
-            Ok(Matrix::Dense(Dense::from_f32(stored.dims().to_vec(), &weights)))
-        };
-        let knobs = self.request.settings.knobs(roles[0]);
-        let solver = self.backend.solver(moments, knobs).with_context(|| format!("{}", wanted[0].0))?;
+        let weights = |id: TensorId| rescaled(source, id, factors, inner.filter(|_| id.role == Role::Up));
+        let knobs = self.request.settings.knobs(first.role);
+        let solver = self.backend.solver(moments, knobs).with_context(|| format!("{first}"))?;
         // What engines join into one matrix gets one factor.
         let joined = wanted.iter().any(|(_, scheme)| fit::global_scale(scheme, 1.0).is_some());
         let mut amax = None;
         for (id, _) in wanted.iter().filter(|_| joined) {
-            amax = Some(solve::amax(&prepared(*id)?).max(amax.unwrap_or(0.0)));
+            amax = Some(solve::amax(&weights(*id)?).max(amax.unwrap_or(0.0)));
         }
         for (id, scheme) in wanted {
-            let weights = prepared(id)?;
+            let weights = weights(id)?;
             let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
             let (solved, weight) =
                 solver.quantize(&weights, scheme, global).with_context(|| format!("{id}"))?;
-            self.exchange(id, weight, quantized)?;
-            let smoothing = factors.map(|factors| factors.strength);
-            self.done.push(Finished::Quantized(Calibrated { id, solved, tokens, smoothing }));
+            self.exchange(id, weight, *rounding, quantized)?;
+            let (smoothing, input_scale) = (factors.map(|factors| factors.strength), rounding.scale());
+            self.done.push(Finished::Quantized(Calibrated { id, solved, tokens, smoothing, input_scale }));
         }
         Ok(())
     }
@@ -502,7 +432,13 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 let tokens = sums.moments.tokens;
                 let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;
                 let (solved, quantized) = solver.quantize(&weight, scheme, None)?;
-                self.done.push(Finished::Quantized(Calibrated { id, solved, tokens, smoothing: None }));
+                self.done.push(Finished::Quantized(Calibrated {
+                    id,
+                    solved,
+                    tokens,
+                    smoothing: None,
+                    input_scale: None,
+                }));
                 Some(quantized)
             }
         };

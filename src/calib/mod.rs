@@ -12,6 +12,7 @@ pub mod corpus;
 pub mod driver;
 pub mod imatrix;
 pub mod importance;
+mod inputs;
 pub mod kv_cache;
 pub mod memory;
 pub mod settings;

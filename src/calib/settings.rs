@@ -54,18 +54,18 @@ impl Settings {
     /// .0054), and moving size from them to up takes 7 % of the whole away at this strength, 4 % at .4 (simulated with nearest codes). Rounded inputs differ
     /// from the full model's more than quantized weights explain, so less of that is corrected (5 % of the KLD on text kept out).
     pub fn for_inputs(activations: Activations) -> Self {
-        match activations {
-            Activations::Full => Settings::default(),
-            _ => {
-                let Settings { mismatch, mismatch_later, residual, .. } = Settings::default();
-                Settings {
-                    mismatch: 0.6 * mismatch,
-                    mismatch_later: 0.6 * mismatch_later,
-                    residual: 0.6 * residual,
-                    inner_smoothing: Smoothing::Fixed(0.5),
-                    ..Settings::default()
-                }
-            }
+        let plain = Settings::default();
+        if activations == Activations::Full {
+            return plain;
+        }
+        Settings {
+            mismatch: 0.6 * plain.mismatch,
+            mismatch_later: 0.6 * plain.mismatch_later,
+            residual: 0.6 * plain.residual,
+            // Channels of very different sizes cannot share one scale.
+            smoothing: if activations.is_static() { Smoothing::Search } else { Smoothing::Off },
+            inner_smoothing: Smoothing::Fixed(0.5),
+            ..plain
         }
     }
 

@@ -20,9 +20,10 @@
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use super::inputs::unclipped_scale;
 use crate::backend::Backend;
 use crate::scheme::fit::{ScaleRule, fit};
-use crate::scheme::{Activations, Scheme};
+use crate::scheme::{Activations, Rounding, Scheme};
 use crate::tensor::{Dense, Matrix};
 
 /// Whether and how strongly.
@@ -94,7 +95,7 @@ impl Linears<'_> {
                 let inputs = backend.tensor(self.inputs.len() / self.cols, self.cols, self.inputs)?;
                 let wanted = self.weights.iter().map(|(weights, _)| {
                     let weight = backend.upload(self.dense(weights))?;
-                    backend.read(&backend.linear(&inputs, &weight, None, Activations::Full)?)
+                    backend.read(&backend.linear(&inputs, &weight, None, Rounding::None)?)
                 });
                 let wanted = wanted.collect::<Result<Vec<_>>>()?;
                 let mut best: Option<(f64, Factors)> = None;
@@ -144,7 +145,10 @@ impl Linears<'_> {
     fn error<B: Backend>(&self, backend: &B, scales: &[f32], wanted: &[Vec<f32>]) -> Result<f64> {
         let mut inputs = self.inputs.to_vec();
         divide_columns(&mut inputs, scales);
-        let inputs = backend.tensor(inputs.len() / self.cols, self.cols, &inputs)?;
+        let largest = || Ok(unclipped_scale(inputs.iter().fold(0.0, |a: f32, x| a.max(x.abs()))));
+        let rounding = self.activations.rounding(largest)?;
+        let tokens = inputs.len() / self.cols;
+        let inputs = backend.tensor(tokens, self.cols, &inputs)?;
         let mut error = 0.0;
         for ((weights, scheme), wanted) in self.weights.iter().zip(wanted) {
             let mut weights = weights.clone();
@@ -152,16 +156,28 @@ impl Linears<'_> {
             let rows = weights.len() / self.cols;
             let q = fit(*scheme, &weights, rows, self.cols, None, ScaleRule::Search);
             let weight = backend.upload(Matrix::Quantized(q))?;
-            let found = backend.read(&backend.linear(&inputs, &weight, None, self.activations)?)?;
-            for (found, wanted) in found.chunks(rows).zip(wanted.chunks(rows)) {
-                let square = |x: f32| (x as f64).powi(2);
-                let difference: f64 = found.iter().zip(wanted).map(|(a, b)| square(a - b)).sum();
-                let energy: f64 = wanted.iter().map(|x| square(*x)).sum();
-                error += if energy > 0.0 { difference / energy } else { 0.0 };
-            }
+            let found = backend.read(&backend.linear(&inputs, &weight, None, rounding)?)?;
+            error += relative_error(&found, wanted, &energies(wanted, tokens));
         }
         Ok(error)
     }
+}
+
+/// Returns Σ x² of each of the rows `[tokens, _]`.
+pub(super) fn energies(rows: &[f32], tokens: usize) -> Vec<f64> {
+    let width = (rows.len() / tokens.max(1)).max(1);
+    rows.chunks(width).map(|row| row.iter().map(|&x| (x as f64).powi(2)).sum()).collect()
+}
+
+/// Returns the squared error of outputs `[energies.len(), _]`, each token's relative to its energy, summed over tokens.
+pub(super) fn relative_error(found: &[f32], wanted: &[f32], energies: &[f64]) -> f64 {
+    let width = (wanted.len() / energies.len().max(1)).max(1);
+    let pairs = found.chunks(width).zip(wanted.chunks(width)).zip(energies);
+    let relative = |((found, wanted), &energy): ((&[f32], &[f32]), &f64)| {
+        let difference: f64 = found.iter().zip(wanted).map(|(a, b)| ((a - b) as f64).powi(2)).sum();
+        if energy > 0.0 { difference / energy } else { 0.0 }
+    };
+    pairs.map(relative).sum()
 }
 
 fn column_sizes(values: &[f32], cols: usize, combine: impl Fn(f32, f32) -> f32) -> Vec<f32> {
@@ -262,7 +278,7 @@ mod tests {
                     &Cpu.tensor(tokens, cols, &inputs).unwrap(),
                     &linears.dense(&weights[0].0),
                     None,
-                    Activations::Full,
+                    Rounding::None,
                 )
                 .unwrap(),
             )

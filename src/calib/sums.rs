@@ -1,27 +1,16 @@
 //! Second moments of a linear's inputs while they are summed, chunk by chunk, on a backend.
 
 use anyhow::Result;
-use rayon::prelude::*;
 
-use crate::backend::cpu::round_rows;
 use crate::backend::{MomentSums, SecondMoments};
-use crate::scheme::Activations;
-
-/// Returns rows spread evenly over `rows`, the first among them, about `count`.
-pub(super) fn sampled_rows(rows: usize, count: usize) -> Vec<usize> {
-    (0..rows).step_by(rows.div_ceil(count).max(1)).collect()
-}
+use crate::scheme::Rounding;
 
 /// Moments while they are summed, with the backend.
 pub(super) struct Sums<'a, B: SecondMoments> {
     backend: &'a B,
     pub(super) moments: MomentSums<B::Tensor>,
-    /// Some rows of X̃, where smoothing factors are searched.
-    pub(super) sample: Vec<f32>,
-    /// Rows to take from each chunk.
-    sampled: usize,
     /// What the engine does to X̃ before it multiplies.
-    activations: Activations,
+    rounding: Rounding,
 }
 
 impl<'a, B: SecondMoments> Sums<'a, B> {
@@ -30,17 +19,12 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
         let zeros = |rows: usize| backend.zeros(rows, cols);
         let drift = hidden.map(zeros).transpose()?;
         let moments = MomentSums { cols, tokens: 0, hessian: zeros(cols)?, cross: zeros(cols)?, drift };
-        Ok(Sums { backend, moments, sample: Vec::new(), sampled: 0, activations: Activations::Full })
+        Ok(Sums { backend, moments, rounding: Rounding::None })
     }
 
     /// Returns sums over inputs as the engine rounds them: what the linear's weights really meet.
-    pub(super) fn with_rounding(self, activations: Activations) -> Self {
-        Sums { activations, ..self }
-    }
-
-    /// Returns sums that also keep about `tokens` rows of X̃ of every chunk.
-    pub(super) fn with_sample(self, tokens: usize) -> Self {
-        Sums { sampled: tokens, ..self }
+    pub(super) fn with_rounding(self, rounding: Rounding) -> Self {
+        Sums { rounding, ..self }
     }
 
     /// Adds the inputs of the next linears in both models, of `tokens` tokens; `streams` are the residual streams that the
@@ -52,17 +36,9 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
         quantized: &B::Tensor,
         streams: Option<(&B::Tensor, &B::Tensor)>,
     ) -> Result<()> {
-        if self.sampled > 0 {
-            let rows = sampled_rows(tokens, self.sampled);
-            self.sample.extend(self.backend.read(&self.backend.select_rows(quantized, &rows)?)?);
-        }
-        let rounded = match round_rows(self.activations) {
-            None => None,
-            Some(round) => {
-                let (cols, mut values) = (self.moments.cols, self.backend.read(quantized)?);
-                values.par_chunks_mut(cols).for_each(round);
-                Some(self.backend.tensor(tokens, cols, &values)?)
-            }
+        let rounded = match self.rounding {
+            Rounding::None => None,
+            rounding => Some(self.backend.round_inputs(quantized, rounding)?),
         };
         let quantized = rounded.as_ref().unwrap_or(quantized);
         let moments = &mut self.moments;

@@ -9,12 +9,12 @@ use super::folder::{OpenedFolder, some_of};
 use super::{Stored, TensorInfo};
 use crate::container::gguf::Gguf;
 use crate::container::{InputFile, Located, Storage};
-use crate::dialect::compressed_tensors::{CompressedTensors, KV_SCALES};
+use crate::dialect::compressed_tensors::{CompressedTensors, INPUT_SCALE, KV_SCALES};
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::names::{Part, Role, TensorId};
 use crate::num::Codec;
-use crate::scheme::{Activations, Scheme};
+use crate::scheme::{Activations, Rounding, Scheme};
 use crate::tensor::{Dtype, floats_from_bytes};
 
 /// The tensors of a model, and the stored parts of each that unpacking takes.
@@ -37,13 +37,16 @@ pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
     let fp8_cache = quantization.is_some_and(|quantization| quantization.has_fp8_cache());
     let kv_scales = kv_scales(opened, &scales, fp8_cache)?;
     let found = sort(&tensors, |name| parse_hf(name, quantization.is_some()))?;
-    let contents = assign(&opened.config, found, |id, shape, parts| {
+    let contents = assign(&opened.config, found, |id, shape, mut parts| {
         let of_module = quantization.filter(|_| id.part == Part::Weight).and_then(|q| q.of(&id.hf_module()));
         match of_module {
             None => dense(shape, parts),
             Some((scheme, activations)) => {
                 let scheme = with_stored_scale(scheme, &parts);
-                quantized(&CompressedTensors, scheme, activations, shape, parts, &opened.files)
+                let rounding = input_rounding(opened, activations, &mut parts)?;
+                let (stored, parts) =
+                    quantized(&CompressedTensors, scheme, activations, shape, parts, &opened.files)?;
+                Ok(Described { stored, rounding, parts })
             }
         }
     });
@@ -65,21 +68,40 @@ fn kv_scales(opened: &OpenedFolder, found: &[Located], fp8_cache: bool) -> Resul
         let name = format!("model.layers.{layer}.self_attn.{scale}");
         let tensor = found.iter().find(|tensor| tensor.spec.name == name);
         let tensor = tensor.with_context(|| format!("`{name}` is missing; `kv_cache_scheme` asks for it"))?;
-        let Storage::Plain(dtype) = tensor.spec.storage else { bail!("`{name}`: wanted a number") };
-        ensure!(
-            dtype.is_float() && tensor.spec.shape.iter().product::<usize>() == 1,
-            "`{name}`: found {dtype} of shape {:?}; wanted one number",
-            tensor.spec.shape
-        );
-        let bytes = opened.files[tensor.file].read(tensor.start, tensor.spec.bytes())?;
-        let mut value = [0.0];
-        floats_from_bytes(dtype, &bytes, &mut value);
-        ensure!(value[0].is_finite() && value[0] > 0.0, "`{name}` is {}; wanted more than 0", value[0]);
-        Ok(value[0])
+        read_scale(opened, tensor)
     };
     (0..opened.config.num_hidden_layers)
         .map(|layer| Ok([read(layer, KV_SCALES[0])?, read(layer, KV_SCALES[1])?]))
         .collect()
+}
+
+/// Reads a scale that stands alone: one number, finite and positive.
+fn read_scale(opened: &OpenedFolder, tensor: &Located) -> Result<f32> {
+    let name = &tensor.spec.name;
+    let Storage::Plain(dtype) = tensor.spec.storage else { bail!("`{name}`: wanted a number") };
+    ensure!(
+        dtype.is_float() && tensor.spec.shape.iter().product::<usize>() == 1,
+        "`{name}`: found {dtype} of shape {:?}; wanted one number",
+        tensor.spec.shape
+    );
+    let bytes = opened.files[tensor.file].read(tensor.start, tensor.spec.bytes())?;
+    let mut value = [0.0];
+    floats_from_bytes(dtype, &bytes, &mut value);
+    ensure!(value[0].is_finite() && value[0] > 0.0, "`{name}` is {}; wanted more than 0", value[0]);
+    Ok(value[0])
+}
+
+/// Returns what a linear does to its inputs, by the scale that lies beside its weight, which is taken from `parts`.
+fn input_rounding(opened: &OpenedFolder, activations: Activations, parts: &mut Parts) -> Result<Rounding> {
+    let scale = parts.remove(INPUT_SCALE);
+    ensure!(
+        activations.is_static() || scale.is_none(),
+        "there is an `input_scale`, but `input_activations` do not ask for one"
+    );
+    activations.rounding(|| {
+        let wanted = "`input_scale` is missing; `input_activations` with `dynamic` false ask for it";
+        read_scale(opened, &scale.context(wanted)?)
+    })
 }
 
 /// Understands a GGUF file.
@@ -99,7 +121,9 @@ pub(super) fn of_gguf(config: &Config, gguf: &Gguf) -> Result<Contents> {
         let Some(kind) = kind else { return dense(shape, parts) };
         let scheme = dialect::gguf::scheme_of(kind)
             .with_context(|| format!("no scheme is known for {kind:?} of `{}`", id.gguf_name()))?;
-        quantized(&dialect::gguf::Gguf, scheme, Activations::Full, shape, parts, &gguf.files)
+        let (stored, parts) =
+            quantized(&dialect::gguf::Gguf, scheme, Activations::Full, shape, parts, &gguf.files)?;
+        Ok(Described { stored, rounding: Rounding::None, parts })
     })
 }
 
@@ -139,11 +163,19 @@ fn parse_hf(name: &str, quantized: bool) -> Option<(TensorId, String)> {
     Some((id, suffix.to_string()))
 }
 
+/// What is known of a tensor from its stored parts.
+struct Described {
+    stored: Stored,
+    rounding: Rounding,
+    /// Those that unpacking takes.
+    parts: Vec<Located>,
+}
+
 /// Gives each tensor that the configuration promises its parts, as `describe` understands them.
 fn assign(
     config: &Config,
     mut found: BTreeMap<TensorId, Parts>,
-    describe: impl Fn(TensorId, &[usize], Parts) -> Result<(Stored, Vec<Located>)>,
+    describe: impl Fn(TensorId, &[usize], Parts) -> Result<Described>,
 ) -> Result<Contents> {
     let (mut contents, mut missing) = (Contents::default(), Vec::new());
     for (id, shape) in config.expected_tensors() {
@@ -152,8 +184,9 @@ fn assign(
             continue;
         };
         let bytes = parts.values().map(|part| part.spec.bytes()).sum();
-        let (stored, parts) = describe(id, &shape, parts).with_context(|| format!("`{id}`"))?;
-        contents.tensors.insert(id, TensorInfo { shape, stored, bytes });
+        let Described { stored, rounding, parts } =
+            describe(id, &shape, parts).with_context(|| format!("`{id}`"))?;
+        contents.tensors.insert(id, TensorInfo { shape, stored, bytes, rounding });
         contents.parts.insert(id, parts);
     }
     ensure!(
@@ -178,7 +211,7 @@ fn assign(
 }
 
 /// Understands a tensor of plain floats.
-fn dense(shape: &[usize], parts: Parts) -> Result<(Stored, Vec<Located>)> {
+fn dense(shape: &[usize], parts: Parts) -> Result<Described> {
     let (suffixes, mut located): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     ensure!(
         located.len() == 1 && matches!(suffixes[0].as_str(), "weight" | "bias"),
@@ -194,7 +227,7 @@ fn dense(shape: &[usize], parts: Parts) -> Result<(Stored, Vec<Located>)> {
         "found {dtype}, wanted F32, F16 or BF16; if the model is quantized, `config.json` must say so"
     );
     ensure_shape(&part, shape)?;
-    Ok((Stored::Dense(dtype), vec![part]))
+    Ok(Described { stored: Stored::Dense(dtype), rounding: Rounding::None, parts: vec![part] })
 }
 
 /// Understands a tensor that `dialect` spells in parts; `fixed` parts are compared here and not kept.
@@ -269,6 +302,7 @@ pub(super) fn main_format(tensors: &BTreeMap<TensorId, TensorInfo>) -> String {
             Stored::Quantized(scheme, Activations::Int8PerToken | Activations::Fp8PerToken) => {
                 format!("{}-w8a8", scheme.name)
             }
+            Stored::Quantized(scheme, Activations::Int8PerTensor) => format!("{}-w8a8-static", scheme.name),
         };
         *weights.entry(name).or_default() += info.weights();
     }

@@ -19,7 +19,7 @@ use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
 use crate::names::TensorId;
-use crate::scheme::{Activations, Scheme};
+use crate::scheme::{Activations, Rounding, Scheme};
 use crate::tensor::{Dense, Dtype, Matrix};
 
 /// How a tensor is stored.
@@ -40,6 +40,8 @@ pub struct TensorInfo {
     pub stored: Stored,
     /// Stored bytes of all its parts.
     pub bytes: u64,
+    /// What its linear does to its inputs.
+    pub rounding: Rounding,
 }
 
 impl TensorInfo {

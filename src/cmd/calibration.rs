@@ -25,6 +25,7 @@ use crate::names::{Role, TensorId};
 use crate::output::{Printer, Unit};
 use crate::plan::{Action, Plan};
 use crate::recipe::Method;
+use crate::scheme::mix;
 
 /// Weights times calibration tokens up to which `auto` calibrates on a CPU: about ten minutes on two cores.
 const AUTO_BUDGET: u64 = 10_000_000_000_000;
@@ -43,6 +44,14 @@ pub struct Windows {
 
 /// Returns the method to use; `auto` is decided here, aloud.
 pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Result<Method> {
+    if let Some(name) = args.format.iter().find(|name| is_static(name)) {
+        ensure!(
+            args.imatrix.is_none() && args.method != MethodArg::Rtn,
+            "`--format {name}` fixes the scales of inputs on calibration text: leave `--method rtn` and `--imatrix` away, \
+             or use `--format int8-w8a8`, whose scales engines find token by token"
+        );
+        return Ok(Method::Gptq);
+    }
     ensure!(
         args.imatrix.is_none() || args.method != MethodArg::Gptq,
         "`--imatrix` weighs the errors of round-to-nearest; `--method gptq` measures its own on `--calib`: give one of them"
@@ -62,6 +71,11 @@ pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Resu
             Method::Rtn
         }
     })
+}
+
+/// Whether a format of that name has input scales that only calibration finds.
+fn is_static(format: &str) -> bool {
+    mix::by_name(format).is_some_and(|format| format.activations.is_static())
 }
 
 /// Weights times calibration tokens.

@@ -60,10 +60,14 @@ fn describe(checkpoint: &Checkpoint) -> Value {
         .tensors
         .iter()
         .map(|(id, info)| {
-            json!({
+            let mut json = json!({
                 "name": id.to_string(), "shape": info.shape, "stored": stored(info), "bytes": info.bytes,
                 "bits_per_weight": bits_per_weight(info),
-            })
+            });
+            if let Some(scale) = info.rounding.scale() {
+                json["input_scale"] = json!(scale);
+            }
+            json
         })
         .collect();
     json!({

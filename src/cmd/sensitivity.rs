@@ -20,7 +20,7 @@ use crate::plan::{Action, Plan, Step};
 use crate::recipe::Recipe;
 use crate::report;
 use crate::scheme::fit::fit;
-use crate::scheme::{Activations, QTensor};
+use crate::scheme::{QTensor, Rounding};
 use crate::tensor::{Matrix, first_non_finite};
 
 /// Windows that are measured unless told otherwise: every group runs through all of them.
@@ -141,7 +141,7 @@ fn bytes_saved(source: &Checkpoint, plan: &Plan, step: &Step) -> u64 {
 }
 
 /// Returns a tensor rounded to nearest in the scheme its plan gives it.
-fn quantized(source: &Checkpoint, plan: &Plan, id: TensorId) -> Result<(Matrix, Activations)> {
+fn quantized(source: &Checkpoint, plan: &Plan, id: TensorId) -> Result<(Matrix, Rounding)> {
     /// Rows that one thread fits at a time.
     const ROWS: usize = 64;
     let step = plan.steps.iter().find(|step| step.id == id);
@@ -160,7 +160,13 @@ fn quantized(source: &Checkpoint, plan: &Plan, id: TensorId) -> Result<(Matrix, 
         .collect();
     let mut q = QTensor::zeroed(scheme, rows, cols);
     fitted.iter().enumerate().for_each(|(at, part)| q.set_rows(at * ROWS, part));
-    Ok((Matrix::Quantized(q), plan.recipe.activations(id)))
+    let rounding = plan.recipe.activations(id).rounding(|| {
+        anyhow::bail!(
+            "`{}` has scales that only calibration finds, which this command does without; use `--format int8-w8a8`",
+            plan.recipe.format.name
+        )
+    })?;
+    Ok((Matrix::Quantized(q), rounding))
 }
 
 /// Prints the ranking and writes what was asked for.

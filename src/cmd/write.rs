@@ -258,6 +258,7 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
             error: cost.error,
             error_nearest: cost.error_nearest,
             smoothing: cost.smoothing,
+            input_scale: cost.input_scale,
             raised_damp: cost.deviation.raised_damp,
             kept_nearest: cost.deviation.kept_nearest,
             fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.name.to_string()),

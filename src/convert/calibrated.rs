@@ -59,7 +59,7 @@ pub fn convert_calibrated<B: SecondMoments>(
                 write_vector(plan, sink, step, &values)?;
                 (step, None)
             }
-            Finished::Quantized(Calibrated { id, solved, tokens, smoothing }) => {
+            Finished::Quantized(Calibrated { id, solved, tokens, smoothing, input_scale }) => {
                 let step = &plan.steps[place[&id]];
                 let Solved { error, error_nearest, deviation, .. } = solved;
                 ensure!(
@@ -68,7 +68,9 @@ pub fn convert_calibrated<B: SecondMoments>(
                      `--calib-tokens`, or leave `--no-fallback` away"
                 );
                 costs[place[&id]] = match error.is_finite() {
-                    true => Cost { error, error_nearest: Some(error_nearest), smoothing, deviation },
+                    true => {
+                        Cost { error, error_nearest: Some(error_nearest), smoothing, input_scale, deviation }
+                    }
                     // Embeddings have no input to weigh errors with.
                     false => {
                         let weights = source.read(id)?.to_f32();
@@ -77,8 +79,13 @@ pub fn convert_calibrated<B: SecondMoments>(
                 };
                 let parts = pack(solved.q, plan, step)?;
                 write_rows(plan, sink, step, 0..step.rows(), &parts)?;
+                if let Some(index) = step.input_scale {
+                    let scale =
+                        input_scale.with_context(|| format!("no input scale was found for `{id}`"))?;
+                    sink.write(index, 0, &scale.to_le_bytes())?;
+                }
                 progress((step.rows() * step.cols()) as u64);
-                (step, Some(Outcome { error, error_nearest, tokens, smoothing, deviation }))
+                (step, Some(Outcome { error, error_nearest, tokens, smoothing, input_scale, deviation }))
             }
         };
         if step.id.layer.is_some() {
@@ -161,11 +168,11 @@ impl Recovery<'_> {
             }
             (
                 Action::Quantize(scheme),
-                Some(Outcome { error, error_nearest, tokens, smoothing, deviation }),
+                Some(Outcome { error, error_nearest, tokens, smoothing, input_scale, deviation }),
             ) => {
                 let q = unpack(scheme, &parts, plan, step)?;
                 let solved = Solved { q, error, error_nearest, deviation };
-                Finished::Quantized(Calibrated { id: step.id, solved, tokens, smoothing })
+                Finished::Quantized(Calibrated { id: step.id, solved, tokens, smoothing, input_scale })
             }
             _ => bail!("the journal says of `{}` what the plan does not", tensor.name),
         }))

@@ -70,6 +70,7 @@ pub struct Outcome {
     pub error_nearest: f64,
     pub tokens: usize,
     pub smoothing: Option<f32>,
+    pub input_scale: Option<f32>,
     pub deviation: Deviation,
 }
 

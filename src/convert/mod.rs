@@ -31,6 +31,8 @@ pub struct Cost {
     pub error_nearest: Option<f64>,
     /// How strongly its input was smoothed (the α of [`crate::calib::smoothing`]).
     pub smoothing: Option<f32>,
+    /// The scale of its input, where that is static.
+    pub input_scale: Option<f32>,
     /// What calibration did not do as asked.
     #[serde(default)]
     pub deviation: Deviation,

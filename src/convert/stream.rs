@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 
 use super::{Cost, pack, write_decided, write_rows};
@@ -36,6 +36,11 @@ pub fn convert(
     imatrix: Option<&Imatrix>,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Vec<Cost>> {
+    ensure!(
+        plan.steps.iter().all(|step| step.input_scale.is_none()),
+        "`{}` has scales that only calibration finds",
+        plan.recipe.format.name
+    );
     write_decided(plan, sink)?;
     stream(source, plan, sink, imatrix, progress, |_| true)
 }

@@ -211,7 +211,7 @@ mod tests {
     use crate::model::TensorSource;
     use crate::model::layers::Streamed;
     use crate::names::TensorId;
-    use crate::scheme::Activations;
+    use crate::scheme::Rounding;
     use crate::tensor::Matrix;
 
     pub fn model(name: &str) -> Model<Cpu> {
@@ -258,8 +258,8 @@ mod tests {
                 TensorSource::read(self.0, id)
             }
 
-            fn activations(&self, id: TensorId) -> Activations {
-                self.0.activations(id)
+            fn rounding(&self, id: TensorId) -> Rounding {
+                self.0.rounding(id)
             }
         }
 

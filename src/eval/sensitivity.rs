@@ -13,7 +13,7 @@ use super::{Estimate, Metric, Protocol, Text};
 use crate::backend::{Backend, Batch};
 use crate::model::Model;
 use crate::names::{Role, TensorId};
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 
 /// Tensors that are quantized together.
@@ -87,7 +87,7 @@ pub fn run<B: Backend>(
     model: &mut Model<B>,
     text: &Text,
     groups: &[Group],
-    quantized: &dyn Fn(TensorId) -> Result<(Matrix, Activations)>,
+    quantized: &dyn Fn(TensorId) -> Result<(Matrix, Rounding)>,
     progress: &dyn Fn(),
 ) -> Result<Vec<Estimate>> {
     super::check_fits(&model.config, text)?;
@@ -100,9 +100,9 @@ pub fn run<B: Backend>(
                 .tensors
                 .iter()
                 .map(|&id| {
-                    let (matrix, activations) = quantized(id)?;
+                    let (matrix, rounding) = quantized(id)?;
                     let weight = backend.upload(matrix).with_context(|| id.to_string())?;
-                    Ok(Replaced { id, weight, activations })
+                    Ok(Replaced { id, weight, rounding })
                 })
                 .collect::<Result<Vec<_>>>()?;
             found[at] = divergence(backend, model, text, &convoys, replaced, layer)?;
@@ -144,7 +144,7 @@ fn embark<B: Backend>(backend: &B, model: &Model<B>, text: &Text) -> Result<Vec<
 struct Replaced<B: Backend> {
     id: TensorId,
     weight: B::Weight,
-    activations: Activations,
+    rounding: Rounding,
 }
 
 impl<B: Backend> Replaced<B> {
@@ -157,7 +157,7 @@ impl<B: Backend> Replaced<B> {
                 let linear =
                     model.layers.get_mut(usize::from(layer)).and_then(|layer| layer.linear_mut(role));
                 linear.map(|linear| {
-                    std::mem::swap(&mut linear.activations, &mut self.activations);
+                    std::mem::swap(&mut linear.rounding, &mut self.rounding);
                     &mut linear.weight
                 })
             }
@@ -235,10 +235,10 @@ mod tests {
     }
 
     /// Every weight off by a quarter.
-    fn damaged(checkpoint: &Checkpoint, id: TensorId) -> (Matrix, Activations) {
+    fn damaged(checkpoint: &Checkpoint, id: TensorId) -> (Matrix, Rounding) {
         let matrix = checkpoint.read(id).unwrap();
         let values: Vec<f32> = matrix.to_f32().iter().map(|w| w * 1.25).collect();
-        (Matrix::Dense(Dense::from_f32(matrix.dims().to_vec(), &values)), Activations::Full)
+        (Matrix::Dense(Dense::from_f32(matrix.dims().to_vec(), &values)), Rounding::None)
     }
 
     /// A checkpoint with one group damaged, as a whole model sees it.
@@ -252,8 +252,8 @@ mod tests {
             }
         }
 
-        fn activations(&self, _: TensorId) -> Activations {
-            Activations::Full
+        fn rounding(&self, _: TensorId) -> Rounding {
+            Rounding::None
         }
     }
 

@@ -19,7 +19,7 @@ use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::config::Config;
 use crate::names::{Role, TensorId};
 use crate::scheme::mix::{Format, ModelShape, fallback};
-use crate::scheme::{Activations, QTensor, Scheme, schemes};
+use crate::scheme::{QTensor, Rounding, Scheme, schemes};
 use crate::tensor::{Dense, Dtype, Matrix};
 
 /// What a machine can do at best, by its own measure.
@@ -150,8 +150,8 @@ pub fn matrix_rate(cuda: &Cuda) -> Result<f64> {
     let n = 8192;
     let weight = random_weight(cuda, None, n, n)?;
     let x = cuda.embed(&weight, &(0..n as u32).collect::<Vec<_>>())?;
-    let x = cuda.linear(&x, &weight, None, Activations::Full)?;
-    let time = seconds(cuda, 9, 4, || cuda.linear(&x, &weight, None, Activations::Full).map(|_| ()))?;
+    let x = cuda.linear(&x, &weight, None, Rounding::None)?;
+    let time = seconds(cuda, 9, 4, || cuda.linear(&x, &weight, None, Rounding::None).map(|_| ()))?;
     Ok(2.0 * (n as f64).powi(3) / time)
 }
 
@@ -230,7 +230,7 @@ pub fn random_model(cuda: &Cuda, config: Config, format: Option<&Format>) -> Res
     for layer in 0..config.num_hidden_layers {
         let mut linear = |role, rows, cols| -> Result<Linear<Cuda>> {
             let weight = weight(TensorId::in_layer(layer, role), rows, cols)?;
-            Ok(Linear { weight, bias: None, activations: Activations::Full })
+            Ok(Linear { weight, bias: None, rounding: Rounding::None })
         };
         layers.push(Layer {
             attn_norm: gain.clone(),

@@ -7,7 +7,7 @@ use super::kv_cache::KvCache;
 use super::{TensorSource, read_vector, read_weight};
 use crate::backend::{AttentionShape, Backend, Batch, Rope};
 use crate::names::{Role, TensorId};
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 
 /// What every layer of a model shares.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,14 +57,14 @@ pub struct Linear<B: Backend> {
     /// `[out_features]`
     pub bias: Option<B::Tensor>,
     /// What the engine does to the inputs first.
-    pub activations: Activations,
+    pub rounding: Rounding,
 }
 
 // Derived implementations would ask for backends that can be cloned.
 impl<B: Backend> Clone for Linear<B> {
     fn clone(&self) -> Self {
-        let Linear { weight, bias, activations } = self;
-        Linear { weight: weight.clone(), bias: bias.clone(), activations: *activations }
+        let Linear { weight, bias, rounding } = self;
+        Linear { weight: weight.clone(), bias: bias.clone(), rounding: *rounding }
     }
 }
 
@@ -100,21 +100,17 @@ impl<B: Backend> Linear<B> {
     ) -> Result<Self> {
         let id = TensorId::in_layer(layer, role);
         let bias = if bias { Some(read_vector(backend, source, id.bias(), shape[0])?) } else { None };
-        Ok(Linear {
-            weight: read_weight(backend, source, id, shape)?,
-            bias,
-            activations: source.activations(id),
-        })
+        Ok(Linear { weight: read_weight(backend, source, id, shape)?, bias, rounding: source.rounding(id) })
     }
 
     /// Returns the linear's output for inputs `[n, in_features]`.
     pub fn forward(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor> {
-        backend.linear(x, &self.weight, self.bias.as_ref(), self.activations)
+        backend.linear(x, &self.weight, self.bias.as_ref(), self.rounding)
     }
 
     /// Adds the linear's output for `input` to `x` `[n, out_features]`.
     pub fn add_forward(&self, backend: &B, x: &mut B::Tensor, input: &B::Tensor) -> Result<()> {
-        backend.linear_add(x, input, &self.weight, self.bias.as_ref(), self.activations)
+        backend.linear_add(x, input, &self.weight, self.bias.as_ref(), self.rounding)
     }
 }
 
@@ -272,6 +268,14 @@ impl<B: Backend> Layer<B> {
         match half {
             Half::Attention => &self.attn_norm,
             Half::FeedForward => &self.ffn_norm,
+        }
+    }
+
+    /// Returns the gain of a half's norm, to exchange it.
+    pub fn norm_mut(&mut self, half: Half) -> &mut B::Tensor {
+        match half {
+            Half::Attention => &mut self.attn_norm,
+            Half::FeedForward => &mut self.ffn_norm,
         }
     }
 

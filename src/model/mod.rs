@@ -16,9 +16,9 @@ use self::block::{Layer, LayerConstants};
 use self::config::Config;
 use self::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
-use crate::checkpoint::{Checkpoint, Stored};
+use crate::checkpoint::Checkpoint;
 use crate::names::{Role, TensorId};
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 
 /// Where a model's tensors come from.
@@ -27,7 +27,7 @@ pub trait TensorSource: Sync {
     fn read(&self, id: TensorId) -> Result<Matrix>;
 
     /// Returns what the engine does to the inputs of that linear.
-    fn activations(&self, id: TensorId) -> Activations;
+    fn rounding(&self, id: TensorId) -> Rounding;
 
     /// Returns the scales of a layer's keys and values, if engines keep them in FP8.
     fn kv_scales(&self, _layer: usize) -> Result<Option<[f32; 2]>> {
@@ -40,11 +40,8 @@ impl TensorSource for Checkpoint {
         Checkpoint::read(self, id)
     }
 
-    fn activations(&self, id: TensorId) -> Activations {
-        match self.tensors.get(&id).map(|info| info.stored) {
-            Some(Stored::Quantized(_, activations)) => activations,
-            _ => Activations::Full,
-        }
+    fn rounding(&self, id: TensorId) -> Rounding {
+        self.tensors.get(&id).map_or(Rounding::None, |info| info.rounding)
     }
 
     fn kv_scales(&self, layer: usize) -> Result<Option<[f32; 2]>> {

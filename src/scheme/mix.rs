@@ -58,7 +58,7 @@ const fn linears(
 }
 
 /// All formats.
-pub const FORMATS: [Format; 14] = [
+pub const FORMATS: [Format; 15] = [
     Format {
         name: "mxfp4",
         aliases: &["mxfp4a16"],
@@ -109,6 +109,13 @@ pub const FORMATS: [Format; 14] = [
         "8-bit weights per channel and 8-bit activations per token (vLLM, transformers)",
         INT8,
         Activations::Int8PerToken,
+    ),
+    linears(
+        "int8-w8a8-static",
+        &["w8a8-static"],
+        "the same with one activation scale per linear, fixed by calibration (vLLM, transformers)",
+        INT8,
+        Activations::Int8PerTensor,
     ),
     Format {
         aliases: &["q4_k"],

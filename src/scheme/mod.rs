@@ -17,6 +17,8 @@ pub mod schemes;
 pub use distortion::Distortion;
 pub use qtensor::{Grid, QTensor};
 
+use anyhow::Result;
+
 use crate::num::{Codec, Element};
 
 /// How many values along a row share one scale.
@@ -116,4 +118,51 @@ pub enum Activations {
     Int8PerToken,
     /// FP8 E4M3, one scale per token: `scale = max|x| / 448`, values rounded to nearest even.
     Fp8PerToken,
+    /// INT8, symmetric, one scale for all tokens, found by calibration and stored beside the weight: codes `x / scale`
+    /// rounded to nearest even, clamped to -128 and 127 as compressed-tensors and vLLM do.
+    Int8PerTensor,
+}
+
+/// What happens to the inputs of one linear: [`Activations`] with the number that a fixed kind brings.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub enum Rounding {
+    /// [`Activations::Full`]
+    #[default]
+    None,
+    /// [`Activations::Int8PerToken`]
+    Int8PerToken,
+    /// [`Activations::Fp8PerToken`]
+    Fp8PerToken,
+    /// [`Activations::Int8PerTensor`] with its scale, finite and positive.
+    Int8PerTensor(f32),
+}
+
+impl Activations {
+    /// Whether each linear has a scale of its own that is fixed before run time.
+    pub fn is_static(self) -> bool {
+        self == Activations::Int8PerTensor
+    }
+
+    /// Returns what happens to the inputs of a linear; `scale` is asked only by kinds that are static.
+    ///
+    /// # Errors
+    /// Those of `scale`.
+    pub fn rounding(self, scale: impl FnOnce() -> Result<f32>) -> Result<Rounding> {
+        Ok(match self {
+            Activations::Full => Rounding::None,
+            Activations::Int8PerToken => Rounding::Int8PerToken,
+            Activations::Fp8PerToken => Rounding::Fp8PerToken,
+            Activations::Int8PerTensor => Rounding::Int8PerTensor(scale()?),
+        })
+    }
+}
+
+impl Rounding {
+    /// Returns the scale of a static kind.
+    pub fn scale(self) -> Option<f32> {
+        match self {
+            Rounding::Int8PerTensor(scale) => Some(scale),
+            _ => None,
+        }
+    }
 }

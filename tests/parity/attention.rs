@@ -140,8 +140,10 @@ fn what_f16_cannot_hold_never_goes_unseen() {
         assert!(cuda.read(&mixed).unwrap()[64..].iter().any(|y| y.is_nan()), "a key of {huge}");
         let codes = QTensor::zeroed(schemes::INT8, 64, 64);
         let weight = cuda.upload(Matrix::Quantized(codes)).unwrap();
-        let y = cuda.linear(&x, &weight, None, Activations::Int8PerToken).unwrap();
-        assert!(cuda.read(&y).unwrap()[64..].iter().all(|y| y.is_nan()), "a quantized input of {huge}");
+        for rounding in [Rounding::Int8PerToken, Rounding::Int8PerTensor(0.25)] {
+            let y = cuda.linear(&x, &weight, None, rounding).unwrap();
+            assert!(cuda.read(&y).unwrap()[64..].iter().all(|y| y.is_nan()), "a quantized input of {huge}");
+        }
         let y = cuda.swiglu(&x, &ones()).unwrap();
         assert!(!cuda.read(&y).unwrap()[70].is_finite(), "a gate of {huge}");
     }

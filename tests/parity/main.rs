@@ -10,6 +10,7 @@ mod choice;
 mod elementwise;
 #[path = "../gpu/mod.rs"]
 mod gpu;
+mod inputs;
 mod loss;
 mod products;
 mod weights;
@@ -21,7 +22,7 @@ use quant::backend::cuda::{Cuda, Float, Precision};
 use quant::backend::{AttentionShape, Backend, Batch, Rope, SecondMoments};
 use quant::model::kv_cache::KvCache;
 use quant::num::{Codec, Element};
-use quant::scheme::{Activations, Offset, QTensor, Scheme, schemes};
+use quant::scheme::{Offset, QTensor, Rounding, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};
 
 /// Half a step of F16's 11 significant bits, relative.

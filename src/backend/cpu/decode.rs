@@ -11,7 +11,7 @@ use crate::generate::{Decoder, Draw, Generate};
 use crate::model::Model;
 use crate::model::block::LayerConstants;
 use crate::model::kv_cache::KvCache;
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 
 /// Rows of one register tile of a product, four times: past it the time per token hardly falls.
 const SEQUENCES: usize = 32;
@@ -180,7 +180,7 @@ impl CpuDecoder<'_> {
     fn keep_logits(&mut self, x: &Array2<f32>, running: &[usize]) -> Result<()> {
         let model = self.model;
         let hidden = Cpu.rms_norm(x, &model.output_norm, model.constants.eps)?;
-        let logits = Cpu.linear(&hidden, model.head(), None, Activations::Full)?;
+        let logits = Cpu.linear(&hidden, model.head(), None, Rounding::None)?;
         for (row, &sequence) in running.iter().enumerate() {
             self.logits.row_mut(sequence).assign(&logits.row(row));
         }

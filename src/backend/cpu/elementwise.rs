@@ -95,6 +95,16 @@ pub fn quantize_int8(row: &mut [f32]) {
     }
 }
 
+/// Replaces values by what an INT8 engine computes with under a fixed scale: scale · round(x / scale), ties to even, codes
+/// clamped to -128 and 127 ([`crate::scheme::Activations::Int8PerTensor`]). What is not finite becomes NaN, so that it stays visible.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn quantize_int8_by(scale: f32, row: &mut [f32]) {
+    for v in row {
+        let code = (*v / scale).round_ties_even().clamp(-128.0, 127.0);
+        *v = if v.is_finite() { code * scale } else { f32::NAN };
+    }
+}
+
 /// Replaces every row by what an FP8 engine computes with: scale · e4m3(x / scale), scale = max|x| / 448, ties to even
 /// ([`crate::scheme::Activations::Fp8PerToken`]).
 pub fn quantize_fp8(row: &mut [f32]) {
@@ -143,6 +153,15 @@ mod tests {
         let mut zeros = [0.0; 3];
         quantize_fp8(&mut zeros);
         assert_eq!(zeros, [0.0; 3]);
+    }
+
+    #[test]
+    fn int8_inputs_of_a_fixed_scale_have_the_codes_of_the_definition() {
+        let mut row = [-64.0, -64.5, 63.5, 64.0, 0.25, 0.75, 1e30, -0.3, f32::INFINITY, f32::NAN];
+        quantize_int8_by(0.5, &mut row);
+        // 0.25 and 0.75 are ties between codes 0 and 1, 1 and 2; codes end at -128 and 127.
+        assert_eq!(row[..8], [-64.0, -64.0, 63.5, 63.5, 0.0, 1.0, 63.5, -0.5]);
+        assert!(row[8].is_nan() && row[9].is_nan());
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score,
 use crate::method::solve::{Knobs, Solver};
 use crate::method::statistics::Moments;
 use crate::model::kv_cache::KvCache;
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 
 /// The CPU, using the threads of the current `rayon` pool.
@@ -88,10 +88,10 @@ impl Backend for Cpu {
         x: &Array2<f32>,
         weight: &Matrix,
         bias: Option<&Array2<f32>>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<Array2<f32>> {
         let mut y = Array2::zeros((x.nrows(), weight.dims()[0]));
-        multiply(x, weight, activations, &mut y, Previous::Replaced)?;
+        multiply(x, weight, rounding, &mut y, Previous::Replaced)?;
         if let Some(bias) = bias {
             y += bias;
         }
@@ -104,9 +104,9 @@ impl Backend for Cpu {
         input: &Array2<f32>,
         weight: &Matrix,
         bias: Option<&Array2<f32>>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<()> {
-        multiply(input, weight, activations, x, Previous::Kept)?;
+        multiply(input, weight, rounding, x, Previous::Kept)?;
         if let Some(bias) = bias {
             *x += bias;
         }
@@ -202,6 +202,23 @@ impl SecondMoments for Cpu {
         Ok(())
     }
 
+    fn round_inputs(&self, x: &Array2<f32>, rounding: Rounding) -> Result<Array2<f32>> {
+        let mut y = x.clone();
+        round_inputs(&mut y, rounding)?;
+        Ok(y)
+    }
+
+    fn add_maxima(&self, maxima: &mut Array2<f32>, x: &Array2<f32>) -> Result<()> {
+        let (maxima, cols) = (slice_mut(maxima)?, x.ncols());
+        ensure!(maxima.len() == cols, "maxima of {} columns of inputs of {cols}", maxima.len());
+        for row in slice(x)?.chunks_exact(cols.max(1)) {
+            // A NaN stays.
+            let larger = |a: f32, b: f32| if b <= a { a } else { b };
+            maxima.iter_mut().zip(row).for_each(|(max, x)| *max = larger(*max, x.abs()));
+        }
+        Ok(())
+    }
+
     fn divide(&self, sum: &mut Array2<f32>, rows: Option<&[f32]>, columns: Option<&[f32]>) -> Result<()> {
         let (height, width) = sum.dim();
         ensure!(
@@ -226,20 +243,24 @@ impl SecondMoments for Cpu {
     }
 }
 
-/// Returns what an engine does to each token's inputs, as a function of a row; `None` if it leaves them alone.
-pub(crate) fn round_rows(activations: Activations) -> Option<fn(&mut [f32])> {
-    match activations {
-        Activations::Full => None,
-        Activations::Int8PerToken => Some(elementwise::quantize_int8),
-        Activations::Fp8PerToken => Some(elementwise::quantize_fp8),
-    }
+/// Replaces inputs by what an engine's product sees of them.
+fn round_inputs(x: &mut Array2<f32>, rounding: Rounding) -> Result<()> {
+    let round: &(dyn Fn(&mut [f32]) + Sync) = match rounding {
+        Rounding::None => return Ok(()),
+        Rounding::Int8PerToken => &elementwise::quantize_int8,
+        Rounding::Fp8PerToken => &elementwise::quantize_fp8,
+        Rounding::Int8PerTensor(scale) => &move |row| elementwise::quantize_int8_by(scale, row),
+    };
+    let width = x.ncols().max(1);
+    slice_mut(x)?.par_chunks_mut(width).for_each(round);
+    Ok(())
 }
 
 /// y (+)= x · weightᵀ, with `x` as the engine would quantize it.
 fn multiply(
     x: &Array2<f32>,
     weight: &Matrix,
-    activations: Activations,
+    rounding: Rounding,
     y: &mut Array2<f32>,
     previous: Previous,
 ) -> Result<()> {
@@ -250,13 +271,11 @@ fn multiply(
         x.dim(),
         y.dim()
     );
-    let left = match activations {
-        Activations::Full => Left::pack(x.view()),
+    let left = match rounding {
+        Rounding::None => Left::pack(x.view()),
         _ => {
             let mut x = x.clone();
-            if let Some(round) = round_rows(activations) {
-                slice_mut(&mut x)?.par_chunks_mut(in_features).for_each(round);
-            }
+            round_inputs(&mut x, rounding)?;
             Left::pack(x.view())
         }
     };

@@ -71,6 +71,7 @@ const SOURCES: &[Source] = &[
     kernel!("fit_power_of_two", "scheme.cuh", "grid.cuh"),
     kernel!("gather"),
     kernel!("gather_columns"),
+    kernel!("maxima"),
     kernel!("matvec", "scheme.cuh", "decode.cuh", "tensor_core.cuh", "stage.cuh"),
     kernel!("missing"),
     kernel!("nucleus", "draw.cuh"),

@@ -19,7 +19,7 @@ use crate::generate::{Decoder, Draw, Generate, Sampling};
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants, Linear};
 use crate::model::kv_cache::KvCache;
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 
 /// Blocks of `attend` that keep an H100 busy.
 const ATTENTION_BLOCKS: usize = 264;
@@ -266,39 +266,39 @@ impl<'a> CudaDecoder<'a> {
             self.product(From::Values(&state.gated), &[(&layer.down, &state.x)], Output::Add)?;
         }
         let head = [Part { weight: model.head(), bias: None, y: self.chooser.logits_of(0) }];
-        self.cuda.matvec(self.normed(&model.output_norm, Activations::Full)?, &head, Output::F32)?;
+        self.cuda.matvec(self.normed(&model.output_norm, Rounding::None)?, &head, Output::F32)?;
         self.chooser.choose(&self.cuda.device, 0, self.lengths.len())
     }
 
     /// Returns norm(residual stream) · gain as a product reads it: a lone sequence's is worked out by the product itself.
-    fn normed<'b>(&'b self, gain: &'b Tensor, activations: Activations) -> Result<Input<'b>> {
+    fn normed<'b>(&'b self, gain: &'b Tensor, rounding: Rounding) -> Result<Input<'b>> {
         let (state, eps, tokens) = (&self.state, self.model.constants.eps, self.lengths.len());
-        if tokens == 1 && activations == Activations::Full && gain.count() <= WIDEST_NORM {
+        if tokens == 1 && rounding == Rounding::None && gain.count() <= WIDEST_NORM {
             return Ok(Input { x: state.x.at(), norm: Some((gain, eps)), scales: None, tokens });
         }
         let (x, y) = ((state.x.at(), Float::F32), (state.normed.at(), Float::F16));
         self.cuda.norm_into(x, gain, y, tokens, eps)?;
-        self.input(&state.normed, gain.count(), activations)
+        self.input(&state.normed, gain.count(), rounding)
     }
 
     /// Returns F16 values `[sequences, cols]` as a product reads them, quantized first where the engine does that.
-    fn input<'b>(&'b self, x: &'b Buffer, cols: usize, activations: Activations) -> Result<Input<'b>> {
+    fn input<'b>(&'b self, x: &'b Buffer, cols: usize, rounding: Rounding) -> Result<Input<'b>> {
         let (state, tokens) = (&self.state, self.lengths.len());
-        if activations == Activations::Full {
+        if rounding == Rounding::None {
             return Ok(Input { x: x.at(), norm: None, scales: None, tokens });
         }
-        let to = ("f16", activations);
+        let to = ("f16", rounding);
         self.cuda.quantize_rows((x.at(), Float::F16), to, &state.codes, &state.scales, [tokens, cols])?;
         Ok(Input { x: state.codes.at(), norm: None, scales: Some(&state.scales), tokens })
     }
 
     /// Queues linears of one input, each into its buffer.
     fn product(&self, from: From, linears: &[(&Linear<Cuda>, &Buffer)], output: Output) -> Result<()> {
-        for alike in linears.chunk_by(|(a, _), (b, _)| a.activations == b.activations) {
+        for alike in linears.chunk_by(|(a, _), (b, _)| a.rounding == b.rounding) {
             let (first, _) = alike[0];
             let input = match from {
-                From::Residual(gain) => self.normed(gain, first.activations)?,
-                From::Values(x) => self.input(x, first.weight.cols, first.activations)?,
+                From::Residual(gain) => self.normed(gain, first.rounding)?,
+                From::Values(x) => self.input(x, first.weight.cols, first.rounding)?,
             };
             let parts: Vec<Part> = alike
                 .iter()

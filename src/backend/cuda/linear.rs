@@ -1,17 +1,17 @@
 //! y = x · wᵀ + bias for every storage of w and both treatments of x.
 //!
 //! Weights that a product cannot read as they lie are decoded into scratch memory first, which lives until the product is
-//! done. INT8 W8A8 runs as engines run it: inputs quantized per token, exact integer sums, scales applied after. FP8 inputs
+//! done. INT8 W8A8 runs as engines run it: inputs quantized, exact integer sums, scales applied after. FP8 inputs
 //! multiply as the F16 numbers they are.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
 use super::gemm::{Form, Product, Types};
 use super::{Cuda, Float, Stored, Tensor, Weight, macro_of};
 use crate::backend::Backend;
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 use crate::tensor::Dtype;
 
 impl Cuda {
@@ -21,11 +21,11 @@ impl Cuda {
         x: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<Tensor> {
         check(x, weight)?;
-        if activations != Activations::Full {
-            return self.quantized_product(x, weight, bias, activations);
+        if rounding != Rounding::None {
+            return self.quantized_product(x, weight, bias, rounding);
         }
         let x = self.rounded(x)?;
         // With a bias the sums stay F32 until it is added, so that the result is rounded once.
@@ -46,13 +46,13 @@ impl Cuda {
         input: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<()> {
         check(input, weight)?;
         ensure!(x.rows == input.rows && x.cols == weight.rows, "the sum of differing shapes");
         ensure!(x.float == Float::F32, "only the residual stream, which is F32, is added to");
-        if bias.is_some() || activations != Activations::Full {
-            let y = self.product(input, weight, bias, activations)?;
+        if bias.is_some() || rounding != Rounding::None {
+            let y = self.product(input, weight, bias, rounding)?;
             return self.add(x, &y);
         }
         x.make_unique(&self.device)?;
@@ -93,32 +93,63 @@ impl Cuda {
     /// Queues the quantization of rows of `[rows, cols]` values to numbers of type `code` and F32 scales.
     pub(super) fn quantize_rows(
         &self,
-        (x, float): (u64, Float),
-        (code, activations): (&str, Activations),
+        x: (u64, Float),
+        (code, rounding): (&str, Rounding),
         codes: &Buffer,
         scales: &Buffer,
+        shape: [usize; 2],
+    ) -> Result<()> {
+        self.launch_quantize_rows(x, ("KEEP=CODES", code, rounding), codes.at(), scales.at(), shape)
+    }
+
+    /// Returns the values that quantized products see of `x`.
+    pub(super) fn quantized_values(&self, x: &Tensor, rounding: Rounding) -> Result<Tensor> {
+        let y = Tensor::empty(&self.device, x.rows, x.cols, self.float)?;
+        let code = if self.float == Float::F32 { "float" } else { "f16" };
+        let kind = ("KEEP=VALUES", code, rounding);
+        self.launch_quantize_rows((x.at(), x.float), kind, y.at(), 0, [x.rows, x.cols])?;
+        Ok(y)
+    }
+
+    fn launch_quantize_rows(
+        &self,
+        (x, float): (u64, Float),
+        (keep, code, rounding): (&str, &str, Rounding),
+        to: u64,
+        scales: u64,
         [rows, cols]: [usize; 2],
     ) -> Result<()> {
-        let grid = if activations == Activations::Fp8PerToken { "TO=E4M3" } else { "TO=INT8" };
+        let (grid, given) = match rounding {
+            Rounding::None => bail!("inputs that stay as they are have no codes"),
+            Rounding::Int8PerToken => ("TO=INT8", 0.0),
+            Rounding::Fp8PerToken => ("TO=E4M3", 0.0),
+            Rounding::Int8PerTensor(scale) => ("TO=INT8", scale),
+        };
         self.device.launch(
-            Kernel::new("quantize_rows", &[&macro_of("X", float), &format!("C={code}"), grid]),
+            Kernel::new("quantize_rows", &[&macro_of("X", float), &format!("C={code}"), grid, keep]),
             Geometry::flat(rows, 256),
-            &[Arg::Pointer(x), Arg::Pointer(codes.at()), Arg::Pointer(scales.at()), Arg::U32(cols as u32)],
+            &[
+                Arg::Pointer(x),
+                Arg::Pointer(to),
+                Arg::Pointer(scales),
+                Arg::U32(cols as u32),
+                Arg::F32(given),
+            ],
         )
     }
 
-    /// Returns x · wᵀ + bias with x quantized per token.
+    /// Returns x · wᵀ + bias with x quantized.
     fn quantized_product(
         &self,
         x: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<Tensor> {
         // Integer matrix units want rows of a multiple of 16 bytes; other shapes and schemes multiply the same numbers
         // as floats, which hold them exactly.
         let whole = weight.cols.is_multiple_of(16) && weight.rows.is_multiple_of(4);
-        let row_scales = weight.row_scales().filter(|_| whole && activations == Activations::Int8PerToken);
+        let row_scales = weight.row_scales().filter(|_| whole && rounding != Rounding::Fp8PerToken);
         let (code, code_bytes, sum, types) = match (row_scales, self.float) {
             (Some(_), _) => ("i8", 1, "int", Types::Int8),
             (None, Float::F32) => ("float", 4, "float", Types::F32),
@@ -126,7 +157,7 @@ impl Cuda {
         };
         let codes = Tensor::new(x.rows, x.cols, self.float, self.device.allocate(x.count() * code_bytes)?);
         let x_scales = self.device.allocate(x.rows * 4)?;
-        let to = (code, activations);
+        let to = (code, rounding);
         self.quantize_rows((x.at(), x.float), to, codes.buffer(), &x_scales, [x.rows, x.cols])?;
         let mut sums = Tensor::empty(&self.device, x.rows, weight.rows, Float::F32)?;
         if types == Types::Int8 {

@@ -63,7 +63,7 @@ pub use self::weight::{Stored, Weight, scheme_defines};
 use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
 use crate::method::solve::Knobs;
 use crate::model::kv_cache::KvCache;
-use crate::scheme::Activations;
+use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 
 /// Number type of activations between operations.
@@ -207,6 +207,33 @@ impl SecondMoments for Cuda {
 
     fn subtract(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
         self.add_signed(x, y, "SIGN=-1.0f")
+    }
+
+    fn round_inputs(&self, x: &Tensor, rounding: Rounding) -> Result<Tensor> {
+        match rounding {
+            Rounding::None => Ok(x.clone()),
+            _ => self.quantized_values(x, rounding),
+        }
+    }
+
+    fn add_maxima(&self, maxima: &mut Tensor, x: &Tensor) -> Result<()> {
+        ensure!(
+            maxima.count() == x.cols && maxima.float == Float::F32,
+            "maxima of {} columns of inputs of {}",
+            maxima.count(),
+            x.cols
+        );
+        maxima.make_unique(&self.device)?;
+        self.device.launch(
+            Kernel::new("maxima", &[&macro_of("X", x.float)]),
+            Geometry { grid: [x.cols.div_ceil(256), x.rows.div_ceil(64), 1], ..Geometry::flat(0, 256) },
+            &[
+                Arg::Pointer(maxima.at()),
+                Arg::Pointer(x.at()),
+                Arg::U32(x.rows as u32),
+                Arg::U32(x.cols as u32),
+            ],
+        )
     }
 
     /// Inputs of linears are F16 already, so their products are exact and only sums are rounded, in F32. Where one side is
@@ -363,9 +390,9 @@ impl Backend for Cuda {
         x: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<Tensor> {
-        self.product(x, weight, bias, activations)
+        self.product(x, weight, bias, rounding)
     }
 
     fn linear_add(
@@ -374,9 +401,9 @@ impl Backend for Cuda {
         input: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        activations: Activations,
+        rounding: Rounding,
     ) -> Result<()> {
-        self.add_product(x, input, weight, bias, activations)
+        self.add_product(x, input, weight, bias, rounding)
     }
 
     fn rope(&self, x: &mut Tensor, rope: &Rope, batch: Batch) -> Result<()> {

@@ -249,12 +249,14 @@ fn weights_json(scheme: &Scheme) -> Value {
 }
 
 fn activations_json(activations: Activations) -> Value {
-    let kind = match activations {
+    let (kind, strategy) = match activations {
         Activations::Full => return Value::Null,
-        Activations::Int8PerToken => "int",
-        Activations::Fp8PerToken => "float",
+        Activations::Int8PerToken => ("int", "token"),
+        Activations::Fp8PerToken => ("float", "token"),
+        Activations::Int8PerTensor => ("int", "tensor"),
     };
-    json!({"num_bits": 8, "type": kind, "symmetric": true, "strategy": "token", "dynamic": true})
+    let dynamic = strategy == "token";
+    json!({"num_bits": 8, "type": kind, "symmetric": true, "strategy": strategy, "dynamic": dynamic})
 }
 
 /// The top level; the library ignores fields it does not know here.
@@ -374,20 +376,21 @@ impl ArgsJson {
     }
 
     fn activations(&self) -> Result<Activations> {
-        let per_token = self.num_bits == 8 && self.strategy() == "token";
         ensure!(
-            per_token && self.symmetric && self.dynamic == Value::Bool(true),
-            "`input_activations`: {}-bit `{}`, strategy `{}`, dynamic {} is not supported; 8 bits, symmetric, strategy \
-             `token`, dynamic true are",
-            self.num_bits,
-            self.kind,
-            self.strategy(),
-            self.dynamic
+            self.symmetric,
+            "`input_activations`: asymmetric inputs (`input_zero_point`) are not supported; quantize the original model \
+             with `symmetric` true"
         );
-        match self.kind.as_str() {
-            "int" => Ok(Activations::Int8PerToken),
-            "float" => Ok(Activations::Fp8PerToken),
-            other => bail!("`input_activations.type` is `{other}`, wanted `int` or `float`"),
+        let dynamic = self.dynamic == Value::Bool(true);
+        match (self.kind.as_str(), self.num_bits, self.strategy()) {
+            ("int", 8, "token") if dynamic => Ok(Activations::Int8PerToken),
+            ("float", 8, "token") if dynamic => Ok(Activations::Fp8PerToken),
+            ("int", 8, "tensor") if is_static(&self.dynamic) => Ok(Activations::Int8PerTensor),
+            (kind, bits, strategy) => bail!(
+                "`input_activations`: {bits}-bit `{kind}`, strategy `{strategy}`, dynamic {} is not supported; 8 bits with \
+                 strategy `token` and dynamic true are, and 8-bit `int` with strategy `tensor` and dynamic false",
+                self.dynamic
+            ),
         }
     }
 
@@ -430,6 +433,7 @@ mod tests {
         let grouped = Some((int8_grouped(128), Activations::Full));
         let mxfp4 = Some((MXFP4, Activations::Full));
         let nvfp4 = Some((NVFP4, Activations::Full));
+        let w8a8_static = Some((INT8, Activations::Int8PerTensor));
         let fp8 = Some((FP8, Activations::Fp8PerToken));
         let int4 = Some((int4_grouped(64), Activations::Full));
         for (up, down) in [
@@ -437,6 +441,7 @@ mod tests {
             (int4, int4),
             (mxfp4, mxfp4),
             (w8a8, None),
+            (w8a8_static, w8a8),
             (grouped, mxfp4),
             (None, w8a8),
             (None, None),
@@ -514,6 +519,16 @@ mod tests {
                 "input_activations",
                 json!({"num_bits": 8, "type": "float"}),
                 "`input_activations`: 8-bit `float`",
+            ),
+            (
+                "input_activations",
+                json!({"num_bits": 8, "strategy": "tensor", "dynamic": true}),
+                "dynamic true is not supported",
+            ),
+            (
+                "input_activations",
+                json!({"num_bits": 8, "strategy": "tensor", "symmetric": false}),
+                "asymmetric inputs (`input_zero_point`)",
             ),
         ] {
             let error = error_of(|json| group(json, field, value.clone()));

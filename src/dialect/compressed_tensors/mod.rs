@@ -6,7 +6,7 @@
 //! | `nvfp4-pack-quantized` | `P.weight_packed` as above; `P.weight_scale` F8_E4M3 `[N, K/16]`; `P.weight_global_scale` F32 `[1]`, a divisor |
 //! | `pack-quantized` (8 bits) | `P.weight_packed` I32 `[N, ⌈K/4⌉]`, byte i = value + 128; `P.weight_scale` `[N, groups]`; `P.weight_shape` I64 `[2]` |
 //! | `pack-quantized` (4 bits) | `P.weight_packed` I32 `[N, ⌈K/8⌉]`, nibble i = value + 8, even column low; the rest alike |
-//! | `int-quantized` | `P.weight` I8 `[N, K]`, two's complement; `P.weight_scale` `[N, 1]` |
+//! | `int-quantized` | `P.weight` I8 `[N, K]`, two's complement; `P.weight_scale` `[N, 1]`; static inputs: `P.input_scale` `[1]` |
 //! | `float-quantized` | `P.weight` F8_E4M3 `[N, K]`; `P.weight_scale` `[N, 1]` |
 //!
 //! Layouts checked against compressed-tensors 0.17.0 (`tests/golden_compressed_tensors.rs`).
@@ -28,6 +28,10 @@ use crate::tensor::{Dtype, bytes_from_floats, floats_from_bytes};
 
 /// Names of the scales of keys and values beside a layer's attention, `[1]` each: `cached = x / scale` in E4M3.
 pub const KV_SCALES: [&str; 2] = ["k_scale", "v_scale"];
+
+/// Name of the scale of a linear's inputs beside its weight, `[1]`: `code = x / scale`. A number of the linear and no part of
+/// its matrix, so neither [`Dialect::parts`] nor [`Dialect::pack`] know it.
+pub const INPUT_SCALE: &str = "input_scale";
 
 /// The dialect of vLLM, SGLang and transformers.
 pub struct CompressedTensors;
@@ -71,7 +75,9 @@ impl Format {
             {
                 Ok(Format::FloatQuantized)
             }
-            (Element::Int(8), Activations::Int8PerToken) if plain && float_scale => {
+            (Element::Int(8), Activations::Int8PerToken | Activations::Int8PerTensor)
+                if plain && float_scale =>
+            {
                 ensure!(
                     scheme.group == Span::Row,
                     "dialect `compressed-tensors` quantizes activations only with one weight scale per row; drop \
@@ -79,7 +85,7 @@ impl Format {
                 );
                 Ok(Format::IntQuantized)
             }
-            (_, Activations::Int8PerToken) => {
+            (_, Activations::Int8PerToken | Activations::Int8PerTensor) => {
                 bail!("8-bit activations need 8-bit integer weights, not `{}`", scheme.name)
             }
             (_, Activations::Fp8PerToken) => bail!("FP8 activations need FP8 weights, not `{}`", scheme.name),
@@ -321,7 +327,7 @@ mod tests {
     use super::*;
     use crate::scheme::schemes::{ALL, FP8, INT4, INT8, int4_grouped, int8_grouped};
 
-    const SPELLINGS: [(Scheme, Activations); 8] = [
+    const SPELLINGS: [(Scheme, Activations); 9] = [
         (MXFP4, Activations::Full),
         (NVFP4, Activations::Full),
         (FP8, Activations::Full),
@@ -330,6 +336,7 @@ mod tests {
         (INT8, Activations::Full),
         (int8_grouped(32), Activations::Full),
         (INT8, Activations::Int8PerToken),
+        (INT8, Activations::Int8PerTensor),
     ];
 
     /// Every code and every finite stored scale of the scheme, in as many rows as that takes.

@@ -1,0 +1,125 @@
+//! What the linears of a stage read in the quantized model, looked at before it is summed: some of its rows, and how large
+//! each channel becomes over all of them. Smoothing factors and the scale of static inputs are found from that.
+
+use anyhow::{Result, ensure};
+
+use super::smoothing::{energies, relative_error};
+use crate::backend::SecondMoments;
+use crate::num::Codec;
+use crate::scheme::Rounding;
+use crate::tensor::Matrix;
+
+/// Tokens whose inputs a search sees, of two chunks together; spread over all chunks where there are more.
+pub(super) const SAMPLED_TOKENS: usize = 512;
+/// What the search for a static scale tries, in units of the scale that clips nothing.
+const CLIPS: [f32; 13] = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.18, 0.125, 0.0625];
+/// Codes on either side of zero that the largest value may take without being clipped.
+const CODES: f32 = 127.0;
+
+/// Returns rows spread evenly over `rows`, the first among them, about `count`.
+pub(super) fn sampled_rows(rows: usize, count: usize) -> Vec<usize> {
+    (0..rows).step_by(rows.div_ceil(count).max(1)).collect()
+}
+
+/// Inputs of one stage.
+pub(super) struct Inputs<'a, B: SecondMoments> {
+    backend: &'a B,
+    cols: usize,
+    /// Some rows `[_, cols]`.
+    pub(super) sample: Vec<f32>,
+    /// The same rows of the residual stream that the linear adds to `[_, outputs]`; empty where it adds to none.
+    streams: Vec<f32>,
+    /// Rows to take from each chunk.
+    sampled: usize,
+    /// max|x| of each channel so far `[1, cols]`.
+    maxima: B::Tensor,
+}
+
+impl<'a, B: SecondMoments> Inputs<'a, B> {
+    /// Returns what is known before any token, for inputs of `cols` columns that come in so many chunks.
+    pub(super) fn new(backend: &'a B, cols: usize, chunks: usize) -> Result<Self> {
+        let sampled = (2 * SAMPLED_TOKENS).div_ceil(chunks.max(1));
+        Ok(Inputs {
+            backend,
+            cols,
+            sample: Vec::new(),
+            streams: Vec::new(),
+            sampled,
+            maxima: backend.zeros(1, cols)?,
+        })
+    }
+
+    /// Looks at the inputs `[tokens, cols]` of a chunk; `stream` is the residual stream that the linear adds to.
+    pub(super) fn add(&mut self, tokens: usize, x: &B::Tensor, stream: Option<&B::Tensor>) -> Result<()> {
+        let rows = sampled_rows(tokens, self.sampled);
+        let picked = |x: &B::Tensor| self.backend.read(&self.backend.select_rows(x, &rows)?);
+        self.sample.extend(picked(x)?);
+        if let Some(stream) = stream {
+            self.streams.extend(picked(stream)?);
+        }
+        self.backend.add_maxima(&mut self.maxima, x)
+    }
+
+    /// Returns the one scale for these inputs, each column divided by its factor in `factors` first, that lets the linears
+    /// behind them err least: `weights` `[_, cols]`, in the units of the divided columns. Scales that clip the largest values
+    /// give all others finer steps; the error is that of the outputs, token by token relative to them or, where they join
+    /// the residual stream, to what becomes of that: the next norm divides by it.
+    /// The scale is a BF16 number, so that engines that keep it so compute with the same.
+    ///
+    /// # Errors
+    /// If an input is not finite.
+    pub(super) fn static_scale(&self, factors: Option<&[f32]>, weights: &[Matrix]) -> Result<f32> {
+        let divided = |values: &[f32]| -> Vec<f32> {
+            let factors = factors.map(|factors| factors.iter().cycle());
+            match factors {
+                Some(factors) => values.iter().zip(factors).map(|(x, s)| x / s).collect(),
+                None => values.to_vec(),
+            }
+        };
+        let largest = divided(&self.backend.read(&self.maxima)?).into_iter().fold(0.0, larger);
+        ensure!(largest.is_finite(), "inputs are not finite; they cannot be quantized");
+        let sample = divided(&self.sample);
+        let inputs = self.backend.tensor(sample.len() / self.cols, self.cols, &sample)?;
+        let weights = weights.iter().map(|weight| self.backend.upload(weight.clone()));
+        let weights = weights.collect::<Result<Vec<_>>>()?;
+        let outputs = |rounding| -> Result<Vec<Vec<f32>>> {
+            let outputs =
+                weights.iter().map(|w| self.backend.read(&self.backend.linear(&inputs, w, None, rounding)?));
+            outputs.collect()
+        };
+        let wanted = outputs(Rounding::None)?;
+        let tokens = sample.len() / self.cols;
+        let joined = |outputs: &[f32]| -> Vec<f32> {
+            match self.streams.is_empty() {
+                true => outputs.to_vec(),
+                false => outputs.iter().zip(&self.streams).map(|(y, stream)| y + stream).collect(),
+            }
+        };
+        let energies: Vec<_> = wanted.iter().map(|wanted| energies(&joined(wanted), tokens)).collect();
+        let mut best = (f64::INFINITY, 1.0);
+        for clip in CLIPS {
+            let scale = clip * unclipped_scale(largest);
+            let scale = Codec::BF16.decode(Codec::BF16.encode(scale));
+            let found = outputs(Rounding::Int8PerTensor(scale))?;
+            let pairs = found.iter().zip(&wanted).zip(&energies);
+            let error: f64 =
+                pairs.map(|((found, wanted), energies)| relative_error(found, wanted, energies)).sum();
+            if error < best.0 {
+                best = (error, scale);
+            }
+        }
+        Ok(best.1)
+    }
+}
+
+/// Returns the larger magnitude; a NaN stays, as `f32::max` would not let it.
+fn larger(a: f32, b: f32) -> f32 {
+    if b.abs() <= a { a } else { b.abs() }
+}
+
+/// Returns the static scale that clips nothing of inputs up to `largest` in size. Inputs without any signal still need a
+/// scale that can divide.
+pub(super) fn unclipped_scale(largest: f32) -> f32 {
+    let scale = largest / CODES;
+    if scale > f32::MIN_POSITIVE { scale } else { 1.0 }
+}
