@@ -157,24 +157,20 @@ impl Linears<'_> {
             let q = fit(*scheme, &weights, rows, self.cols, None, ScaleRule::Search);
             let weight = backend.upload(Matrix::Quantized(q))?;
             let found = backend.read(&backend.linear(&inputs, &weight, None, rounding)?)?;
-            error += relative_error(&found, wanted, &energies(wanted, tokens));
+            error += relative_error(&found, wanted, tokens);
         }
         Ok(error)
     }
 }
 
-/// Returns Σ x² of each of the rows `[tokens, _]`.
-pub(super) fn energies(rows: &[f32], tokens: usize) -> Vec<f64> {
-    let width = (rows.len() / tokens.max(1)).max(1);
-    rows.chunks(width).map(|row| row.iter().map(|&x| (x as f64).powi(2)).sum()).collect()
-}
-
-/// Returns the squared error of outputs `[energies.len(), _]`, each token's relative to its energy, summed over tokens.
-pub(super) fn relative_error(found: &[f32], wanted: &[f32], energies: &[f64]) -> f64 {
-    let width = (wanted.len() / energies.len().max(1)).max(1);
-    let pairs = found.chunks(width).zip(wanted.chunks(width)).zip(energies);
-    let relative = |((found, wanted), &energy): ((&[f32], &[f32]), &f64)| {
-        let difference: f64 = found.iter().zip(wanted).map(|(a, b)| ((a - b) as f64).powi(2)).sum();
+/// Returns the squared error of outputs `[tokens, _]`, relative to each token's own and summed over tokens.
+pub(super) fn relative_error(found: &[f32], wanted: &[f32], tokens: usize) -> f64 {
+    let width = (wanted.len() / tokens.max(1)).max(1);
+    let pairs = found.chunks(width).zip(wanted.chunks(width));
+    let relative = |(found, wanted): (&[f32], &[f32])| {
+        let square = |x: f32| (x as f64).powi(2);
+        let difference: f64 = found.iter().zip(wanted).map(|(a, b)| square(a - b)).sum();
+        let energy: f64 = wanted.iter().map(|x| square(*x)).sum();
         if energy > 0.0 { difference / energy } else { 0.0 }
     };
     pairs.map(relative).sum()

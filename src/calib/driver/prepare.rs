@@ -128,7 +128,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         for chunk in counted() {
             let stream = chunk.quantized.get(backend)?;
             let normed = backend.rms_norm(&stream, quantized.norm(half), self.constants.eps)?;
-            inputs.add(chunk.ids.len(), &normed, None)?;
+            inputs.add(chunk.ids.len(), &normed)?;
         }
         Ok(inputs)
     }
@@ -143,7 +143,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             let stream = chunk.quantized.get(backend)?;
             let mixed = quantized.mixed(backend, &self.constants, half, &stream, chunk.batch)?;
             if chunk.counted {
-                inputs.add(chunk.ids.len(), &mixed, Some(&stream))?;
+                inputs.add(chunk.ids.len(), &mixed)?;
             }
             let bytes = chunk.ids.len() * width * backend.value_bytes();
             chunk.pending = room.take(bytes as u64).then_some(mixed);
