@@ -7,7 +7,7 @@
 //! SHA-256 would take longer than the conversion: on one core it reads 1.7 GB a second at best, BLAKE3 about 6.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 
@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::container::FileHash;
 use crate::num::{Codec, Element};
 use crate::scheme::{Activations, Offset, Scheme, Span};
 use crate::tensor::Dtype;
@@ -213,7 +214,7 @@ impl Manifest {
         serde_json::from_str(json).with_context(|| format!("`{FILE_NAME}`"))
     }
 
-    /// Returns the keys and string values a GGUF file carries: what is known before the first tensor is written.
+    /// Returns the keys and string values a GGUF file carries, whose lengths are known before the first tensor is written.
     pub fn gguf_keys(&self) -> Vec<(String, String)> {
         let mut keys = vec![
             ("quant.version", self.quant_version.clone()),
@@ -296,29 +297,9 @@ pub fn hash_folder(folder: &Path) -> Result<Hashes> {
     hash_files(folder, &names)
 }
 
-/// Bytes of a file mapped into memory at a time, to hash them without copying them first.
-const MAPPED: u64 = 16 << 20;
-
-/// Returns the hash of a file, `blake3:` and lower-case hexadecimal.
+/// Returns the hash of a file, `blake3:` and lower-case hexadecimal; its blocks are hashed in parallel.
 pub fn hash_file(path: &Path) -> Result<String> {
-    let read = || -> std::io::Result<String> {
-        let file = File::open(path)?;
-        let len = file.metadata()?.len();
-        let mut hasher = blake3::Hasher::new();
-        for start in (0..len).step_by(MAPPED as usize) {
-            hasher.update(&map(&file, start, (len - start).min(MAPPED) as usize)?);
-        }
-        Ok(format!("blake3:{}", hasher.finalize().to_hex()))
-    };
-    read().with_context(|| format!("{}: cannot be read to hash it", path.display()))
-}
-
-/// Maps `len` bytes of a file from `start` on, read ahead.
-#[allow(unsafe_code)]
-fn map(file: &File, start: u64, len: usize) -> std::io::Result<memmap2::Mmap> {
-    // SAFETY: the mapping is only read, and only while `hash_file` hashes it. Whoever changes the file meanwhile changes
-    // the hash; whoever shortens it ends the process, before any output has its name.
-    unsafe { memmap2::MmapOptions::new().offset(start).len(len).populate().map(file) }
+    FileHash::open(path)?.finish()
 }
 
 /// One hash for several files: of the lines `b3sum` prints for them, sorted by name.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use assert_cmd::Command;
+use quant::container::gguf::Gguf;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -192,6 +193,10 @@ fn the_same_input_gives_the_same_bytes() {
 fn an_existing_output_is_replaced_only_by_force() {
     let bench = Bench::new();
     bench.ok("convert --format q8_0 --out m.gguf --no-validate");
+    // `b3sum config.json model.safetensors | b3sum` in eval/tiny-llama; found while the source was converted.
+    let source = Gguf::open(&bench.path("m.gguf")).unwrap();
+    let hash = source.metadata.str("quant.source.blake3").unwrap();
+    assert!(hash.starts_with("5007e412df4f00c0"), "{hash}");
     let before = fs::read(bench.path("m.gguf")).unwrap();
     let message = bench.refused("convert --format q4_0 --out m.gguf --no-validate");
     assert!(message.contains("m.gguf: exists already") && message.contains("--force"), "{message}");

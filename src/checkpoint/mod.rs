@@ -237,6 +237,14 @@ impl Checkpoint {
         self.folder().map_or(Ok(Vec::new()), folder::side_files)
     }
 
+    /// Returns the file, as an index into [`Checkpoint::weight_files`], and the byte in it where a row of a tensor starts;
+    /// that of its first part, if it has several.
+    pub fn place(&self, id: TensorId, row: usize) -> Result<(usize, u64)> {
+        let rows = self.info(id)?.shape.first().copied().unwrap_or(1).max(1) as u64;
+        let part = &self.parts[&id][0];
+        Ok((part.file, part.start + part.spec.bytes() / rows * row as u64))
+    }
+
     /// Returns the files that hold the weights.
     pub fn weight_files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())

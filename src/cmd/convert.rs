@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::calibration::{self, Windows};
 use super::measure::{self, Request};
-use super::write::{Task, write};
+use super::write::{Task, source_hashes, write};
 use super::{ModelRef, Outcome, plan_report, show};
 use crate::artifact::{self, Artifact};
 use crate::backend::cpu::Cpu;
@@ -16,9 +16,10 @@ use crate::calib::imatrix::Imatrix;
 use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
+use crate::container::FileHash;
 use crate::convert::journal::Journal;
 use crate::eval::{Metric, Report, Row};
-use crate::manifest::{self, Evaluation, Manifest, Source};
+use crate::manifest::{self, Evaluation, Hashes, Manifest, Source};
 use crate::model::kv_cache::KvCache;
 use crate::output::{self, Printer, Unit};
 use crate::plan::Plan;
@@ -36,7 +37,14 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     };
     let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
     let kv_scales = kv_scales(args, &source, windows.as_ref(), printer)?;
-    let mut tasks = tasks(args, &model, &source, method, windows.as_ref(), kv_scales.as_deref())?;
+    let hashes = source.weight_files().map(FileHash::open).collect::<Result<Vec<_>>>()?;
+    let mut record =
+        Source { name: model.name.clone(), revision: model.revision.clone(), files: Hashes::new() };
+    if windows.is_some() && !args.dry_run {
+        // What an interrupted run has left is found by them. Nearest codes are chosen while the source is hashed.
+        record.files = source_hashes(&source, &hashes)?;
+    }
+    let mut tasks = tasks(args, &model, &source, record, windows.as_ref(), kv_scales.as_deref())?;
     report_losses(&tasks, printer);
     if args.dry_run {
         return dry_run(args, &source, &tasks, windows.as_ref(), printer);
@@ -52,7 +60,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
         if let Some(imatrix) = &imatrix {
             calibration::report_missing(imatrix, &task.plan, printer)?;
         }
-        write(args, &source, task, windows.as_ref(), imatrix.as_ref(), printer)?;
+        write(args, &source, &hashes, task, windows.as_ref(), imatrix.as_ref(), printer)?;
     }
     let artifacts = tasks.iter().map(|task| Checkpoint::open(&task.out)).collect::<Result<Vec<_>>>()?;
     let measured = request
@@ -72,7 +80,7 @@ fn tasks(
     args: &ConvertArgs,
     model: &ModelRef,
     source: &Checkpoint,
-    method: Method,
+    record: Source,
     windows: Option<&Windows>,
     kv_scales: Option<&[[f32; 2]]>,
 ) -> Result<Vec<Task>> {
@@ -84,7 +92,7 @@ fn tasks(
     );
     ensure!(args.shard_size > 0.0, "`--shard-size {}`: wanted a positive number of GB", args.shard_size);
     let shard_bytes = (args.shard_size * 1e9) as u64;
-    let files = source_record(source, model)?;
+    let method = if windows.is_some() { Method::Gptq } else { Method::Rtn };
     let mut tasks = Vec::new();
     for format in &args.format {
         let recipe = recipe(args, format, method)?;
@@ -95,10 +103,10 @@ fn tasks(
             plan.add_kv_scales(scales);
             json["kv_cache"] = "fp8".into();
         }
-        let mut manifest = Manifest::new(json, files.clone());
+        let mut manifest = Manifest::new(json, record.clone());
         manifest.calibration = windows.map(Windows::record);
         let artifact = Artifact::new(&plan, source, &model.short_name(), &manifest.gguf_keys(), shard_bytes)?;
-        tasks.push(Task { plan, artifact, manifest, out, journal: None });
+        tasks.push(Task { plan, artifact, manifest, out, hashes: Hashes::new(), journal: None });
     }
     Ok(tasks)
 }
@@ -225,20 +233,6 @@ fn evaluation(args: &ConvertArgs, report: &Report, row: &Row) -> Evaluation {
     }
 }
 
-/// Returns what the artifacts are made from, every file hashed.
-fn source_record(source: &Checkpoint, model: &ModelRef) -> Result<Source> {
-    let folder = source.folder().or_else(|| source.path.parent()).unwrap_or(Path::new("."));
-    let mut names: Vec<String> = source.weight_files().map(artifact::file_name).collect();
-    if source.config_json().is_some() {
-        names.push("config.json".to_string());
-    }
-    Ok(Source {
-        name: model.name.clone(),
-        revision: model.revision.clone(),
-        files: manifest::hash_files(folder, &names)?,
-    })
-}
-
 fn recipe_json(args: &ConvertArgs, recipe: &Recipe) -> Result<Value> {
     let mut json = json!({
         "format": recipe.format.name,
@@ -275,7 +269,7 @@ fn finish_manifest(
     }
     let copied: BTreeSet<String> =
         source.side_files()?.iter().map(|path| artifact::file_name(path)).collect();
-    let mut hashes = manifest::hash_folder(&task.out)?;
+    let mut hashes = std::mem::take(&mut task.hashes);
     task.manifest.side_files = hashes.extract_if(.., |name, _| copied.contains(name)).collect();
     task.manifest.outputs = hashes;
     task.manifest.evaluation = measured.map(|(report, row)| evaluation(args, report, row));

@@ -8,15 +8,15 @@ use serde_json::Value;
 
 use super::calibration::Windows;
 use super::measure::{self, WithBackend};
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, file_name};
 use crate::calib::imatrix::Imatrix;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
-use crate::container::{Opening, leftovers};
+use crate::container::{FileHash, Opening, leftovers};
 use crate::convert::journal::{self, FinishedOutput, Journal};
 use crate::convert::{self, Cost, Output};
 use crate::eval::speed::Machine;
-use crate::manifest::{self, Manifest, SchemeRecord, TensorRecord};
+use crate::manifest::{self, Hashes, Manifest, SchemeRecord, TensorRecord};
 use crate::num::Codec;
 use crate::output::{Printer, Unit};
 use crate::plan::{Action, Plan, Step};
@@ -27,6 +27,8 @@ pub struct Task {
     pub artifact: Artifact,
     pub manifest: Manifest,
     pub out: PathBuf,
+    /// Of the files that were written, side files included.
+    pub hashes: Hashes,
     /// Of a calibrated output that is written but not yet measured.
     pub journal: Option<Journal>,
 }
@@ -35,6 +37,7 @@ pub struct Task {
 pub fn write(
     args: &ConvertArgs,
     source: &Checkpoint,
+    hashes: &[FileHash],
     task: &mut Task,
     windows: Option<&Windows>,
     imatrix: Option<&Imatrix>,
@@ -46,7 +49,13 @@ pub fn write(
             let sink = task.artifact.create(&task.out, Opening { force: args.force, key: None })?;
             let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
             let progress = |weights| bar.inc(weights);
-            let costs = convert::convert(source, &task.plan, sink.as_ref(), imatrix, &progress)?;
+            let costs = convert::convert(source, &task.plan, sink.as_ref(), imatrix, hashes, &progress)?;
+            task.manifest.source.files = source_hashes(source, hashes)?;
+            sink.restate(&task.manifest.gguf_keys())?;
+            if sink.path().is_dir() {
+                // While the disk still writes; a GGUF file holds no hash of itself.
+                task.hashes = manifest::hash_folder(sink.path())?;
+            }
             sink.finish()?;
             bar.finish_and_clear();
             costs
@@ -124,7 +133,8 @@ impl WithBackend for Calibrated<'_> {
                 }
             })?;
         sink.finish()?;
-        let hash = output_hash(&task.out)?;
+        task.hashes = output_hashes(&task.out)?;
+        let hash = lines(&task.hashes);
         journal.add_output(FinishedOutput { hash, costs: costs.clone(), settings: settings.clone() })?;
         task.journal = Some(journal);
         task.record_settings(settings);
@@ -162,13 +172,30 @@ fn calibrated<B: Machine>(
     Ok((costs, choice.record()))
 }
 
-/// Returns a hash of an output's bytes.
-fn output_hash(out: &Path) -> Result<String> {
-    if out.is_dir() {
-        let hashes = manifest::hash_folder(out)?;
-        return Ok(hashes.iter().map(|(name, hash)| format!("{hash}  {name}\n")).collect());
+/// Returns the hashes of the source's configuration and weight files, given those of the latter; what is missing is read.
+pub fn source_hashes(source: &Checkpoint, weights: &[FileHash]) -> Result<Hashes> {
+    let mut hashes = Hashes::new();
+    if let Some(folder) = source.folder() {
+        let name = "config.json";
+        hashes.insert(name.to_string(), manifest::hash_file(&folder.join(name))?);
     }
-    manifest::hash_file(out)
+    for hash in weights {
+        hashes.insert(file_name(&hash.path), hash.finish()?);
+    }
+    Ok(hashes)
+}
+
+/// Returns the hashes of a finished output: of the file, or of every file in the folder.
+fn output_hashes(out: &Path) -> Result<Hashes> {
+    if out.is_dir() {
+        return manifest::hash_folder(out);
+    }
+    Ok(Hashes::from([(file_name(out), manifest::hash_file(out)?)]))
+}
+
+/// Returns what `b3sum` prints for files.
+fn lines(hashes: &Hashes) -> String {
+    hashes.iter().map(|(name, hash)| format!("{hash}  {name}\n")).collect()
 }
 
 impl Task {
@@ -194,7 +221,11 @@ impl Task {
         let Some(FinishedOutput { hash, costs, settings }) = journal::finished(&self.out, key)? else {
             return Ok(None);
         };
-        if !self.out.exists() || output_hash(&self.out)? != hash {
+        if !self.out.exists() {
+            return Ok(None);
+        }
+        self.hashes = output_hashes(&self.out)?;
+        if lines(&self.hashes) != hash {
             return Ok(None);
         }
         printer.note(format!("{} is finished already, by an interrupted run", self.out.display()));

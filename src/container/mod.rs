@@ -1,14 +1,19 @@
 //! Files: safetensors and GGUF headers, validated before use; payload by positioned reads; outputs under a temporary
 //! name, renamed when complete.
 
+mod flush;
 pub mod gguf;
+mod hash;
 mod input;
 pub mod leftovers;
 pub(crate) mod output;
 pub mod safetensors;
 
+use std::path::Path;
+
 use anyhow::Result;
 
+pub use hash::FileHash;
 pub use input::{InputFile, Located};
 pub use output::Opening;
 
@@ -62,6 +67,13 @@ pub trait Sink: Sync {
     /// Returns what was written of a tensor, by this run or, with an [`Opening::key`], by one that was interrupted; zeros
     /// where nothing was.
     fn read(&self, tensor: usize) -> Result<Vec<u8>>;
+
+    /// States what is known only once the weights were read: values of metadata keys that the sink was made with, as long
+    /// as those were. A folder's sink leaves them to the manifest.
+    fn restate(&self, facts: &[(String, String)]) -> Result<()>;
+
+    /// Returns where the output lies until it is finished: the file, or the folder that holds the files.
+    fn path(&self) -> &Path;
 
     /// Makes the output durable and gives it its final name. An error if bytes of a tensor were never written.
     fn finish(self: Box<Self>) -> Result<()>;

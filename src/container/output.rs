@@ -4,11 +4,13 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::TensorSpec;
+use super::flush::Flusher;
 
 /// How an output is created.
 #[derive(Clone, Copy, Debug, Default)]
@@ -158,15 +160,18 @@ pub(super) struct Slot {
 /// The tensors of an output: positioned writes that stay within each tensor, and a count of what is still missing.
 #[derive(Debug)]
 pub(super) struct Payload {
-    files: Vec<(PathBuf, File)>,
+    files: Vec<(PathBuf, Arc<File>)>,
     tensors: Vec<(TensorSpec, Slot, AtomicU64)>,
+    flusher: Flusher,
 }
 
 impl Payload {
     /// Returns a payload over open files (each with its final path, for messages).
     pub(super) fn new(files: Vec<(PathBuf, File)>, tensors: Vec<(TensorSpec, Slot)>) -> Self {
         let tensors = tensors.into_iter().map(|(spec, slot)| (spec, slot, AtomicU64::new(0))).collect();
-        Payload { files, tensors }
+        let files: Vec<_> = files.into_iter().map(|(path, file)| (path, Arc::new(file))).collect();
+        let flusher = Flusher::new(files.iter().map(|(_, file)| file.clone()).collect());
+        Payload { files, tensors, flusher }
     }
 
     /// See [`super::Sink::write`].
@@ -184,7 +189,19 @@ impl Payload {
         file.write_all_at(bytes, slot.start + offset)
             .with_context(|| format!("{}: cannot write `{}`", path.display(), spec.name))?;
         written.fetch_add(len, Ordering::Relaxed);
+        self.flusher.wrote(slot.file, len);
         Ok(())
+    }
+
+    /// Returns the planned tensors.
+    pub(super) fn specs(&self) -> impl Iterator<Item = &TensorSpec> {
+        self.tensors.iter().map(|(spec, _, _)| spec)
+    }
+
+    /// Writes the first bytes of a file anew.
+    pub(super) fn restate(&self, file: usize, header: &[u8]) -> Result<()> {
+        let (path, file) = &self.files[file];
+        file.write_all_at(header, 0).with_context(|| format!("{}: cannot write the header", path.display()))
     }
 
     /// See [`super::Sink::read`].
@@ -198,7 +215,7 @@ impl Payload {
     }
 
     /// Checks that all bytes came and makes them durable.
-    pub(super) fn sync(&self) -> Result<()> {
+    pub(super) fn sync(self) -> Result<()> {
         for (spec, slot, written) in &self.tensors {
             let (written, wanted) = (written.load(Ordering::Relaxed), spec.bytes());
             ensure!(
@@ -208,8 +225,10 @@ impl Payload {
                 spec.name
             );
         }
-        for (path, file) in &self.files {
-            file.sync_all().with_context(|| format!("{}: cannot be flushed to disk", path.display()))?;
+        let failed = |file: usize| format!("{}: cannot be flushed to disk", self.files[file].0.display());
+        self.flusher.finish().or_else(|(file, error)| Err(error).with_context(|| failed(file)))?;
+        for (index, (_, file)) in self.files.iter().enumerate() {
+            file.sync_all().with_context(|| failed(index))?;
         }
         Ok(())
     }

@@ -40,7 +40,7 @@ pub fn convert_calibrated<B: SecondMoments>(
     let finished = Recovery { output, place: &place, broken: Cell::new(false) };
     let request = Request { finished: Some(&finished), ..calibration.request(plan, &scheme) };
     let kept = |step: &Step| matches!(step.action, Action::Keep(_)) && !request.rewrites(step.id);
-    let mut costs = stream(source, plan, sink, None, progress, kept)?;
+    let mut costs = stream(source, plan, sink, None, &[], progress, kept)?;
     let mut layer = Vec::new();
     let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |done| {
         let (step, outcome) = match done {

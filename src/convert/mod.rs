@@ -1,11 +1,13 @@
 //! Carries a plan out: read, fit, choose codes, pack, write.
 //!
 //! - [`stream`](mod@stream): nearest codes in chunks of rows, in parallel, so that memory does not grow with the model.
+//! - `queue`: the pieces of work of a stream and their order.
 //! - [`calibrated`]: codes chosen layer by layer on calibration inputs.
 //! - [`journal`]: what a calibrated conversion has finished, for the next run if this one is killed.
 
 pub mod calibrated;
 pub mod journal;
+mod queue;
 pub mod stream;
 
 use std::ops::Range;

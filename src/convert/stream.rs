@@ -6,19 +6,16 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 
+use super::queue::{self, CHUNK_WEIGHTS, Job};
 use super::{Cost, pack, write_decided, write_rows};
 use crate::calib::imatrix::Imatrix;
 use crate::checkpoint::Checkpoint;
-use crate::container::Sink;
+use crate::container::{FileHash, Sink};
 use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::fit::{self, fit_under};
 use crate::scheme::{Distortion, Scheme};
 use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite};
-
-/// Weights decoded at a time by one thread: with source bytes, codes and packed bytes about 12 bytes each, which stays in
-/// a core's own cache from the read to the write.
-const CHUNK_WEIGHTS: usize = 1 << 16;
 
 /// Returns the memory a conversion takes beside the program itself, whatever the model's size.
 pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
@@ -27,13 +24,14 @@ pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
 }
 
 /// Converts every tensor of the plan with nearest codes, errors weighed by `imatrix` where it has the tensor, in parallel
-/// over chunks of rows. Returns the cost of each step,
-/// in plan order. `progress` is told how many weights were finished.
+/// over chunks of rows. `hashes` of the source's weight files, in their order, are found on the way; none need be given.
+/// Returns the cost of each step, in plan order. `progress` is told how many weights were finished.
 pub fn convert(
     source: &Checkpoint,
     plan: &Plan,
     sink: &dyn Sink,
     imatrix: Option<&Imatrix>,
+    hashes: &[FileHash],
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Vec<Cost>> {
     ensure!(
@@ -42,7 +40,7 @@ pub fn convert(
         plan.recipe.format.name
     );
     write_decided(plan, sink)?;
-    stream(source, plan, sink, imatrix, progress, |_| true)
+    stream(source, plan, sink, imatrix, hashes, progress, |_| true)
 }
 
 /// Converts the chosen steps in parallel over chunks of rows, without calibration.
@@ -51,30 +49,40 @@ pub(super) fn stream(
     plan: &Plan,
     sink: &dyn Sink,
     imatrix: Option<&Imatrix>,
+    hashes: &[FileHash],
     progress: &(dyn Fn(u64) + Sync),
     chosen: impl Fn(&Step) -> bool,
 ) -> Result<Vec<Cost>> {
     let steps = || plan.steps.iter().enumerate().filter(|(_, step)| chosen(step));
     let globals = shared_factors(source, steps().map(|(_, step)| step))?;
-    let jobs: Vec<Job> = steps().flat_map(|(i, step)| jobs(i, step)).collect();
-    let done: Vec<Distortion> = jobs
-        .par_iter()
-        .map_init(Vec::new, |weights, job| {
-            let step = &plan.steps[job.step];
-            let given = Given {
-                global: globals.get(&joined(step.id)).copied(),
-                importances: imatrix.map(|m| m.of(step.id, step.cols())).transpose()?.flatten(),
+    let jobs = queue::jobs(source, steps(), hashes)?;
+    // Taken one by one in their order, not in halves: what one thread reads, the others have in reach.
+    let done =
+        jobs.iter().enumerate().par_bridge().map_init(Default::default, |(weights, buffer), (at, job)| {
+            let (step, rows) = match job {
+                Job::Hash { block, ahead } => {
+                    ahead.iter().for_each(|ahead| hashes[ahead.file].read_ahead(ahead.start));
+                    hashes[block.file].hash_block(block.start, buffer)?;
+                    return Ok(None);
+                }
+                Job::Convert { step, rows } => (*step, rows),
             };
-            let distortion = run(source, plan, sink, step, job.rows.clone(), given, weights)
-                .with_context(|| format!("{}: `{}`", source.path.display(), step.id))?;
-            progress((job.rows.len() * step.cols()) as u64);
-            Ok(distortion)
-        })
-        .collect::<Result<_>>()?;
+            let step_plan = &plan.steps[step];
+            let given = Given {
+                global: globals.get(&joined(step_plan.id)).copied(),
+                importances: imatrix.map(|m| m.of(step_plan.id, step_plan.cols())).transpose()?.flatten(),
+            };
+            let distortion = run(source, plan, sink, step_plan, rows.clone(), given, weights)
+                .with_context(|| format!("{}: `{}`", source.path.display(), step_plan.id))?;
+            progress((rows.len() * step_plan.cols()) as u64);
+            Ok(Some((at, step, distortion)))
+        });
+    let mut done: Vec<_> = done.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
     // Summed in job order, so that the last digit does not depend on which thread was faster.
+    done.sort_unstable_by_key(|&(at, _, _)| at);
     let mut distortions = vec![Distortion::default(); plan.steps.len()];
-    for (job, distortion) in jobs.iter().zip(done) {
-        distortions[job.step] += distortion;
+    for (_, step, distortion) in done {
+        distortions[step] += distortion;
     }
     Ok(distortions.iter().map(|d| Cost { error: d.relative(), ..Cost::default() }).collect())
 }
@@ -95,7 +103,7 @@ fn shared_factors<'a>(
     let factor = |(id, (scheme, members)): (TensorId, (Scheme, Vec<&Step>))| {
         let mut amax = 0f32;
         for step in members {
-            for Job { rows, .. } in jobs(0, step) {
+            for rows in queue::chunks(step) {
                 amax = amax.max(fit::amax(&source.read_rows(step.id, rows)?.to_f32()));
             }
         }
@@ -116,26 +124,6 @@ struct Given<'a> {
     global: Option<f32>,
     /// `[cols]`
     importances: Option<&'a [f32]>,
-}
-
-/// Some rows of one step.
-struct Job {
-    step: usize,
-    rows: Range<usize>,
-}
-
-/// Cuts a step into chunks of whole rows, never across a run of rows that is reordered.
-fn jobs(index: usize, step: &Step) -> Vec<Job> {
-    if step.values.is_some() {
-        return Vec::new();
-    }
-    let rows = step.rows();
-    if step.shape.len() == 1 {
-        return vec![Job { step: index, rows: 0..rows }];
-    }
-    let run = step.row_order.as_ref().map_or(1, Vec::len);
-    let chunk = (CHUNK_WEIGHTS / step.cols().max(1)).max(1).next_multiple_of(run).min(rows.max(1));
-    (0..rows).step_by(chunk).map(|r| Job { step: index, rows: r..(r + chunk).min(rows) }).collect()
 }
 
 /// Converts rows of one step; `weights` is memory to decode them in, kept from chunk to chunk.

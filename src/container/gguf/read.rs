@@ -342,6 +342,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_known_only_at_the_end_takes_the_place_of_a_value_as_long() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        let sink = GgufSink::create(&path, Opening::default(), &every_kind(), &specs()).unwrap();
+        let long = "y".repeat(ALIGNMENT as usize);
+        let error = sink.restate(&[("string".to_string(), long)]).unwrap_err().to_string();
+        assert!(error.contains("the header's length has changed"), "{error}");
+        for (i, spec) in specs().iter().enumerate() {
+            sink.write(i, 0, &vec![7; spec.bytes() as usize]).unwrap();
+        }
+        sink.restate(&[("string".to_string(), "é".to_string())]).unwrap();
+        Box::new(sink).finish().unwrap();
+        let mut wanted = every_kind();
+        wanted.set("string", "é");
+        assert_eq!(Gguf::open(&path).unwrap().metadata, wanted);
+    }
+
+    #[test]
     fn a_sink_with_missing_bytes_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.gguf");

@@ -11,6 +11,7 @@ use crate::container::{Opening, Sink, Storage, TensorSpec};
 #[derive(Debug)]
 pub struct GgufSink {
     draft: Draft,
+    metadata: Metadata,
     payload: Payload,
 }
 
@@ -29,7 +30,8 @@ impl GgufSink {
         let (draft, file) = Draft::file(path, opening, &header, len)?;
         let slots = offsets.into_iter().map(|offset| Slot { file: 0, start: start + offset });
         let tensors = specs.iter().cloned().zip(slots).collect();
-        Ok(GgufSink { draft, payload: Payload::new(vec![(path.to_path_buf(), file)], tensors) })
+        let payload = Payload::new(vec![(path.to_path_buf(), file)], tensors);
+        Ok(GgufSink { draft, metadata: metadata.clone(), payload })
     }
 
     /// Returns the exact size of the file. Errors as [`GgufSink::create`] for tensors that GGUF cannot hold.
@@ -46,6 +48,24 @@ impl Sink for GgufSink {
 
     fn read(&self, tensor: usize) -> Result<Vec<u8>> {
         self.payload.read(tensor)
+    }
+
+    fn restate(&self, facts: &[(String, String)]) -> Result<()> {
+        let mut metadata = self.metadata.clone();
+        facts.iter().for_each(|(key, value)| metadata.set(key, value.as_str()));
+        let specs: Vec<TensorSpec> = self.payload.specs().cloned().collect();
+        let [before, after] = [&self.metadata, &metadata].map(|metadata| header(metadata, &specs));
+        let after = after?.0;
+        ensure!(
+            after.len() == before?.0.len(),
+            "{}: the header's length has changed since the file was created",
+            self.draft.target().display()
+        );
+        self.payload.restate(0, &after)
+    }
+
+    fn path(&self) -> &Path {
+        self.draft.path()
     }
 
     fn finish(self: Box<Self>) -> Result<()> {

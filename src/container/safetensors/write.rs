@@ -94,6 +94,14 @@ impl Sink for SafetensorsSink {
         self.payload.read(tensor)
     }
 
+    fn restate(&self, _facts: &[(String, String)]) -> Result<()> {
+        Ok(())
+    }
+
+    fn path(&self) -> &Path {
+        self.draft.path()
+    }
+
     fn finish(self: Box<Self>) -> Result<()> {
         self.payload.sync()?;
         output::sync_folder(self.draft.path())?;
