@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-FORMATS = ["int8", "q8_0", "mxfp4", "q4_k_m"]
+FORMATS = ["int8", "q8_0", "mxfp4"]
 BLOCK = 4 << 20
 
 

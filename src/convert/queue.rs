@@ -12,8 +12,8 @@ use crate::plan::Step;
 /// Weights decoded at a time by one thread: with source bytes, codes and packed bytes about 12 bytes each, which stays in
 /// a core's own cache from the read to the write.
 pub(super) const CHUNK_WEIGHTS: usize = 1 << 16;
-/// Blocks between the one that is hashed and the one that the disk is told to read: 32 MB, what two fast threads take
-/// some ten milliseconds for.
+/// Blocks between the one that is hashed and the one that the disk is told to read: 32 MB, a few of the longest reads
+/// that disks are given.
 const AHEAD: usize = 32;
 
 /// A block of one of the source's files.
