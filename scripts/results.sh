@@ -2,7 +2,7 @@
 # Prints the README's results table: method × format × model, each artifact converted, loaded back and measured.
 #
 # usage: scripts/results.sh WORK_DIR [MODEL_DIR...]      default model: the embedded one
-#        METHODS="rtn gptq"  FORMATS=mxfp4,int8,…  EFFORT=balanced  TEXT=FILE  CALIB=NAME|FILE  WINDOWS=60
+#        METHODS="rtn gptq"  FORMATS=mxfp4,int8,…  EFFORT=balanced  DEVICE=auto  TEXT=FILE  CALIB=NAME|FILE  WINDOWS=60
 #        QUANT=program to use, built if not given
 # Seconds are those of the conversion alone, without measuring. Artifacts that exist in WORK_DIR are measured, not made again.
 set -euo pipefail
@@ -19,7 +19,8 @@ if [ -z "${QUANT:-}" ]; then
   QUANT=${CARGO_TARGET_DIR:-$repository/target}/release/quant
 fi
 
-options=(--force --no-validate --quiet --effort "${EFFORT:-balanced}" --calib "${CALIB:-default}")
+options=(--force --no-validate --quiet --effort "${EFFORT:-balanced}" --calib "${CALIB:-default}"
+  --device "${DEVICE:-auto}")
 touch "$work/seconds"
 
 echo "| model | method | format | bytes | PPL | ΔPPL ± SE | KLD ± SE | same top-1 % | seconds |"
@@ -42,7 +43,8 @@ for model in "$@"; do
       done
     done
   done
-  "$QUANT" eval "${artifacts[@]}" --baseline "$model" --ppl --kld --text "$text" --windows "${WINDOWS:-60}" --csv - --quiet |
+  "$QUANT" eval "${artifacts[@]}" --baseline "$model" --ppl --kld --text "$text" --windows "${WINDOWS:-60}" --device "${DEVICE:-auto}" \
+    --csv - --quiet |
     awk -F, 'FILENAME != "-" { seconds[$1] = $2; next }
       FNR == 1 { next }
       {

@@ -76,6 +76,11 @@ impl Role {
         }
     }
 
+    /// Whether this is the gain of a norm.
+    pub fn is_norm(self) -> bool {
+        matches!(self, AttnNorm | FfnNorm | QNorm | KNorm | OutputNorm)
+    }
+
     /// Whether this is a decoder linear `[out_features, in_features]`: what weight-only formats quantize.
     pub fn is_linear(self) -> bool {
         matches!(self, Q | K | V | O | Gate | Up | Down)

@@ -81,11 +81,15 @@ fn calibrating(schemes: &[Scheme]) -> Vec<Kernel> {
 fn variants() -> Vec<Kernel> {
     let mut kernels = decoding();
     for x in ["float", "f16"] {
-        for name in ["maxima", "rope", "swiglu"] {
+        let gradients = ["rms_norm_gradient", "row_energies", "scale_rows", "swiglu_gradient"];
+        for name in ["maxima", "rope", "swiglu"].into_iter().chain(gradients) {
             kernels.push(kernel(name, &format!("X={x}")));
         }
         for sign in ["1.0f", "-1.0f"] {
             kernels.push(kernel("add", &format!("X={x} SIGN={sign}")));
+        }
+        for name in ["attention_gradient", "divergence_gradient", "fisher_gradient"] {
+            kernels.push(kernel(name, &format!("Y={x}")));
         }
         for y in ["float", "f16"] {
             for name in ["cast", "rms_norm"] {
@@ -106,7 +110,7 @@ fn variants() -> Vec<Kernel> {
             kernels.push(kernel("rescale", &format!("S={sums} Y={x}")));
         }
     }
-    for name in ["advance", "compare", "draw", "gather", "nucleus", "score"] {
+    for name in ["advance", "column_dots", "compare", "draw", "gather", "nucleus", "score"] {
         kernels.push(kernel(name, ""));
     }
     for head_dim in [64, 80, 96, 128, 256] {

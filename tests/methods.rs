@@ -62,6 +62,7 @@ fn calibrated(format: &str, held_out: usize, room: Option<u64>) -> (Vec<(TensorI
     let windows = corpus.windows(&ids, SHAPE, 1).unwrap();
     let request = Request {
         windows: &windows,
+        energies: &[],
         held_out,
         scheme: &scheme_of(&source, format),
         activations: Activations::Full,

@@ -5,10 +5,12 @@
 pub mod cpu;
 pub mod cuda;
 pub mod footprint;
+pub mod gradients;
 pub mod parked;
 
 use anyhow::Result;
 
+use self::gradients::Gradients;
 use crate::method::solve::{Knobs, Solve};
 use crate::model::kv_cache::KvCache;
 pub use crate::model::rope::Rope;
@@ -199,7 +201,7 @@ pub struct MomentSums<T> {
 }
 
 /// What calibration asks of a backend beyond a forward pass.
-pub trait SecondMoments: Backend {
+pub trait SecondMoments: Gradients {
     /// Chooses the codes of the linears that read one input.
     type Solver<'a>: Solve<Weight = Self::Weight>
     where

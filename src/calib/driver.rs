@@ -20,6 +20,7 @@ use self::prepare::{Prepared, rescaled};
 use super::settings::Settings;
 use super::smoothing::{Factors, Smoothing};
 use super::sums::Sums;
+use super::token_energies::{TokenEnergies, factors};
 use crate::backend::parked::{Parked, Room};
 use crate::backend::{Batch, SecondMoments};
 use crate::method::solve::{self, Deviation, Solve, Solved};
@@ -39,6 +40,8 @@ pub(super) const CHUNK_TOKENS: usize = 4096;
 pub struct Request<'a> {
     /// Token windows of one length; at least one.
     pub windows: &'a [Vec<u32>],
+    /// How much each token of each window matters; none if all count alike.
+    pub energies: &'a [TokenEnergies],
     /// How many of the windows, the last ones, stay out of the statistics.
     pub held_out: usize,
     /// The scheme of each weight, `None` for those kept as they are.
@@ -134,6 +137,8 @@ pub fn calibrate<B: SecondMoments>(
 struct Chunk<B: SecondMoments> {
     ids: Vec<u32>,
     batch: Batch,
+    /// Number of its first token, counted over all windows.
+    first: usize,
     /// Whether it counts for the statistics.
     counted: bool,
     /// Residual streams of the full-precision and the quantized model, `[n, hidden]`.
@@ -185,7 +190,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         let quantized = quantized.map(|q| self.backend.upload(Matrix::Quantized(q))).transpose()?;
         let windows = self.request.windows;
         let (counted, held_out) = windows.split_at(windows.len() - self.request.held_out);
-        let (tokens, hidden) = (windows[0].len(), self.config.hidden_size);
+        let (tokens, hidden, mut first) = (windows[0].len(), self.config.hidden_size, 0);
         for (windows, counted) in [(counted, true), (held_out, false)] {
             for windows in windows.chunks((CHUNK_TOKENS / tokens).max(1)) {
                 let ids = windows.concat();
@@ -200,9 +205,11 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                     quantized: Parked::new(self.backend, place, other, hidden)?,
                     batch: Batch { sequences: windows.len(), tokens },
                     counted,
+                    first,
                     ids,
                     pending: None,
                 });
+                first += windows.len() * tokens;
             }
         }
         Ok(())
@@ -223,14 +230,23 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             }
             let inner = inner.as_ref();
             let prepared = self.prepare_normed(source, index, half, quantized)?;
-            let sums = self.sum_normed(half, full, quantized, prepared.rounding)?;
+            let factors = self.factors(index, half.inputs()[0]);
+            let sums = self.sum_normed(half, full, quantized, prepared.rounding, factors.as_deref())?;
             self.stage(source, self.wanted(index, half.inputs()), sums, &prepared, inner, quantized)?;
             let prepared = self.prepare_mixed(source, index, half, inner, quantized)?;
-            let sums = self.sum_mixed(half, full, quantized, prepared.rounding)?;
+            let factors = self.factors(index, half.output());
+            let sums = self.sum_mixed(half, full, quantized, prepared.rounding, factors.as_deref())?;
             self.stage(source, self.wanted(index, &[half.output()]), sums, &prepared, inner, quantized)?;
             self.add_output(half, quantized)?;
         }
         Ok(())
+    }
+
+    /// Returns the factors of all tokens for what the linears like `role` read; `None` if all count alike.
+    fn factors(&self, layer: usize, role: Role) -> Option<Vec<f32>> {
+        let Request { energies, settings, .. } = self.request;
+        let counts = !energies.is_empty() && settings.token_power != 0.0;
+        counts.then(|| factors(energies, layer, role, settings.token_power))
     }
 
     /// Sums what the first linears of a half read.
@@ -240,6 +256,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         full: &Layer<B>,
         quantized: &Layer<B>,
         rounding: Rounding,
+        factors: Option<&[f32]>,
     ) -> Result<Sums<'a, B>> {
         let backend = self.backend;
         let mut sums = Sums::new(backend, self.config.hidden_size, None)?.with_rounding(rounding);
@@ -247,7 +264,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             let norm = |stream: &Parked<B>, layer: &Layer<B>| {
                 backend.rms_norm(stream.get(backend)?.as_ref(), layer.norm(half), self.constants.eps)
             };
-            sums.add(chunk.ids.len(), &norm(&chunk.full, full)?, &norm(&chunk.quantized, quantized)?, None)?;
+            let factors = factors.map(|factors| &factors[chunk.first..chunk.first + chunk.ids.len()]);
+            let (full, quantized) = (norm(&chunk.full, full)?, norm(&chunk.quantized, quantized)?);
+            sums.add(chunk.ids.len(), &full, &quantized, None, factors)?;
         }
         Ok(sums)
     }
@@ -259,12 +278,15 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         full: &Layer<B>,
         quantized: &Layer<B>,
         rounding: Rounding,
+        factors: Option<&[f32]>,
     ) -> Result<Sums<'a, B>> {
         let width = self.mixed_width(half);
         let (backend, config, constants) = (self.backend, self.config, &self.constants);
         let mut sums = Sums::new(backend, width, Some(config.hidden_size))?.with_rounding(rounding);
         let mut room = self.room;
-        for Chunk { ids, batch, counted, full: stream, quantized: other, pending } in &mut self.chunks {
+        for Chunk { ids, batch, first, counted, full: stream, quantized: other, pending } in &mut self.chunks
+        {
+            let factors = factors.map(|factors| &factors[*first..*first + ids.len()]);
             let other = other.get(backend)?;
             let mixed_q = match pending.take() {
                 Some(mixed) => mixed,
@@ -273,7 +295,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             stream.update(backend, |stream| {
                 let mixed = full.mixed(backend, constants, half, stream, *batch)?;
                 if *counted {
-                    sums.add(ids.len(), &mixed, &mixed_q, Some((stream, &other)))?;
+                    sums.add(ids.len(), &mixed, &mixed_q, Some((stream, &other)), factors)?;
                 }
                 full.output(half).add_forward(backend, stream, &mixed)
             })?;
@@ -427,7 +449,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 let mut sums = Sums::new(backend, self.config.hidden_size, None)?;
                 for chunk in self.chunks.iter().filter(|chunk| chunk.counted) {
                     let [full, quantized] = self.normed(chunk, &gain)?;
-                    sums.add(chunk.ids.len(), &full, &quantized, None)?;
+                    sums.add(chunk.ids.len(), &full, &quantized, None, None)?;
                 }
                 let tokens = sums.moments.tokens;
                 let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;

@@ -96,6 +96,31 @@ pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan>
     Ok(Plan { room: Some(room), told: format!("{told}; {} may be used", size(limit)) })
 }
 
+/// Returns what telling which tokens matter takes on the device ([`super::token_energies`]): the model, whose weights take
+/// `weights` bytes; the stream before every layer of a chunk; a layer on its way back, whose gradients are F32, four numbers
+/// an input or output at most at a time; scores and probabilities of one sequence; logits with their gradient.
+pub fn backward_bytes(device: &impl Footprint, work: Work, weights: u64) -> u64 {
+    let Work { config, n_ctx, .. } = work;
+    let tokens = device.pass_tokens().min(CHUNK_TOKENS).max(n_ctx) as u64;
+    let [hidden, ffn, layers, heads, n_ctx] = [
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        n_ctx,
+    ]
+    .map(|n| n as u64);
+    let widest = ffn.max(heads * config.head_dim as u64);
+    let layer = pass_bytes(device, config, tokens as usize) + 4 * 4 * tokens * (widest + hidden);
+    let decoded = device.decoded_bytes(hidden * widest.max(config.vocab_size as u64));
+    weights
+        + 4 * layers * tokens * hidden
+        + layer
+        + decoded
+        + 4 * 4 * heads * n_ctx * n_ctx
+        + 2 * device.logits_bytes(config.vocab_size)
+}
+
 struct Fixed {
     layers: u64,
     moments: u64,

@@ -5,6 +5,8 @@
 //! - [`importance`], [`imatrix`]: mean squared inputs, in memory and as llama.cpp stores them.
 //! - [`settings`]: strengths, damping, sweeps, and which linear gets what.
 //! - [`smoothing`]: exact rewrites that make inputs or weights easier to round.
+//! - [`token_energies`]: which tokens matter.
+//! - [`tune`]: gains of norms, when all codes are chosen.
 //! - [`driver`]: layer by layer, both models side by side; [`memory`]: what that takes, and what of it lies where.
 
 pub mod choose;
@@ -18,3 +20,5 @@ pub mod memory;
 pub mod settings;
 pub mod smoothing;
 mod sums;
+pub mod token_energies;
+pub mod tune;

@@ -28,25 +28,30 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
     }
 
     /// Adds the inputs of the next linears in both models, of `tokens` tokens; `streams` are the residual streams that the
-    /// linear adds to, where drift is summed.
+    /// linear adds to, where drift is summed; `factors` those of each token.
     pub(super) fn add(
         &mut self,
         tokens: usize,
         full: &B::Tensor,
         quantized: &B::Tensor,
         streams: Option<(&B::Tensor, &B::Tensor)>,
+        factors: Option<&[f32]>,
     ) -> Result<()> {
         let rounded = match self.rounding {
             Rounding::None => None,
             rounding => Some(self.backend.round_inputs(quantized, rounding)?),
         };
+        let scaled = |x: &B::Tensor| factors.map(|factors| self.backend.scale_rows(x, factors)).transpose();
         let quantized = rounded.as_ref().unwrap_or(quantized);
+        let (own, others) = (scaled(quantized)?, scaled(full)?);
+        let (quantized, full) = (own.as_ref().unwrap_or(quantized), others.as_ref().unwrap_or(full));
         let moments = &mut self.moments;
         self.backend.add_moment(&mut moments.hessian, quantized, quantized)?;
         self.backend.add_moment(&mut moments.cross, full, quantized)?;
         if let (Some(drift), Some((full, quantized_stream))) = (&mut moments.drift, streams) {
             let mut difference = full.clone();
             self.backend.subtract(&mut difference, quantized_stream)?;
+            difference = scaled(&difference)?.unwrap_or(difference);
             self.backend.add_moment(drift, &difference, quantized)?;
         }
         moments.tokens += tokens;

@@ -13,6 +13,7 @@ use crate::calib::choose::{Choice, Effort, Search, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
 use crate::calib::imatrix::Imatrix;
 use crate::calib::settings::Settings;
+use crate::calib::token_energies::{TokenEnergies, token_energies};
 use crate::calib::{importance, memory};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{CalibrationArgs, ConvertArgs, MethodArg};
@@ -20,9 +21,10 @@ use crate::convert::{Calibration, Output, choose_settings};
 use crate::eval::speed::Machine;
 use crate::manifest::{self, CalibrationText};
 use crate::memory::{Budget, Limits};
+use crate::model::Model;
 use crate::model::chat_template::{Chat, ChatTemplate};
 use crate::names::{Role, TensorId};
-use crate::output::{Printer, Unit};
+use crate::output::{Printer, Unit, size};
 use crate::plan::{Action, Plan};
 use crate::recipe::Method;
 use crate::scheme::mix;
@@ -190,7 +192,7 @@ impl Windows {
 
     /// Returns the calibration with those settings, in that much device memory for streams.
     pub fn calibration(&self, settings: Settings, room: Option<u64>) -> Calibration<'_> {
-        Calibration { windows: &self.tokens, held_out: 0, settings, room }
+        Calibration { windows: &self.tokens, energies: &[], held_out: 0, settings, room }
     }
 
     /// Returns the device memory that streams may take, `None` for as much as it takes, and tells what calibration takes.
@@ -234,14 +236,58 @@ impl Windows {
         memory::Work { config: &source.config, weight_bytes, tokens, n_ctx, rounds }
     }
 
-    /// Returns the settings that a search begins with.
-    pub fn start(&self, args: &ConvertArgs, plan: &Plan) -> Settings {
+    /// Returns the settings that a search begins with. Where the whole model does not fit into memory for a way back, all
+    /// tokens count alike, which is told.
+    ///
+    /// # Errors
+    /// If the device does not say what it has.
+    pub fn start<B: Machine>(
+        &self,
+        backend: &B,
+        args: &ConvertArgs,
+        source: &Checkpoint,
+        plan: &Plan,
+        printer: Printer,
+    ) -> Result<Settings> {
         let inputs = plan.recipe.format.activations;
         let start = Settings { scale_rule: plan.recipe.scale_rule, ..Settings::for_inputs(inputs) };
-        match Effort::from(args.effort) {
-            Effort::Fast => Settings { sweeps: 1, ..start },
-            _ => start,
+        if Effort::from(args.effort) == Effort::Fast {
+            return Ok(Settings { sweeps: 1, token_power: 0.0, ..start });
         }
+        let budget = Budget::new(args.memory.into(), backend.free_memory()?)?;
+        let weights: u64 = source.tensors.values().map(|info| backend.weight_bytes(info)).sum();
+        // Tuned gains take the quantized model as well.
+        let models = if Effort::from(args.effort) == Effort::Best { 2 } else { 1 };
+        let wanted = memory::backward_bytes(backend, self.work(backend, source, plan), models * weights);
+        match budget.device {
+            Some(limit) if wanted > limit => {
+                printer.note(format!(
+                    "note: all tokens count alike: to tell which matter takes the whole model and its gradients, {}, but \
+                     {} may be used",
+                    size(wanted),
+                    size(limit)
+                ));
+                Ok(Settings { token_power: 0.0, ..start })
+            }
+            _ => Ok(start),
+        }
+    }
+
+    /// Finds out how much each token matters.
+    ///
+    /// # Errors
+    /// If the model cannot be read or the backend fails.
+    pub fn energies<B: Machine>(
+        &self,
+        backend: &B,
+        source: &Checkpoint,
+        printer: Printer,
+    ) -> Result<Vec<TokenEnergies>> {
+        let bar = printer.bar(self.tokens.len() as u64, "gradients", Unit::Count);
+        let model = Model::load(backend, &source.config, source)?;
+        let found = token_energies(backend, &model, &self.tokens, &|windows| bar.inc(windows as u64))?;
+        bar.finish_and_clear();
+        Ok(found)
     }
 
     /// Finds the settings for a plan, as `--effort` says, and tells what was tried.
@@ -254,13 +300,12 @@ impl Windows {
         args: &ConvertArgs,
         source: &Checkpoint,
         Output { plan, journal, .. }: Output,
-        room: Option<u64>,
+        begin: Calibration,
         printer: Printer,
     ) -> Result<Choice> {
         let effort = Effort::from(args.effort);
         let trials = effort.trials(plan.recipe.format.activations);
         let bar = printer.bar((trials * source.config.num_hidden_layers) as u64, "settings", Unit::Count);
-        let start = self.start(args, plan);
         let tell = |trial: &Trial| {
             printer.detail(format!(
                 "{}: {}: KLD {:.5} on text kept out",
@@ -269,7 +314,7 @@ impl Windows {
             journal.add_trial(trial)
         };
         let search = Search { effort, known: journal.trials(), tell: &tell, progress: &|| bar.inc(1) };
-        let choice = choose_settings(backend, source, plan, self.calibration(start, room), &search)?;
+        let choice = choose_settings(backend, source, plan, begin, &search)?;
         bar.finish_and_clear();
         if effort != Effort::Fast && choice.trials.is_empty() {
             printer.note(format!(

@@ -4,17 +4,20 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::calibration::Windows;
 use super::measure::{self, WithBackend};
 use crate::artifact::{Artifact, file_name};
+use crate::calib::choose::Effort;
 use crate::calib::imatrix::Imatrix;
+use crate::calib::settings::Settings;
+use crate::calib::tune::{STEPS, Tuned};
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
 use crate::container::{FileHash, Opening, leftovers};
 use crate::convert::journal::{self, FinishedOutput, Journal};
-use crate::convert::{self, Cost, Output};
+use crate::convert::{self, Calibration, Cost, Output};
 use crate::eval::speed::Machine;
 use crate::manifest::{self, Hashes, Manifest, SchemeRecord, TensorRecord};
 use crate::num::Codec;
@@ -106,7 +109,8 @@ impl WithBackend for Calibrated<'_> {
 
     fn run<B: Machine>(self, backend: &B) -> Result<Vec<Cost>> {
         let Calibrated { args, source, task, windows, printer } = self;
-        let key = task.key(args, windows, backend)?;
+        let start = windows.start(backend, args, source, &task.plan, printer)?;
+        let key = task.key(args, windows, start, backend)?;
         clear_leftovers(args, &task.out, Some(journal::short(&key)), printer)?;
         if let Some(costs) = task.finished_before(&key, printer)? {
             return Ok(costs);
@@ -124,8 +128,8 @@ impl WithBackend for Calibrated<'_> {
             ));
         }
         let output = Output { plan: &task.plan, sink: sink.as_ref(), journal: &journal };
-        let (costs, settings) =
-            calibrated(args, source, windows, backend, output, printer).inspect_err(|_| {
+        let (costs, settings) = calibrated(args, source, (windows, start), backend, output, printer)
+            .inspect_err(|_| {
                 if journal.is_worth_keeping() {
                     let out = task.out.display();
                     printer
@@ -146,16 +150,21 @@ impl WithBackend for Calibrated<'_> {
 fn calibrated<B: Machine>(
     args: &ConvertArgs,
     source: &Checkpoint,
-    windows: &Windows,
+    (windows, start): (&Windows, Settings),
     backend: &B,
     output: Output,
     printer: Printer,
 ) -> Result<(Vec<Cost>, Value)> {
     let plan = output.plan;
     let room = windows.room(backend, args.memory.into(), source, plan, printer)?;
-    let choice = windows.choose(backend, args, source, output, room, printer)?;
+    let energies = match start.token_power {
+        0.0 => Vec::new(),
+        _ => windows.energies(backend, source, printer)?,
+    };
+    let begin = Calibration { energies: &energies, ..windows.calibration(start, room) };
+    let choice = windows.choose(backend, args, source, output, begin, printer)?;
     let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
-    let calibration = windows.calibration(choice.settings, room);
+    let calibration = Calibration { settings: choice.settings, ..begin };
     let progress = |weights| bar.inc(weights);
     // For logs, where there is no bar.
     let (started, count) = (Instant::now(), source.config.num_hidden_layers);
@@ -169,7 +178,35 @@ fn calibrated<B: Machine>(
     };
     let costs = convert::convert_calibrated(backend, source, output, calibration, &progress, &layer_done)?.0;
     bar.finish_and_clear();
-    Ok((costs, choice.record()))
+    let mut settings = choice.record();
+    if Effort::from(args.effort) == Effort::Best && start.token_power != 0.0 {
+        settings["gains"] = tuned(source, windows, backend, output, &costs, printer)?;
+    }
+    Ok((costs, settings))
+}
+
+/// Tunes the gains of norms, and returns what the manifest says of it.
+fn tuned<B: Machine>(
+    source: &Checkpoint,
+    windows: &Windows,
+    backend: &B,
+    output: Output,
+    costs: &[Cost],
+    printer: Printer,
+) -> Result<Value> {
+    let name = output.plan.recipe.format.name;
+    let bar = printer.bar(STEPS as u64, "gains", Unit::Count);
+    let tuned = convert::tune_gains(backend, source, output, costs, windows.tokens(), &|| bar.inc(1))?;
+    bar.finish_and_clear();
+    Ok(match tuned {
+        Some(Tuned { kld: [before, after], steps, .. }) => {
+            printer.note(format!(
+                "{name}: {steps} steps on the gains of norms: KLD {after:.5} on calibration text kept out, {before:.5} before"
+            ));
+            json!({ "steps": steps, "kld_before": before, "kld": after })
+        }
+        None => json!("as in the source"),
+    })
 }
 
 /// Returns the hashes of the source's configuration and weight files, given those of the latter; what is missing is read.
@@ -200,10 +237,15 @@ fn lines(hashes: &Hashes) -> String {
 
 impl Task {
     /// Returns a hash of everything the output's bytes depend on.
-    fn key<B: Machine>(&self, args: &ConvertArgs, windows: &Windows, backend: &B) -> Result<String> {
+    fn key<B: Machine>(
+        &self,
+        args: &ConvertArgs,
+        windows: &Windows,
+        start: Settings,
+        backend: &B,
+    ) -> Result<String> {
         let Task { plan, artifact, manifest, .. } = self;
         journal::key(|hash| {
-            let start = windows.start(args, plan);
             let facts = format!("{:?}\n{:?}\n{start:?}\n{}\n", plan.steps, args.effort, backend.arithmetic());
             hash.update(facts.as_bytes());
             hash.update(&serde_json::to_vec(&(&manifest.source, &manifest.recipe, &manifest.calibration))?);

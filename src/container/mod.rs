@@ -64,6 +64,9 @@ pub trait Sink: Sync {
     /// any thread.
     fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()>;
 
+    /// Writes a tensor again, whole.
+    fn replace(&self, tensor: usize, bytes: &[u8]) -> Result<()>;
+
     /// Returns what was written of a tensor, by this run or, with an [`Opening::key`], by one that was interrupted; zeros
     /// where nothing was.
     fn read(&self, tensor: usize) -> Result<Vec<u8>>;

@@ -204,6 +204,12 @@ impl Payload {
         file.write_all_at(header, 0).with_context(|| format!("{}: cannot write the header", path.display()))
     }
 
+    /// See [`super::Sink::replace`].
+    pub(super) fn replace(&self, tensor: usize, bytes: &[u8]) -> Result<()> {
+        self.tensors[tensor].2.store(0, Ordering::Relaxed);
+        self.write(tensor, 0, bytes)
+    }
+
     /// See [`super::Sink::read`].
     pub(super) fn read(&self, tensor: usize) -> Result<Vec<u8>> {
         let (spec, slot, _) = &self.tensors[tensor];

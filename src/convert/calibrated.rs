@@ -12,13 +12,16 @@ use crate::backend::SecondMoments;
 use crate::calib::choose::{Choice, Search, choose};
 use crate::calib::driver::{self, Calibrated, Finished, FinishedLayers, Request};
 use crate::calib::settings::Settings;
+use crate::calib::token_energies::TokenEnergies;
+use crate::calib::tune::{Tuned, Tuning};
 use crate::checkpoint::Checkpoint;
 use crate::container::Sink;
 use crate::method::solve::Solved;
+use crate::model::{Model, TensorSource};
 use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
-use crate::scheme::Scheme;
-use crate::tensor::{bytes_from_floats, floats_from_bytes};
+use crate::scheme::{Rounding, Scheme};
+use crate::tensor::{Dense, Matrix, bytes_from_floats, floats_from_bytes};
 
 /// Converts a plan with calibrated codes: kept tensors stream as in [`super::convert`], the others come from
 /// [`driver::calibrate`] layer by layer. Layers in `journal` are taken from what `sink` already holds. `progress` is told how
@@ -111,9 +114,13 @@ pub struct Output<'a> {
 impl Output<'_> {
     /// Reads back the parts of a step that are not fixed.
     fn read(&self, step: &Step) -> Result<Vec<Vec<u8>>> {
-        let parts = step.parts.clone().filter(|&index| self.plan.outputs[index].fixed.is_none());
-        parts.map(|index| self.sink.read(index)).collect()
+        read_parts(self.plan, self.sink, step)
     }
+}
+
+fn read_parts(plan: &Plan, sink: &dyn Sink, step: &Step) -> Result<Vec<Vec<u8>>> {
+    let parts = step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none());
+    parts.map(|index| sink.read(index)).collect()
 }
 
 fn hash(parts: &[Vec<u8>]) -> String {
@@ -206,6 +213,7 @@ impl<'a> Calibration<'a> {
     fn request(&self, plan: &Plan, scheme: &'a (dyn Fn(TensorId) -> Option<Scheme> + Sync)) -> Request<'a> {
         Request {
             windows: self.windows,
+            energies: self.energies,
             held_out: self.held_out,
             scheme,
             activations: plan.recipe.format.activations,
@@ -227,10 +235,84 @@ fn write_vector(plan: &Plan, sink: &dyn Sink, step: &Step, values: &[f32]) -> Re
 pub struct Calibration<'a> {
     /// Token windows of one length.
     pub windows: &'a [Vec<u32>],
+    /// How much each token of each window matters; none if all count alike.
+    pub energies: &'a [TokenEnergies],
     /// How many of them, the last ones, are kept out of the statistics.
     pub held_out: usize,
     /// How codes are chosen.
     pub settings: Settings,
     /// Device memory for what waits between two uses, bytes; `None`: as much as it takes.
     pub room: Option<u64>,
+}
+
+/// Tunes the gains of a written output's norms and writes them; `None` if that found nothing better. `step_done` hears of
+/// each of at most [`crate::calib::tune::STEPS`] steps; `costs` are those of the written tensors.
+///
+/// # Errors
+/// If the output cannot be read back, or the backend fails.
+pub fn tune_gains<B: SecondMoments>(
+    backend: &B,
+    source: &Checkpoint,
+    output: Output,
+    costs: &[Cost],
+    windows: &[Vec<u32>],
+    step_done: &dyn Fn(),
+) -> Result<Option<Tuned>> {
+    let plan = output.plan;
+    let place: BTreeMap<TensorId, &Step> = plan.steps.iter().map(|step| (step.id, step)).collect();
+    let mut roundings = BTreeMap::new();
+    for (step, cost) in plan.steps.iter().zip(costs) {
+        if let Action::Quantize(_) = step.action {
+            let scale = || cost.input_scale.with_context(|| format!("`{}` has no input scale", step.id));
+            roundings.insert(step.id, plan.recipe.activations(step.id).rounding(scale)?);
+        }
+    }
+    let written = Written { plan, sink: output.sink, source, place: &place, roundings };
+    let full = Model::load(backend, &source.config, source)?;
+    let mut model = Model::load(backend, &source.config, &written)?;
+    let stored = |id: TensorId, values: &[f32]| match place.get(&id).map(|step| step.action) {
+        Some(Action::Keep(dtype)) => {
+            let mut stored = vec![0.0; values.len()];
+            floats_from_bytes(dtype, &bytes_from_floats(dtype, values), &mut stored);
+            stored
+        }
+        _ => values.to_vec(),
+    };
+    let tuned = Tuning { backend, full: &full, windows, stored: &stored, step_done }.run(&mut model)?;
+    for (id, values) in tuned.iter().flat_map(|tuned| &tuned.gains) {
+        let step = place.get(id).with_context(|| format!("the plan has no `{id}`"))?;
+        let Action::Keep(dtype) = step.action else { bail!("`{id}` is no kept tensor") };
+        output.sink.replace(step.parts.start, &bytes_from_floats(dtype, values))?;
+    }
+    Ok(tuned)
+}
+
+/// The model as it is written so far: quantized tensors and norms from the output, the rest from the source.
+struct Written<'a> {
+    plan: &'a Plan,
+    sink: &'a dyn Sink,
+    source: &'a Checkpoint,
+    place: &'a BTreeMap<TensorId, &'a Step>,
+    /// What happens to the inputs of quantized linears.
+    roundings: BTreeMap<TensorId, Rounding>,
+}
+
+impl TensorSource for Written<'_> {
+    fn read(&self, id: TensorId) -> Result<Matrix> {
+        let Some(step) = self.place.get(&id) else { return self.source.read(id) };
+        let parts = || read_parts(self.plan, self.sink, step);
+        match step.action {
+            Action::Quantize(scheme) => unpack(scheme, &parts()?, self.plan, step).map(Matrix::Quantized),
+            Action::Keep(dtype) if id.role.is_norm() => {
+                let mut values = vec![0.0; step.rows()];
+                floats_from_bytes(dtype, &parts()?[0], &mut values);
+                Ok(Matrix::Dense(Dense::from_f32(vec![values.len()], &values)))
+            }
+            Action::Keep(_) => self.source.read(id),
+        }
+    }
+
+    fn rounding(&self, id: TensorId) -> Rounding {
+        self.roundings.get(&id).copied().unwrap_or_default()
+    }
 }

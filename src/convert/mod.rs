@@ -21,7 +21,7 @@ use crate::plan::{Plan, Step};
 use crate::scheme::{QTensor, Scheme};
 use crate::tensor::{Dtype, bytes_from_floats};
 
-pub use calibrated::{Calibration, Output, choose_settings, convert_calibrated};
+pub use calibrated::{Calibration, Output, choose_settings, convert_calibrated, tune_gains};
 pub use stream::{convert, peak_bytes};
 
 /// What rounding cost one tensor.

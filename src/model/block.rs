@@ -14,6 +14,8 @@ use crate::scheme::Rounding;
 pub struct LayerConstants {
     /// Heads and their width.
     pub attention: AttentionShape,
+    /// Width of the residual stream.
+    pub hidden: usize,
     /// Rotary angles, all scaling applied.
     pub rope: Rope,
     /// Added to the mean square in every norm.
@@ -32,7 +34,13 @@ impl LayerConstants {
             window: config.sliding_window,
             scale: (config.head_dim as f64).powf(-0.5) as f32,
         };
-        LayerConstants { attention, rope: config.rope(), eps: config.rms_norm_eps, kv_cache: KvCache::Exact }
+        LayerConstants {
+            attention,
+            hidden: config.hidden_size,
+            rope: config.rope(),
+            eps: config.rms_norm_eps,
+            kv_cache: KvCache::Exact,
+        }
     }
 
     /// Returns the same, with keys and values kept as the model's files ask for.

@@ -2,6 +2,7 @@
 //!
 //! ids → embeddings → layers ([`block`]) → final norm; the loss head is [`Backend::score`] and [`Backend::compare`].
 
+pub mod backward;
 pub mod block;
 pub mod chat_template;
 pub mod config;

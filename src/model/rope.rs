@@ -9,6 +9,13 @@ pub struct Rope {
     pub inverse_frequencies: Vec<f32>,
 }
 
+impl Rope {
+    /// Returns the rotation the other way, which carries gradients back.
+    pub fn reversed(&self) -> Rope {
+        Rope { inverse_frequencies: self.inverse_frequencies.iter().map(|frequency| -frequency).collect() }
+    }
+}
+
 /// RoPE scaling as the configuration names it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {

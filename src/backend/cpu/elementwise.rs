@@ -46,6 +46,47 @@ pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Given the gradient of [`swiglu`]'s output twice, turns one into that of `gate` and one into that of `up`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn swiglu_gradient(gate: &[f32], up: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    for (((dgate, dup), &gate), &up) in dgate.iter_mut().zip(dup).zip(gate).zip(up) {
+        let share = 1.0 / (1.0 + exp(-gate));
+        *dgate *= up * share * (1.0 + gate * (1.0 - share));
+        *dup *= gate * share;
+    }
+}
+
+/// Replaces a row by its softmax: exp(scale · x) over the sum of all and exp(sink).
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn softmax(row: &mut [f32], scale: f32, sink: Option<f32>) {
+    let shift = max(row);
+    row.iter_mut().for_each(|x| *x = exp((*x - shift) * scale));
+    let sink = sink.map_or(0.0, |sink| f64::from(sink - shift * scale).exp());
+    let share = (1.0 / (sum(row, f64::from) + sink)) as f32;
+    row.iter_mut().for_each(|x| *x *= share);
+}
+
+/// Turns the gradient of [`rms_norm`]'s output into that of `x`, with `factor` = (mean(x²) + eps)^-½.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn rms_norm_gradient(x: &[f32], gain: &[f32], factor: f32, dx: &mut [f32]) {
+    let mut lanes = [0f64; LANES];
+    for ((x, gain), dy) in x.chunks(LANES).zip(gain.chunks(LANES)).zip(dx.chunks(LANES)) {
+        for (((lane, &x), &gain), &dy) in lanes.iter_mut().zip(x).zip(gain).zip(dy) {
+            *lane += (x * gain) as f64 * dy as f64;
+        }
+    }
+    let along = ((factor as f64).powi(3) * lanes.iter().sum::<f64>() / x.len() as f64) as f32;
+    for ((dx, &x), &gain) in dx.iter_mut().zip(x).zip(gain) {
+        *dx = factor * gain * *dx - x * along;
+    }
+}
+
+/// Returns Σ x².
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn squares(x: &[f32]) -> f64 {
+    sum(x, |v| v as f64 * v as f64)
+}
+
 /// out = x / sqrt(mean(x²) + eps) · gain; all of one length.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 pub fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {

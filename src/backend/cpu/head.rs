@@ -1,11 +1,14 @@
 //! The loss head: log-likelihoods and divergences over a vocabulary that is visited block by block, so that logits exist
 //! for one block at a time only. Each block leaves a summary per position; summaries merge in the order of blocks, in F64.
 
+use std::ops::Range;
+
 use multiversion::multiversion;
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
-use super::elementwise::{exp, max, sum};
+use super::elementwise::{exp, max, softmax, sum};
+use super::gradients::add_decoded_product;
 use super::product::{Left, Previous, RightRows, multiply_transposed};
 use crate::backend::{Divergence, RANKS, Score};
 use crate::tensor::Matrix;
@@ -152,6 +155,78 @@ pub fn compare(
         .collect()
     });
     merge(&blocks, Pair::EMPTY, Pair::merge).iter().map(Pair::divergence).collect()
+}
+
+/// Returns the gradient of the summed divergences in the model's hidden states; see
+/// [`crate::backend::gradients::Gradients::divergence_gradient`].
+pub fn divergence_gradient(baseline: (&Array2<f32>, &Matrix), model: (&Array2<f32>, &Matrix)) -> Array2<f32> {
+    gradient(model.0, model.1, |rows, found| {
+        let wanted = baseline.0.slice(s![rows, ..]);
+        let mut wanted = logits(&Left::pack(wanted), baseline.1, 0, found.ncols());
+        let rows = found.axis_iter_mut(Axis(0)).into_par_iter().zip(wanted.axis_iter_mut(Axis(0)));
+        rows.for_each(|(mut found, mut wanted)| {
+            let (Some(found), Some(wanted)) = (found.as_slice_mut(), wanted.as_slice_mut()) else { return };
+            softmax(found, 1.0, None);
+            softmax(wanted, 1.0, None);
+            found.iter_mut().zip(wanted).for_each(|(q, p)| *q -= *p);
+        });
+    })
+}
+
+/// Returns a random gradient per position; see [`crate::backend::gradients::Gradients::fisher_gradient`].
+pub fn fisher_gradient(hidden: &Array2<f32>, head: &Matrix, seed: u32) -> Array2<f32> {
+    gradient(hidden, head, |rows, found| {
+        found.axis_iter_mut(Axis(0)).into_par_iter().zip(rows).for_each(|(mut found, row)| {
+            let Some(p) = found.as_slice_mut() else { return };
+            softmax(p, 1.0, None);
+            fisher(p, hashed(seed ^ hashed(row as u32)));
+        });
+    })
+}
+
+/// Positions whose logits exist at a time, on the way back.
+const ROWS: usize = 128;
+
+/// Returns what `turn`, given positions and their logits, makes the logits' gradient, times the head.
+fn gradient(
+    hidden: &Array2<f32>,
+    head: &Matrix,
+    turn: impl Fn(Range<usize>, &mut Array2<f32>) + Sync,
+) -> Array2<f32> {
+    let (vocab, mut dx) = (head.dims()[0], Array2::zeros(hidden.dim()));
+    for first in (0..hidden.nrows()).step_by(ROWS) {
+        let rows = first..hidden.nrows().min(first + ROWS);
+        let mut found = logits(&Left::pack(hidden.slice(s![rows.clone(), ..])), head, 0, vocab);
+        turn(rows.clone(), &mut found);
+        add_decoded_product(&found, head, dx.slice_mut(s![rows, ..]));
+    }
+    dx
+}
+
+/// Turns probabilities into √p ∘ ε - p · (√p · ε), with signs ε that depend on `key` and the token.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+fn fisher(p: &mut [f32], key: u32) {
+    let signed_root =
+        |token: usize, p: f32| f32::from_bits(p.sqrt().to_bits() ^ (hashed(key ^ token as u32) & 1) << 31);
+    const LANES: usize = 16;
+    let mut sums = [0f32; LANES];
+    for (block, p) in p.chunks(LANES).enumerate() {
+        for (lane, (sum, &p)) in sums.iter_mut().zip(p).enumerate() {
+            *sum += signed_root(block * LANES + lane, p);
+        }
+    }
+    let sum: f32 = sums.iter().sum();
+    for (token, p) in p.iter_mut().enumerate() {
+        *p = signed_root(token, *p) - *p * sum;
+    }
+}
+
+/// A bijection of 32 bits whose low bits look random (C. Wellons' `lowbias32`, in the public domain).
+#[inline(always)]
+fn hashed(mut x: u32) -> u32 {
+    x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
+    x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
 }
 
 /// Returns what `visit(first token, number of tokens)` says of every block of the vocabulary, in order.

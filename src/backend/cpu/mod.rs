@@ -5,6 +5,7 @@
 mod attention;
 mod decode;
 mod elementwise;
+mod gradients;
 mod head;
 pub(crate) mod product;
 
@@ -213,7 +214,7 @@ impl SecondMoments for Cpu {
         ensure!(maxima.len() == cols, "maxima of {} columns of inputs of {cols}", maxima.len());
         for row in slice(x)?.chunks_exact(cols.max(1)) {
             // A NaN stays.
-            let larger = |a: f32, b: f32| if b <= a { a } else { b };
+            let larger = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
             maxima.iter_mut().zip(row).for_each(|(max, x)| *max = larger(*max, x.abs()));
         }
         Ok(())

@@ -5,6 +5,7 @@
 //! | `Linear` | y = x · wᵀ | `[out, input]` | `[n, input]` | `[n, out]` |
 //! | `Moment` | y = xᵀ · w, parts of larger matrices | `[n, out]` | `[n, input]` | `[input, out]` |
 //! | `Plain` | y = x · w, parts of larger matrices | `[input, out]` | `[n, input]` | `[n, out]` |
+//! | `LinearParts` | y = x · wᵀ, parts of larger matrices | `[out, input]` | `[n, input]` | `[n, out]` |
 //!
 //! cuBLASLt counts columns first, so it sees every matrix transposed and multiplies w by x. Sums are F32 for F16 and F32
 //! inputs (TF32 only where a product asks for it), and exact 32-bit integers for INT8.
@@ -60,7 +61,21 @@ pub enum Form {
     Moment([usize; 3]),
     /// y = x · w, with the lengths of whole rows of w, x and y.
     Plain([usize; 3]),
+    /// y = x · wᵀ, with the lengths of whole rows of w, x and y.
+    LinearParts([usize; 3]),
 }
+
+/// The same product of several matrices, such as the heads of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Repeated {
+    /// How many.
+    pub count: usize,
+    /// Numbers from one w, x and y to the next.
+    pub strides: [usize; 3],
+}
+
+/// One product.
+const ONCE: Repeated = Repeated { count: 1, strides: [0; 3] };
 
 /// Shape and types of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,7 +98,7 @@ pub struct Product {
 pub struct Gemm {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer,
-    plans: Mutex<HashMap<Product, Plan>>,
+    plans: Mutex<HashMap<(Product, Repeated), Plan>>,
 }
 
 /// Descriptors and the algorithm for one [`Product`].
@@ -114,13 +129,25 @@ impl Gemm {
     }
 
     /// Queues a product (or adds it to y). Addresses hold matrices of the shapes and types it names.
-    #[allow(unsafe_code)]
     pub fn multiply(&self, device: &Device, product: Product, w: u64, x: u64, y: u64) -> Result<()> {
+        self.multiply_each(device, product, ONCE, [w, x, y])
+    }
+
+    /// Queues a product of several matrices; the addresses are those of the first w, x and y.
+    #[allow(unsafe_code)]
+    pub fn multiply_each(
+        &self,
+        device: &Device,
+        product: Product,
+        repeated: Repeated,
+        [w, x, y]: [u64; 3],
+    ) -> Result<()> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        let plan = match plans.entry(product) {
+        let plan = match plans.entry((product, repeated)) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => entry.insert(
-                self.plan(product).with_context(|| format!("cuBLASLt has no algorithm for {product:?}"))?,
+                self.plan(product, repeated)
+                    .with_context(|| format!("cuBLASLt has no algorithm for {product:?}, {repeated:?}"))?,
             ),
         };
         let (one_f32, one_i32) = (1.0f32, 1i32);
@@ -156,7 +183,7 @@ impl Gemm {
     }
 
     #[allow(unsafe_code)]
-    fn plan(&self, product: Product) -> Result<Plan> {
+    fn plan(&self, product: Product, repeated: Repeated) -> Result<Plan> {
         let Product { n, out, input, types, form, .. } = product;
         let (from, to, sums, factors) = types.codes();
         // As cuBLASLt counts: (rows, columns, distance of columns).
@@ -173,9 +200,19 @@ impl Gemm {
             Form::Plain([w, x, y]) => {
                 (layout(from, out, input, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?)
             }
+            Form::LinearParts([w, x, y]) => {
+                (layout(from, input, out, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?)
+            }
         };
+        if repeated != ONCE {
+            for (layout, stride) in [w, x, y].into_iter().zip(repeated.strides) {
+                repeat(layout, repeated.count, stride)?;
+            }
+        }
         let which = match form {
-            Form::Linear => sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+            Form::Linear | Form::LinearParts(_) => {
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA
+            }
             Form::Moment(_) | Form::Plain(_) => {
                 sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB
             }
@@ -184,6 +221,7 @@ impl Gemm {
         let preference = result::create_matmul_pref()?;
         // CUBLAS_OP_T is 1, CUBLAS_OP_N is 0.
         let (transposed, workspace_bytes) = (i32::from(!matches!(form, Form::Plain(_))), WORKSPACE_BYTES);
+        let head_alignment = HEAD_ALIGNMENT;
         // SAFETY: the objects were just made; attribute pointers are valid for the calls and of the sizes given.
         let found = unsafe {
             result::set_matmul_desc_attribute(
@@ -198,12 +236,53 @@ impl Gemm {
                 (&raw const workspace_bytes).cast(),
                 size_of::<usize>(),
             )?;
+            for alignment in ALIGNMENTS.into_iter().filter(|_| repeated != ONCE) {
+                result::set_matmul_pref_attribute(
+                    preference,
+                    alignment,
+                    (&raw const head_alignment).cast(),
+                    size_of_val(&head_alignment),
+                )?;
+            }
             let found = result::get_matmul_algo_heuristic(self.handle, descriptor, w, x, y, y, preference);
             result::destroy_matmul_pref(preference)?;
             found?
         };
         Ok(Plan { product: descriptor, w, x, y, algorithm: found.algo })
     }
+}
+
+/// Heads begin at multiples of 16 numbers, of 2 bytes at least.
+const HEAD_ALIGNMENT: u32 = 32;
+/// Where an alignment is told.
+const ALIGNMENTS: [sys::cublasLtMatmulPreferenceAttributes_t; 4] = {
+    use sys::cublasLtMatmulPreferenceAttributes_t::*;
+    [
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+    ]
+};
+
+/// Makes a layout one of `count` matrices, `stride` numbers apart.
+#[allow(unsafe_code)]
+fn repeat(layout: sys::cublasLtMatrixLayout_t, count: usize, stride: usize) -> Result<()> {
+    use sys::cublasLtMatrixLayoutAttribute_t::*;
+    let (count, stride) = (i32::try_from(count)?, stride as i64);
+    // SAFETY: the layout is alive; attribute pointers are valid for the calls and of the sizes given.
+    unsafe {
+        let (counted, strided) =
+            (CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET);
+        result::set_matrix_layout_attribute(layout, counted, (&raw const count).cast(), size_of_val(&count))?;
+        result::set_matrix_layout_attribute(
+            layout,
+            strided,
+            (&raw const stride).cast(),
+            size_of_val(&stride),
+        )?;
+    }
+    Ok(())
 }
 
 impl Drop for Gemm {

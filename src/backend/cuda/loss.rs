@@ -115,6 +115,18 @@ impl Cuda {
         Ok(logits)
     }
 
+    /// Returns F32 logits `[rows, vocab]` of the hidden states from `first` on.
+    pub(super) fn logits_of(
+        &self,
+        (hidden, head): (&Tensor, &Weight),
+        first: usize,
+        rows: usize,
+    ) -> Result<Buffer> {
+        ensure!(hidden.cols == head.cols, "{} hidden features for a head of {}", hidden.cols, head.cols);
+        let head = Head { hidden: self.rounded(hidden)?, weight: head, decoded: self.decoded(head)? };
+        self.logits(&head, first, rows)
+    }
+
     fn words(&self, buffer: &Buffer, count: usize) -> Result<Vec<u32>> {
         let mut bytes = vec![0u8; 4 * count];
         self.device.download(buffer, &mut bytes)?;
@@ -124,7 +136,7 @@ impl Cuda {
 
 /// Returns (first row, rows) of the slices that `n` rows of `width` logits are cut into, at most [`LOGITS`] values each.
 /// Slices are a multiple of 128 rows, which keeps products full and inputs aligned.
-fn slices(n: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn slices(n: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
     let step = (LOGITS / width / 128 * 128).max(128);
     (0..n).step_by(step).map(move |first| (first, step.min(n - first)))
 }

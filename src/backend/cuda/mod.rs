@@ -15,6 +15,7 @@
 //! | `matvec` | products of a few tokens |
 //! | `decode` | generation over a cache |
 //! | `choose` | the next token, most likely or sampled |
+//! | `gradients` | the way back |
 //! | `solve` | calibrated rounding |
 //!
 //! # Rounding
@@ -39,6 +40,7 @@ pub mod compile;
 pub mod decode;
 pub mod device;
 mod gemm;
+mod gradients;
 pub mod library;
 mod linear;
 mod loss;

@@ -46,6 +46,10 @@ impl Sink for GgufSink {
         self.payload.write(tensor, offset, bytes)
     }
 
+    fn replace(&self, tensor: usize, bytes: &[u8]) -> Result<()> {
+        self.payload.replace(tensor, bytes)
+    }
+
     fn read(&self, tensor: usize) -> Result<Vec<u8>> {
         self.payload.read(tensor)
     }
