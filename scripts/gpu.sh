@@ -8,7 +8,7 @@
 # QUANT_TEST_TEXT     text for them
 # QUANT_TEST_CALIBRATION  a text of at least 262,144 tokens: times the calibration of an 8B shape on it (default: none, part
 #                     left out); needs torch, and 22 GB in QUANT_TEST_SCRATCH (default: /dev/shm)
-# QUANT_TEST_BINARIES a folder with the test executables `parity`, `generation`, `solver`, `same_answer`, `speed` and `quant`, for machines
+# QUANT_TEST_BINARIES a folder with the test executables `parity`, `gradients`, `generation`, `solver`, `same_answer`, `speed` and `quant`, for machines
 #                     without cargo; built here otherwise
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -45,6 +45,7 @@ gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1
     echo '```'
 } >"$table"
 "$(binary parity)" >>"$table" 2>&1 || failed=1
+"$(binary gradients)" >>"$table" 2>&1 || failed=1
 "$(binary generation)" >>"$table" 2>&1 || failed=1
 "$(binary solver)" --nocapture --test-threads=1 >>"$table" 2>&1 || failed=1
 echo '```' >>"$table"
@@ -95,7 +96,7 @@ if [ "$sanitize" = --sanitize ]; then
         echo "## compute-sanitizer memcheck"
         echo
         echo '```'
-        for tests in parity generation; do
+        for tests in parity gradients generation; do
             compute-sanitizer --tool memcheck --kernel-regex-exclude kns=nvjet --error-exitcode 9 "$(binary $tests)" --test-threads=1 2>&1 |
                 tail -8 || failed=1
         done
@@ -109,6 +110,9 @@ if [ "$sanitize" = --sanitize ]; then
         parity=$(binary parity)
         for name in $("$parity" --list | sed -n 's/: test$//p' | grep -vE 'linear|moments|compare|score|lowest_id'); do
             racecheck "$parity" "$name"
+        done
+        for name in rms_norm_gradient rows_are_measured_and_scaled swiglu_gradient; do
+            racecheck "$(binary gradients)" "$name"
         done
         racecheck "$(binary generation)" quantized_inputs_are_quantized_in_every_step
         echo '```'
