@@ -2,7 +2,7 @@
 //! beside it.
 //!
 //! Per layer and in order: q, k, v → o → gate, up → down. Each stage prepares its input where engines round it or smoothing
-//! rescales it (`prepare`), sums the input's second moments in both streams ([`MomentSums`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
+//! rescales it (`prepare`), sums the input's second moments in both streams ([`crate::backend::MomentSums`]), quantizes its linears, and puts them into the quantized layer, so that the next stage sees what
 //! they changed. In memory at a time: the residual streams of both models ([`Parked`], so that the device need not hold
 //! them), one layer of each and the next one, one stage's moments, and as many inputs of o and down as there is room for; the others are
 //! computed again once their linear is quantized. [`super::memory`] counts it.

@@ -86,7 +86,7 @@ pub fn token_energies<B: Gradients>(
 }
 
 /// Returns the factors of all windows' tokens, one window after another, for what the linears like `role` read: √w for
-/// weights w = energy^power, which count at most [`MOST`] times their mean. The largest factor is 1, so that no number type
+/// weights w = energy^power, which count at most 30 times their mean. The largest factor is 1, so that no number type
 /// overflows; moments scale alike, which changes no choice.
 pub fn factors(energies: &[TokenEnergies], layer: usize, role: Role, power: f32) -> Vec<f32> {
     let all = energies.iter().flat_map(|window| window.of(layer, role));
