@@ -10,19 +10,7 @@ divergence_gradient(const float *__restrict__ baseline, const float *__restrict_
     __shared__ float shifts[2];
     u64 start = (u64)blockIdx.x * vocab;
     baseline += start, model += start, gradient += start;
-    Softmax b = nothing_yet(), m = nothing_yet();
-    for (u32 first = threadIdx.x; first < vocab; first += UNROLL * THREADS) {
-        float x[UNROLL], y[UNROLL];
-        for (int j = 0; j < UNROLL; j++) {
-            bool inside = first + j * THREADS < vocab;
-            x[j] = inside ? baseline[first + j * THREADS] : -INFINITY_F;
-            y[j] = inside ? model[first + j * THREADS] : -INFINITY_F;
-        }
-        take(b, x, first);
-        take(m, y, first);
-    }
-    b = merge_block(b, scratch);
-    m = merge_block(m, scratch);
+    Softmax b = softmax_of_row(baseline, vocab, scratch), m = softmax_of_row(model, vocab, scratch);
     if (threadIdx.x == 0) shifts[0] = b.largest + logf(b.sum), shifts[1] = m.largest + logf(m.sum);
     __syncthreads();
     for (u32 token = threadIdx.x; token < vocab; token += THREADS)

@@ -18,13 +18,7 @@ fisher_gradient(const float *__restrict__ logits, Y *__restrict__ gradient, u32 
     __shared__ float sums[32], shift;
     logits += (u64)blockIdx.x * vocab;
     gradient += (u64)blockIdx.x * vocab;
-    Softmax state = nothing_yet();
-    for (u32 first = threadIdx.x; first < vocab; first += UNROLL * THREADS) {
-        float x[UNROLL];
-        for (int j = 0; j < UNROLL; j++) x[j] = first + j * THREADS < vocab ? logits[first + j * THREADS] : -INFINITY_F;
-        take(state, x, first);
-    }
-    state = merge_block(state, scratch);
+    Softmax state = softmax_of_row(logits, vocab, scratch);
     if (threadIdx.x == 0) shift = state.largest + logf(state.sum);
     __syncthreads();
     u32 key = hashed(seed ^ hashed(first_row + blockIdx.x));

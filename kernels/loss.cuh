@@ -49,3 +49,14 @@ __device__ __forceinline__ Softmax nothing_yet() {
     Softmax state = {-INFINITY_F, 0.0f, ~0u};
     return state;
 }
+
+// Takes a row of logits in, once; thread 0 gets the result.
+__device__ __forceinline__ Softmax softmax_of_row(const float *logits, u32 vocab, Softmax *scratch) {
+    Softmax state = nothing_yet();
+    for (u32 first = threadIdx.x; first < vocab; first += UNROLL * THREADS) {
+        float x[UNROLL];
+        for (int j = 0; j < UNROLL; j++) x[j] = first + j * THREADS < vocab ? logits[first + j * THREADS] : -INFINITY_F;
+        take(state, x, first);
+    }
+    return merge_block(state, scratch);
+}

@@ -10,13 +10,7 @@ score(const float *__restrict__ logits, const u32 *__restrict__ targets, float *
       u32 *__restrict__ top, u32 vocab) {
     __shared__ Softmax scratch[THREADS / 32];
     logits += (u64)blockIdx.x * vocab;
-    Softmax state = nothing_yet();
-    for (u32 first = threadIdx.x; first < vocab; first += UNROLL * THREADS) {
-        float x[UNROLL];
-        for (int j = 0; j < UNROLL; j++) x[j] = first + j * THREADS < vocab ? logits[first + j * THREADS] : -INFINITY_F;
-        take(state, x, first);
-    }
-    state = merge_block(state, scratch);
+    Softmax state = softmax_of_row(logits, vocab, scratch);
     if (threadIdx.x == 0) {
         nll[blockIdx.x] = state.largest - logits[targets[blockIdx.x]] + logf(state.sum);
         top[blockIdx.x] = state.top;

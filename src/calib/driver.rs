@@ -230,11 +230,11 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             }
             let inner = inner.as_ref();
             let prepared = self.prepare_normed(source, index, half, quantized)?;
-            let factors = self.factors(index, half.inputs()[0]);
+            let factors = self.factors(index, half.inputs()[0])?;
             let sums = self.sum_normed(half, full, quantized, prepared.rounding, factors.as_deref())?;
             self.stage(source, self.wanted(index, half.inputs()), sums, &prepared, inner, quantized)?;
             let prepared = self.prepare_mixed(source, index, half, inner, quantized)?;
-            let factors = self.factors(index, half.output());
+            let factors = self.factors(index, half.output())?;
             let sums = self.sum_mixed(half, full, quantized, prepared.rounding, factors.as_deref())?;
             self.stage(source, self.wanted(index, &[half.output()]), sums, &prepared, inner, quantized)?;
             self.add_output(half, quantized)?;
@@ -243,10 +243,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     }
 
     /// Returns the factors of all tokens for what the linears like `role` read; `None` if all count alike.
-    fn factors(&self, layer: usize, role: Role) -> Option<Vec<f32>> {
+    fn factors(&self, layer: usize, role: Role) -> Result<Option<Vec<f32>>> {
         let Request { energies, settings, .. } = self.request;
         let counts = !energies.is_empty() && settings.token_power != 0.0;
-        counts.then(|| factors(energies, layer, role, settings.token_power))
+        counts.then(|| factors(energies, layer, role, settings.token_power)).transpose()
     }
 
     /// Sums what the first linears of a half read.

@@ -64,8 +64,9 @@ impl<'a, B: SecondMoments> Inputs<'a, B> {
                 None => values.to_vec(),
             }
         };
-        let largest = divided(&self.backend.read(&self.maxima)?).into_iter().fold(0.0, larger);
-        ensure!(largest.is_finite(), "inputs are not finite; they cannot be quantized");
+        let maxima = divided(&self.backend.read(&self.maxima)?);
+        ensure!(maxima.iter().all(|x| x.is_finite()), "inputs are not finite; they cannot be quantized");
+        let largest = maxima.into_iter().map(f32::abs).fold(0.0, f32::max);
         let sample = divided(&self.sample);
         let inputs = self.backend.tensor(sample.len() / self.cols, self.cols, &sample)?;
         let weights = weights.iter().map(|weight| self.backend.upload(weight.clone()));
@@ -92,14 +93,36 @@ impl<'a, B: SecondMoments> Inputs<'a, B> {
     }
 }
 
-/// Returns the larger magnitude; a NaN stays, as `f32::max` would not let it.
-fn larger(a: f32, b: f32) -> f32 {
-    if b.abs() <= a { a } else { b.abs() }
-}
-
 /// Returns the static scale that clips nothing of inputs up to `largest` in size. Inputs without any signal still need a
 /// scale that can divide.
 pub(super) fn unclipped_scale(largest: f32) -> f32 {
     let scale = largest / CODES;
     if scale > f32::MIN_POSITIVE { scale } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Backend;
+    use crate::backend::cpu::Cpu;
+    use crate::tensor::Dense;
+
+    fn scale_of(values: &[f32]) -> Result<f32> {
+        let mut inputs = Inputs::new(&Cpu, 4, 1).unwrap();
+        inputs.add(values.len() / 4, &Cpu.tensor(values.len() / 4, 4, values).unwrap()).unwrap();
+        inputs.static_scale(None, &[Matrix::Dense(Dense::from_f32(vec![1, 4], &[1.0; 4]))])
+    }
+
+    #[test]
+    fn a_scale_is_found_for_finite_inputs_only_wherever_the_others_stand() {
+        let finite = [1.0, -2.0, 0.5, 1.5, 0.0, 2.0, 1.0, -1.0];
+        assert!(scale_of(&finite).unwrap() > 0.0 && scale_of(&[0.0; 8]).unwrap() > 0.0);
+        for at in 0..finite.len() {
+            for value in [f32::NAN, f32::INFINITY] {
+                let mut values = finite;
+                values[at] = value;
+                assert!(scale_of(&values).unwrap_err().to_string().contains("not finite"), "{value} at {at}");
+            }
+        }
+    }
 }

@@ -14,6 +14,7 @@
 
 use anyhow::{Context, Result, ensure};
 
+use super::driver::CHUNK_TOKENS;
 use crate::backend::Batch;
 use crate::backend::gradients::Gradients;
 use crate::model::Model;
@@ -24,8 +25,6 @@ use crate::names::Role;
 const STAGES: [Role; 4] = [Role::Q, Role::O, Role::Gate, Role::Down];
 /// A token counts at most this many times the mean.
 const MOST: f32 = 30.0;
-/// Tokens that go back together at most.
-const CHUNK_TOKENS: usize = 4096;
 
 /// The energies of one window.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,12 +35,17 @@ pub struct TokenEnergies {
 }
 
 impl TokenEnergies {
-    /// Returns the energies `[tokens]` in the outputs of the linears that share an input with `role`.
-    fn of(&self, layer: usize, role: Role) -> &[f32] {
-        let stage = STAGES.iter().position(|&stage| stage == role.joined()).unwrap_or(0);
+    /// Returns the energies `[tokens]` in the outputs of a stage's linears.
+    fn of(&self, layer: usize, stage: usize) -> &[f32] {
         let at = (layer * STAGES.len() + stage) * self.tokens;
         &self.values[at..at + self.tokens]
     }
+}
+
+/// Returns the number of a linear's stage.
+fn stage_of(role: Role) -> Result<usize> {
+    let stage = STAGES.iter().position(|&stage| stage == role.joined());
+    stage.with_context(|| format!("{role:?} is no linear of a layer"))
 }
 
 /// Sends a random gradient of each position back through the model, for windows of one length. `done` is told how many
@@ -65,8 +69,7 @@ pub fn token_energies<B: Gradients>(
         let fisher = |hidden: &_| backend.fisher_gradient(hidden, model.head(), chunk as u32);
         model.backward(backend, &windows.concat(), batch, fisher, &mut |id, met| {
             let (Met::Linear(gradient), Some(layer)) = (met, id.layer) else { return Ok(()) };
-            let stage = STAGES.iter().position(|&stage| stage == id.role.joined());
-            let stage = stage.with_context(|| format!("`{id}` belongs to no stage"))?;
+            let stage = stage_of(id.role)?;
             let rows = backend.row_energies(gradient)?;
             ensure!(
                 rows.iter().all(|energy| energy.is_finite()),
@@ -88,8 +91,12 @@ pub fn token_energies<B: Gradients>(
 /// Returns the factors of all windows' tokens, one window after another, for what the linears like `role` read: √w for
 /// weights w = energy^power, which count at most 30 times their mean. The largest factor is 1, so that no number type
 /// overflows; moments scale alike, which changes no choice.
-pub fn factors(energies: &[TokenEnergies], layer: usize, role: Role, power: f32) -> Vec<f32> {
-    let all = energies.iter().flat_map(|window| window.of(layer, role));
+///
+/// # Errors
+/// If `role` is no linear of a layer.
+pub fn factors(energies: &[TokenEnergies], layer: usize, role: Role, power: f32) -> Result<Vec<f32>> {
+    let stage = stage_of(role)?;
+    let all = energies.iter().flat_map(|window| window.of(layer, stage));
     let mut weights: Vec<f32> = all.map(|energy| energy.powf(power)).collect();
     let mean = weights.iter().sum::<f32>() / weights.len().max(1) as f32;
     let most = weights.iter().fold(0.0, |most: f32, &w| most.max(w)).min(MOST * mean);
@@ -98,7 +105,7 @@ pub fn factors(energies: &[TokenEnergies], layer: usize, role: Role, power: f32)
     } else {
         weights.fill(1.0);
     }
-    weights
+    Ok(weights)
 }
 
 #[cfg(test)]
@@ -117,7 +124,7 @@ mod tests {
         let model = Model::load(&Cpu, &source.config, &source).unwrap();
         let windows: Vec<Vec<u32>> = (0..3).map(|w| (0..16).map(|i| (i * 7 + w) % 64).collect()).collect();
         let found = token_energies(&Cpu, &model, &windows, &|_| ()).unwrap();
-        assert_eq!(found.len(), 3);
+        assert_eq!(token_energies(&Cpu, &model, &windows[..2], &|_| ()).unwrap(), found[..2]);
         // What down adds to goes through the final norm and the head alone.
         let ids = windows.concat();
         let batch = Batch { sequences: 3, tokens: 16 };
@@ -131,8 +138,7 @@ mod tests {
         let dx = Cpu.rms_norm_gradient(&x, gain, eps, &dy).unwrap();
         let wanted = Cpu.row_energies(&dx).unwrap();
         let last = model.layers.len() - 1;
-        let of_down: Vec<f32> =
-            found.iter().flat_map(|window| window.of(last, Role::Down).to_vec()).collect();
+        let of_down: Vec<f32> = found.iter().flat_map(|window| window.of(last, 3).to_vec()).collect();
         assert_eq!(of_down, wanted);
         assert!(found.iter().all(|window| window.values.iter().all(|energy| *energy > 0.0)));
     }
@@ -141,13 +147,15 @@ mod tests {
     fn factors_grow_with_energy_up_to_one_and_a_power_of_zero_counts_all_alike() {
         let values = [1.0, 4.0, 9.0, 16.0];
         let window = TokenEnergies { values: values.repeat(8), tokens: 4 };
-        assert_eq!(factors(std::slice::from_ref(&window), 1, Role::Up, 1.0), [0.25, 0.5, 0.75, 1.0]);
-        assert_eq!(factors(&[window.clone(), window], 0, Role::V, 0.0), [1.0; 8]);
+        assert_eq!(factors(std::slice::from_ref(&window), 1, Role::Up, 1.0).unwrap(), [0.25, 0.5, 0.75, 1.0]);
+        assert_eq!(factors(&[window.clone(), window], 0, Role::V, 0.0).unwrap(), [1.0; 8]);
         let mut values = vec![1.0; 400];
         values[0] = 1e9;
-        let found = factors(&[TokenEnergies { values: values.repeat(4), tokens: 400 }], 0, Role::O, 1.0);
+        let found =
+            factors(&[TokenEnergies { values: values.repeat(4), tokens: 400 }], 0, Role::O, 1.0).unwrap();
         assert!(found[0] == 1.0 && found[1] > 0.0);
         let silent = TokenEnergies { values: vec![0.0; 8], tokens: 2 };
-        assert_eq!(factors(&[silent], 0, Role::Q, 0.5), [1.0; 2]);
+        assert_eq!(factors(&[silent], 0, Role::Q, 0.5).unwrap(), [1.0; 2]);
+        assert!(factors(&[], 0, Role::Head, 0.5).is_err());
     }
 }

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 
+use super::driver::CHUNK_TOKENS;
 use crate::backend::Batch;
 use crate::backend::gradients::Gradients;
 use crate::model::Model;
@@ -202,14 +203,14 @@ fn gain_of<B: Gradients>(model: &mut Model<B>, id: TensorId) -> Result<&mut B::T
     model.gain_mut(id).with_context(|| format!("`{id}` is no gain of this model"))
 }
 
-/// Sequences that go through a model together.
+/// Sequences that go through both models together.
 struct Part {
     ids: Range<usize>,
     batch: Batch,
 }
 
 fn parts<B: Gradients>(backend: &B, ids: &[u32], tokens: usize) -> Vec<Part> {
-    let together = (backend.tokens_at_once().min(STEP_TOKENS) / tokens).max(1) * tokens;
+    let together = (backend.tokens_at_once().min(CHUNK_TOKENS) / tokens).max(1) * tokens;
     let part = |first: usize| {
         let end = ids.len().min(first + together);
         Part { ids: first..end, batch: Batch { sequences: (end - first) / tokens, tokens } }

@@ -37,6 +37,15 @@ const AUTO_BUDGET_GPU: u64 = 10_000_000_000_000_000;
 /// phrases alone make 5 % between unrelated texts of the same kinds.
 const OVERLAP: f64 = 0.1;
 
+/// What a calibration begins with.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// Where a search for settings begins.
+    pub settings: Settings,
+    /// Whether gains of norms are tuned at the end.
+    pub tunes: bool,
+}
+
 /// A model's calibration windows with their origin.
 pub struct Windows {
     tokens: Vec<Vec<u32>>,
@@ -236,8 +245,8 @@ impl Windows {
         memory::Work { config: &source.config, weight_bytes, tokens, n_ctx, rounds }
     }
 
-    /// Returns the settings that a search begins with. Where the whole model does not fit into memory for a way back, all
-    /// tokens count alike, which is told.
+    /// Returns what a calibration begins with. Where the whole model does not fit into memory for a way back, all tokens
+    /// count alike and gains stay as they are, which is told.
     ///
     /// # Errors
     /// If the device does not say what it has.
@@ -248,28 +257,33 @@ impl Windows {
         source: &Checkpoint,
         plan: &Plan,
         printer: Printer,
-    ) -> Result<Settings> {
+    ) -> Result<Start> {
+        let effort = Effort::from(args.effort);
         let inputs = plan.recipe.format.activations;
         let start = Settings { scale_rule: plan.recipe.scale_rule, ..Settings::for_inputs(inputs) };
-        if Effort::from(args.effort) == Effort::Fast {
-            return Ok(Settings { sweeps: 1, token_power: 0.0, ..start });
+        if effort == Effort::Fast {
+            let settings = Settings { sweeps: 1, token_power: 0.0, ..start };
+            return Ok(Start { settings, tunes: false });
+        }
+        if start.token_power == 0.0 && effort != Effort::Best {
+            return Ok(Start { settings: start, tunes: false });
         }
         let budget = Budget::new(args.memory.into(), backend.free_memory()?)?;
         let weights: u64 = source.tensors.values().map(|info| backend.weight_bytes(info)).sum();
         // Tuned gains take the quantized model as well.
-        let models = if Effort::from(args.effort) == Effort::Best { 2 } else { 1 };
+        let models = if effort == Effort::Best { 2 } else { 1 };
         let wanted = memory::backward_bytes(backend, self.work(backend, source, plan), models * weights);
         match budget.device {
             Some(limit) if wanted > limit => {
                 printer.note(format!(
-                    "note: all tokens count alike: to tell which matter takes the whole model and its gradients, {}, but \
-                     {} may be used",
+                    "note: all tokens count alike and the gains of norms stay as they are: gradients take the whole model, \
+                     {}, but {} may be used",
                     size(wanted),
                     size(limit)
                 ));
-                Ok(Settings { token_power: 0.0, ..start })
+                Ok(Start { settings: Settings { token_power: 0.0, ..start }, tunes: false })
             }
-            _ => Ok(start),
+            _ => Ok(Start { settings: start, tunes: effort == Effort::Best }),
         }
     }
 

@@ -6,12 +6,10 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::calibration::Windows;
+use super::calibration::{Start, Windows};
 use super::measure::{self, WithBackend};
 use crate::artifact::{Artifact, file_name};
-use crate::calib::choose::Effort;
 use crate::calib::imatrix::Imatrix;
-use crate::calib::settings::Settings;
 use crate::calib::tune::{STEPS, Tuned};
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
@@ -150,18 +148,18 @@ impl WithBackend for Calibrated<'_> {
 fn calibrated<B: Machine>(
     args: &ConvertArgs,
     source: &Checkpoint,
-    (windows, start): (&Windows, Settings),
+    (windows, start): (&Windows, Start),
     backend: &B,
     output: Output,
     printer: Printer,
 ) -> Result<(Vec<Cost>, Value)> {
     let plan = output.plan;
     let room = windows.room(backend, args.memory.into(), source, plan, printer)?;
-    let energies = match start.token_power {
+    let energies = match start.settings.token_power {
         0.0 => Vec::new(),
         _ => windows.energies(backend, source, printer)?,
     };
-    let begin = Calibration { energies: &energies, ..windows.calibration(start, room) };
+    let begin = Calibration { energies: &energies, ..windows.calibration(start.settings, room) };
     let choice = windows.choose(backend, args, source, output, begin, printer)?;
     let bar = printer.bar(plan.weights(), plan.recipe.format.name, Unit::Count);
     let calibration = Calibration { settings: choice.settings, ..begin };
@@ -179,7 +177,7 @@ fn calibrated<B: Machine>(
     let costs = convert::convert_calibrated(backend, source, output, calibration, &progress, &layer_done)?.0;
     bar.finish_and_clear();
     let mut settings = choice.record();
-    if Effort::from(args.effort) == Effort::Best && start.token_power != 0.0 {
+    if start.tunes {
         settings["gains"] = tuned(source, windows, backend, output, &costs, printer)?;
     }
     Ok((costs, settings))
@@ -241,7 +239,7 @@ impl Task {
         &self,
         args: &ConvertArgs,
         windows: &Windows,
-        start: Settings,
+        start: Start,
         backend: &B,
     ) -> Result<String> {
         let Task { plan, artifact, manifest, .. } = self;
