@@ -7,8 +7,8 @@
 //! does the diagonal of YAQA's output Hessian, arXiv 2505.22988).
 //!
 //! One random gradient per token is a noisy estimate, and a few tokens would outweigh all others, so weights are a power of
-//! the energies ([`factors`]). Measured in MXFP4 (60 windows, default effort, CPU): power ½ took the KLD from .1024 to .0993 on
-//! tiny-llama and from .1289 to .1269 on small-qwen3. In a prototype with labels drawn from p (`--effort fast`, .1056 and
+//! the energies ([`factors`]). Measured in MXFP4 (60 windows, default effort): power ½ took the KLD from .1024 to .0993 on
+//! tiny-llama (CPU) and from .1289 to .1273 on small-qwen3 (GPU). In a prototype with labels drawn from p (`--effort fast`, .1056 and
 //! .1320 without) it was .1023 and .1289 with power ½, .1017 and .1357 with power 1, and .1043 and .1310 with the text's own
 //! next tokens as labels.
 

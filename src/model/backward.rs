@@ -97,10 +97,10 @@ impl<B: Gradients> Back<'_, B> {
     /// Turns `dx`, the gradient of the residual stream after the layer, into that before it, for the stream `x`
     /// `[n, hidden]` that the layer took.
     fn through_layer(&mut self, x: &B::Tensor, dx: &mut B::Tensor) -> Result<()> {
-        let (backend, layer, shape) = (self.backend, self.layer, &self.constants.attention);
+        let (backend, layer) = (self.backend, self.layer);
         let attended = self.attention_inputs(x)?;
         let [q, k, v] = &attended.rotated;
-        let mixed = backend.attention(q, k, v, layer.sinks.as_ref(), shape, self.batch)?;
+        let mixed = layer.mix(backend, self.constants, [q, k, v], self.batch)?;
         let mut middle = x.clone();
         layer.o.add_forward(backend, &mut middle, &mixed)?;
         self.through_feed_forward(&middle, dx)?;
