@@ -8,7 +8,7 @@ pub mod footprint;
 pub mod gradients;
 pub mod parked;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use self::gradients::Gradients;
 use crate::method::solve::{Knobs, Solve};
@@ -132,6 +132,15 @@ pub trait Backend: Sync {
         rounding: Rounding,
     ) -> Result<Self::Tensor>;
 
+    /// Returns what linears, one at least, make of one input: [`Backend::linear`] of each.
+    fn linears<const N: usize>(
+        &self,
+        x: &Self::Tensor,
+        linears: [Affine<'_, Self>; N],
+    ) -> Result<[Self::Tensor; N]> {
+        separately(self, x, linears)
+    }
+
     /// x += linear(input, …): an output projection joins the residual stream. One operation, so that a device can add in
     /// the epilogue of its product, without rounding the product first.
     fn linear_add(
@@ -183,6 +192,36 @@ pub trait Backend: Sync {
         model: (&Self::Tensor, &Self::Weight),
         targets: &[u32],
     ) -> Result<Vec<Divergence>>;
+}
+
+/// What [`Backend::linear`] takes beside its input.
+pub struct Affine<'a, B: Backend + ?Sized> {
+    /// `[out_features, in_features]`
+    pub weight: &'a B::Weight,
+    /// `[out_features]`
+    pub bias: Option<&'a B::Tensor>,
+    /// What happens to the inputs first.
+    pub rounding: Rounding,
+}
+
+// Derived implementations would ask for backends that can be copied.
+impl<B: Backend + ?Sized> Clone for Affine<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend + ?Sized> Copy for Affine<'_, B> {}
+
+/// Returns what linears make of one input, one after another.
+fn separately<B: Backend + ?Sized, const N: usize>(
+    backend: &B,
+    x: &B::Tensor,
+    linears: [Affine<'_, B>; N],
+) -> Result<[B::Tensor; N]> {
+    let linears = linears.iter();
+    let ys = linears.map(|linear| backend.linear(x, linear.weight, linear.bias, linear.rounding));
+    <[_; N]>::try_from(ys.collect::<Result<Vec<_>>>()?).ok().context("as many outputs as linears")
 }
 
 /// [`Moments`](crate::method::statistics::Moments) where a device has summed them; of the Hessian only the entries at and

@@ -167,9 +167,9 @@ impl Request {
 }
 
 /// Work that runs on whichever device there is.
-pub trait WithBackend {
+pub trait WithBackend: Send {
     /// What comes out.
-    type Output;
+    type Output: Send;
 
     /// Does it.
     fn run<B: Machine>(self, backend: &B) -> Result<Self::Output>;
@@ -189,7 +189,7 @@ pub fn on_named_device<W: WithBackend>(
 ) -> Result<W::Output> {
     let precision = if precise { Precision::F32 } else { Precision::F16 };
     let ordinal = match device {
-        "cpu" => return announced(&Cpu, printer, work),
+        "cpu" => return on_cpu(printer, work),
         "auto" => None,
         other => {
             Some(other.strip_prefix("cuda:").and_then(|number| number.parse::<usize>().ok()).with_context(
@@ -202,9 +202,15 @@ pub fn on_named_device<W: WithBackend>(
         (Err(reason), Some(_)) => Err(reason),
         (Err(reason), None) => {
             printer.note(format!("the CPU measures: {reason:#}"));
-            announced(&Cpu, printer, work)
+            on_cpu(printer, work)
         }
     }
+}
+
+/// Works on one of the pool's own threads: from outside, each of the thousands of small parallel steps would put the caller
+/// to sleep and wake another thread, a tenth of an evaluation's time.
+fn on_cpu<W: WithBackend>(printer: Printer, work: W) -> Result<W::Output> {
+    rayon::scope(|_| announced(&Cpu, printer, work))
 }
 
 fn announced<W: WithBackend>(backend: &impl Machine, printer: Printer, work: W) -> Result<W::Output> {

@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::config::Config;
 use super::kv_cache::KvCache;
 use super::{TensorSource, read_vector, read_weight};
-use crate::backend::{AttentionShape, Backend, Batch, Rope};
+use crate::backend::{Affine, AttentionShape, Backend, Batch, Rope};
 use crate::names::{Role, TensorId};
 use crate::scheme::Rounding;
 
@@ -109,6 +109,11 @@ impl<B: Backend> Linear<B> {
         let id = TensorId::in_layer(layer, role);
         let bias = if bias { Some(read_vector(backend, source, id.bias(), shape[0])?) } else { None };
         Ok(Linear { weight: read_weight(backend, source, id, shape)?, bias, rounding: source.rounding(id) })
+    }
+
+    /// Returns what [`Backend::linears`] takes.
+    fn affine(&self) -> Affine<'_, B> {
+        Affine { weight: &self.weight, bias: self.bias.as_ref(), rounding: self.rounding }
     }
 
     /// Returns the linear's output for inputs `[n, in_features]`.
@@ -359,9 +364,7 @@ impl<B: Backend> Layer<B> {
         constants: &LayerConstants,
         normed: &B::Tensor,
     ) -> Result<[B::Tensor; 3]> {
-        let mut q = self.q.forward(backend, normed)?;
-        let mut k = self.k.forward(backend, normed)?;
-        let v = self.v.forward(backend, normed)?;
+        let [mut q, mut k, v] = backend.linears(normed, [&self.q, &self.k, &self.v].map(Linear::affine))?;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             q = backend.rms_norm(&q, q_norm, constants.eps)?;
             k = backend.rms_norm(&k, k_norm, constants.eps)?;
@@ -371,6 +374,7 @@ impl<B: Backend> Layer<B> {
 
     /// Returns `silu(gate) · up` `[n, intermediate]`, what `down` takes, for normed inputs `[n, hidden]`.
     pub fn gated(&self, backend: &B, normed: &B::Tensor) -> Result<B::Tensor> {
-        backend.swiglu(&self.gate.forward(backend, normed)?, &self.up.forward(backend, normed)?)
+        let [gate, up] = backend.linears(normed, [&self.gate, &self.up].map(Linear::affine))?;
+        backend.swiglu(&gate, &up)
     }
 }

@@ -2,8 +2,6 @@
 //! ([`Model`]), or each part read from the files when it is needed ([`Streamed`]).
 
 use std::ops::Deref;
-use std::sync::mpsc::sync_channel;
-use std::thread;
 
 use anyhow::{Context, Result};
 
@@ -85,8 +83,8 @@ impl<B: Backend> Layers<B> for Model<B> {
     }
 }
 
-/// A model whose weights stay in its files. Two layers are in memory at a time: while one is visited, a thread of its own
-/// reads the next and hands it to the backend.
+/// A model whose weights stay in its files. Two layers are in memory at a time: while one is visited, another thread of the
+/// pool reads the next and hands it to the backend.
 pub struct Streamed<'a, S> {
     config: &'a Config,
     constants: LayerConstants,
@@ -115,27 +113,20 @@ impl<B: Backend, S: TensorSource> Layers<B> for Streamed<'_, S> {
     }
 
     fn each_layer(&self, backend: &B, visit: Visit<B>) -> Result<()> {
-        let layers = 0..self.config.num_hidden_layers;
-        thread::scope(|scope| {
-            // Without a place in the channel, the reader holds one layer and waits until it is taken.
-            let (hand_over, take) = sync_channel(0);
-            let numbers = layers.clone();
-            scope.spawn(move || {
-                for at in numbers {
-                    let layer = Layer::load(backend, self.config, self.source, at);
-                    let failed = layer.is_err();
-                    // Nobody takes it when a visit has failed.
-                    if hand_over.send(layer).is_err() || failed {
-                        return;
-                    }
+        let layers = self.config.num_hidden_layers;
+        let load =
+            |at| Layer::load(backend, self.config, self.source, at).with_context(|| format!("layer {at}"));
+        let mut next = (layers > 0).then(|| load(0));
+        for at in 0..layers {
+            let Some(layer) = next.take().transpose()? else { break };
+            rayon::in_place_scope(|scope| {
+                if at + 1 < layers {
+                    scope.spawn(|_| next = Some(load(at + 1)));
                 }
-            });
-            for at in layers {
-                let layer = take.recv().with_context(|| format!("layer {at}: the reading thread died"))?;
-                visit(at, &layer.with_context(|| format!("layer {at}"))?)?;
-            }
-            Ok(())
-        })
+                visit(at, &layer)
+            })?;
+        }
+        Ok(())
     }
 
     fn final_norm(&self, backend: &B) -> Result<Held<'_, B::Tensor>> {

@@ -259,7 +259,7 @@ impl RightRows for HeadRows<'_> {
 
 fn logits(hidden: &Left, head: &Matrix, first: usize, width: usize) -> Array2<f32> {
     let mut logits = Array2::zeros((hidden.rows(), width));
-    multiply_transposed(hidden, &HeadRows { head, first }, logits.view_mut(), Previous::Replaced);
+    multiply_transposed(hidden, &mut [(&HeadRows { head, first }, logits.view_mut())], Previous::Replaced);
     logits
 }
 

@@ -15,7 +15,9 @@ use rayon::prelude::*;
 
 pub(crate) use self::elementwise::exp;
 use self::product::{Left, Previous, Wanted, multiply_transposed};
-use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
+use super::{
+    Affine, AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments, separately,
+};
 use crate::method::solve::{Knobs, Solver};
 use crate::method::statistics::Moments;
 use crate::model::kv_cache::KvCache;
@@ -91,12 +93,24 @@ impl Backend for Cpu {
         bias: Option<&Array2<f32>>,
         rounding: Rounding,
     ) -> Result<Array2<f32>> {
-        let mut y = Array2::zeros((x.nrows(), weight.dims()[0]));
-        multiply(x, weight, rounding, &mut y, Previous::Replaced)?;
-        if let Some(bias) = bias {
-            y += bias;
+        self.linears(x, [Affine { weight, bias, rounding }]).map(|[y]| y)
+    }
+
+    fn linears<const N: usize>(
+        &self,
+        x: &Array2<f32>,
+        linears: [Affine<'_, Self>; N],
+    ) -> Result<[Array2<f32>; N]> {
+        if linears.iter().any(|linear| linear.rounding != linears[0].rounding) {
+            return separately(self, x, linears);
         }
-        Ok(y)
+        let mut ys = linears.map(|linear| Array2::zeros((x.nrows(), linear.weight.dims()[0])));
+        let products = linears.iter().zip(&mut ys).map(|(linear, y)| (linear.weight, y)).collect();
+        multiply(x, linears[0].rounding, products, Previous::Replaced)?;
+        for (y, linear) in ys.iter_mut().zip(linears) {
+            linear.bias.into_iter().for_each(|bias| *y += bias);
+        }
+        Ok(ys)
     }
 
     fn linear_add(
@@ -107,7 +121,7 @@ impl Backend for Cpu {
         bias: Option<&Array2<f32>>,
         rounding: Rounding,
     ) -> Result<()> {
-        multiply(input, weight, rounding, x, Previous::Kept)?;
+        multiply(input, rounding, vec![(weight, x)], Previous::Kept)?;
         if let Some(bias) = bias {
             *x += bias;
         }
@@ -257,21 +271,22 @@ fn round_inputs(x: &mut Array2<f32>, rounding: Rounding) -> Result<()> {
     Ok(())
 }
 
-/// y (+)= x · weightᵀ, with `x` as the engine would quantize it.
+/// y (+)= x · weightᵀ for each weight and its y, with `x` as the engine would quantize it.
 fn multiply(
     x: &Array2<f32>,
-    weight: &Matrix,
     rounding: Rounding,
-    y: &mut Array2<f32>,
+    mut products: Vec<(&Matrix, &mut Array2<f32>)>,
     previous: Previous,
 ) -> Result<()> {
-    let [out_features, in_features] = weight.dims();
-    ensure!(
-        x.ncols() == in_features && y.dim() == (x.nrows(), out_features),
-        "a linear of [{out_features}, {in_features}] cannot map {:?} to {:?}",
-        x.dim(),
-        y.dim()
-    );
+    for (weight, y) in &products {
+        let [out_features, in_features] = weight.dims();
+        ensure!(
+            x.ncols() == in_features && y.dim() == (x.nrows(), out_features),
+            "a linear of [{out_features}, {in_features}] cannot map {:?} to {:?}",
+            x.dim(),
+            y.dim()
+        );
+    }
     let left = match rounding {
         Rounding::None => Left::pack(x.view()),
         _ => {
@@ -280,7 +295,8 @@ fn multiply(
             Left::pack(x.view())
         }
     };
-    multiply_transposed(&left, weight, y.view_mut(), previous);
+    let mut products: Vec<_> = products.iter_mut().map(|(weight, y)| (*weight, y.view_mut())).collect();
+    multiply_transposed(&left, &mut products, previous);
     Ok(())
 }
 

@@ -110,16 +110,21 @@ pub enum Previous {
     Kept,
 }
 
-/// y = left · rightᵀ, or y += left · rightᵀ. `y` is `[left rows, cols]`; strips of [`COLS`] columns run in parallel.
-pub fn multiply_transposed(
+/// y = left · rightᵀ, or y += left · rightᵀ, for each pair of a right operand and its `y` `[left rows, cols]`. Strips of
+/// [`COLS`] columns of all of them run in parallel.
+pub fn multiply_transposed<R: RightRows>(
     left: &Left,
-    right: &impl RightRows,
-    mut y: ArrayViewMut2<f32>,
+    products: &mut [(&R, ArrayViewMut2<f32>)],
     previous: Previous,
 ) {
-    let strips: Vec<_> = y.axis_chunks_iter_mut(Axis(1), COLS).collect();
-    strips.into_par_iter().enumerate().for_each(|(strip, y)| {
-        multiply_strip(left, right, strip * COLS, y, previous);
+    let strips = products.iter_mut().flat_map(|(right, y)| {
+        let strips = y.axis_chunks_iter_mut(Axis(1), COLS).enumerate();
+        strips.map(|(strip, y)| (&**right, strip * COLS, y))
+    });
+    let strips: Vec<_> = strips.collect();
+    // One at a time: the last ones decide how long a thread waits for the others.
+    strips.into_par_iter().with_max_len(1).for_each(|(right, first_col, y)| {
+        multiply_strip(left, right, first_col, y, previous);
     });
 }
 
@@ -158,7 +163,7 @@ pub enum Wanted {
 /// y += left · right for `right` `[depth, cols]`; strips of [`COLS`] columns run in parallel.
 pub fn add_product(left: &Left, right: ArrayView2<f32>, mut y: ArrayViewMut2<f32>, wanted: Wanted) {
     let strips: Vec<_> = y.axis_chunks_iter_mut(Axis(1), COLS).collect();
-    strips.into_par_iter().enumerate().for_each(|(strip, mut y)| {
+    strips.into_par_iter().enumerate().with_max_len(1).for_each(|(strip, mut y)| {
         let first_block = if wanted == Wanted::Lower { strip * COLS / ROWS } else { 0 };
         with_scratch(|_, panel| {
             for start in (0..left.depth).step_by(DEPTH) {
@@ -299,9 +304,9 @@ mod tests {
             let expected = x.dot(&w.t());
             let left = Left::pack(x.view());
             let mut y = Array2::from_elem((n, out), f32::NAN);
-            multiply_transposed(&left, &Rows(w.clone()), y.view_mut(), Previous::Replaced);
+            multiply_transposed(&left, &mut [(&Rows(w.clone()), y.view_mut())], Previous::Replaced);
             assert_eq!(y, expected, "{n} × {out} × {depth}");
-            multiply_transposed(&left, &Rows(w), y.view_mut(), Previous::Kept);
+            multiply_transposed(&left, &mut [(&Rows(w), y.view_mut())], Previous::Kept);
             assert_eq!(y, &expected * 2.0, "{n} × {out} × {depth}");
         }
     }
