@@ -179,6 +179,12 @@ pub trait Backend: Sync {
     /// y = silu(gate) · up, elementwise.
     fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
 
+    /// gate = swiglu(gate, up), where the device can in the same memory.
+    fn swiglu_in_place(&self, gate: &mut Self::Tensor, up: &Self::Tensor) -> Result<()> {
+        *gate = self.swiglu(gate, up)?;
+        Ok(())
+    }
+
     /// x += y
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 

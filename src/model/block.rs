@@ -374,7 +374,8 @@ impl<B: Backend> Layer<B> {
 
     /// Returns `silu(gate) · up` `[n, intermediate]`, what `down` takes, for normed inputs `[n, hidden]`.
     pub fn gated(&self, backend: &B, normed: &B::Tensor) -> Result<B::Tensor> {
-        let [gate, up] = backend.linears(normed, [&self.gate, &self.up].map(Linear::affine))?;
-        backend.swiglu(&gate, &up)
+        let [mut gated, up] = backend.linears(normed, [&self.gate, &self.up].map(Linear::affine))?;
+        backend.swiglu_in_place(&mut gated, &up)?;
+        Ok(gated)
     }
 }

@@ -38,11 +38,11 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.336_54 { 0.0 } else { y }
 }
 
-/// out\[i\] = silu(gate\[i\]) · up\[i\], silu(x) = x / (1 + e^-x).
+/// gate\[i\] = silu(gate\[i\]) · up\[i\], silu(x) = x / (1 + e^-x).
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
-pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + exp(-gate)) * up;
+pub fn swiglu(gate: &mut [f32], up: &[f32]) {
+    for (gate, &up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + exp(-*gate)) * up;
     }
 }
 

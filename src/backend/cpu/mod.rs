@@ -158,13 +158,16 @@ impl Backend for Cpu {
     }
 
     fn swiglu(&self, gate: &Array2<f32>, up: &Array2<f32>) -> Result<Array2<f32>> {
-        let mut y = Array2::zeros(gate.dim());
-        let width = gate.ncols().max(1);
-        let rows = slice_mut(&mut y)?.par_chunks_mut(width);
-        rows.zip(slice(gate)?.par_chunks(width))
-            .zip(slice(up)?.par_chunks(width))
-            .for_each(|((y, gate), up)| elementwise::swiglu(gate, up, y));
+        let mut y = gate.clone();
+        self.swiglu_in_place(&mut y, up)?;
         Ok(y)
+    }
+
+    fn swiglu_in_place(&self, gate: &mut Array2<f32>, up: &Array2<f32>) -> Result<()> {
+        let width = gate.ncols().max(1);
+        let rows = slice_mut(gate)?.par_chunks_mut(width).zip(slice(up)?.par_chunks(width));
+        rows.for_each(|(gate, up)| elementwise::swiglu(gate, up));
+        Ok(())
     }
 
     fn add(&self, x: &mut Array2<f32>, y: &Array2<f32>) -> Result<()> {
