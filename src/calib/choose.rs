@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 
 use super::driver::{Finished, Request, calibrate};
 use super::settings::Settings;
-use super::smoothing::Smoothing;
 use crate::backend::SecondMoments;
 use crate::model::TensorSource;
 use crate::model::config::Config;
@@ -69,25 +68,13 @@ const STRENGTHS: [Change; 2] =
     [("correction × 0.6", |s| scale_strengths(s, 0.6)), ("correction × 1.4", |s| scale_strengths(s, 1.4))];
 const DAMPING: [Change; 2] = [("damping 0.1", |s| s.damp = 0.1), ("damping 0.02", |s| s.damp = 0.02)];
 const SMOOTHING: [Change; 2] = [
-    ("smoothing 0.25", |s| {
-        (s.smoothing, s.inner_smoothing) = (Smoothing::Fixed(0.25), Smoothing::Fixed(0.25))
-    }),
-    ("smoothing 0.4", |s| (s.smoothing, s.inner_smoothing) = (Smoothing::Fixed(0.4), Smoothing::Fixed(0.4))),
+    ("smoothing 0.25", |s| (s.smoothing, s.inner_smoothing) = (0.25, 0.25)),
+    ("smoothing 0.4", |s| (s.smoothing, s.inner_smoothing) = (0.4, 0.4)),
 ];
-/// For inputs that are rounded too.
-const INPUT_SMOOTHING: [Change; 3] = [
-    ("smoothing behind norms searched", |s| s.smoothing = Smoothing::Search),
-    ("smoothing behind norms 0.5", |s| s.smoothing = Smoothing::Fixed(0.5)),
-    ("smoothing behind norms 0.8", |s| s.smoothing = Smoothing::Fixed(0.8)),
-];
-/// For inputs of a fixed scale, which are smoothed behind norms from the start.
-const STATIC_INNER_SMOOTHING: [Change; 2] = [
-    ("smoothing of down 0.3", |s| s.inner_smoothing = Smoothing::Fixed(0.3)),
-    ("smoothing of down 0.7", |s| s.inner_smoothing = Smoothing::Fixed(0.7)),
-];
-const INNER_SMOOTHING: [Change; 2] = [
-    ("smoothing of down off", |s| s.inner_smoothing = Smoothing::Off),
-    ("smoothing of down 0.3", |s| s.inner_smoothing = Smoothing::Fixed(0.3)),
+/// For inputs that are rounded too, and smoothed from the start.
+const INPUT_SMOOTHING: [Change; 2] = [
+    ("smoothing 0.3", |s| (s.smoothing, s.inner_smoothing) = (0.3, 0.3)),
+    ("smoothing 0.7", |s| (s.smoothing, s.inner_smoothing) = (0.7, 0.7)),
 ];
 
 /// What a search knows and who hears of it.
@@ -115,20 +102,14 @@ impl Effort {
     fn candidates(self, activations: Activations) -> Vec<Group> {
         let any = |changes| Group { changes, opposite: false };
         let opposite = |changes| Group { changes, opposite: true };
-        let (full, fixed) = (activations == Activations::Full, activations.is_static());
-        match self {
-            Effort::Fast => vec![],
-            Effort::Balanced if full => vec![opposite(&STRENGTHS)],
-            Effort::Balanced if fixed => vec![any(&STATIC_INNER_SMOOTHING)],
-            Effort::Balanced => vec![any(&INNER_SMOOTHING), any(&INPUT_SMOOTHING[..1])],
-            Effort::Best => {
-                let smoothing = match (full, fixed) {
-                    (true, _) => vec![any(&SMOOTHING)],
-                    (_, true) => vec![any(&STATIC_INNER_SMOOTHING)],
-                    _ => vec![any(&INNER_SMOOTHING), any(&INPUT_SMOOTHING)],
-                };
-                smoothing.into_iter().chain([opposite(&STRENGTHS), opposite(&DAMPING)]).collect()
+        match (self, activations) {
+            (Effort::Fast, _) => vec![],
+            (Effort::Balanced, Activations::Full) => vec![opposite(&STRENGTHS)],
+            (Effort::Balanced, _) => vec![opposite(&INPUT_SMOOTHING)],
+            (Effort::Best, Activations::Full) => {
+                vec![any(&SMOOTHING), opposite(&STRENGTHS), opposite(&DAMPING)]
             }
+            (Effort::Best, _) => vec![opposite(&INPUT_SMOOTHING), opposite(&STRENGTHS), opposite(&DAMPING)],
         }
     }
 }
@@ -227,16 +208,11 @@ impl Choice {
         let s = &self.settings;
         // As F32 prints itself: 0.4, not 0.4000000059604645.
         let number = |x: f32| x.to_string().parse::<f64>().unwrap_or(f64::NAN);
-        let smoothing = |smoothing| match smoothing {
-            Smoothing::Off => json!("off"),
-            Smoothing::Search => json!("search"),
-            Smoothing::Fixed(strength) => json!(number(strength)),
-        };
         json!({
             "mismatch": number(s.mismatch), "mismatch_later": number(s.mismatch_later),
             "residual": number(s.residual), "damp": number(s.damp), "sweeps": s.sweeps,
             "token_power": number(s.token_power), "scale_rule": s.scale_rule.to_string(),
-            "smoothing": smoothing(s.smoothing), "inner_smoothing": smoothing(s.inner_smoothing),
+            "smoothing": number(s.smoothing), "inner_smoothing": number(s.inner_smoothing),
             "trials": trials.collect::<Vec<_>>(),
         })
     }

@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 
 use self::prepare::{Prepared, rescaled};
 use super::settings::Settings;
-use super::smoothing::{Factors, Smoothing};
+use super::smoothing::Factors;
 use super::sums::Sums;
 use super::token_energies::{TokenEnergies, factors};
 use crate::backend::parked::{Parked, Room};
@@ -94,7 +94,7 @@ pub struct Calibrated {
 impl Request<'_> {
     /// Whether that tensor, though kept, comes from [`calibrate`], since it may be rewritten.
     pub fn rewrites(&self, id: TensorId) -> bool {
-        self.settings.smoothing != Smoothing::Off && matches!(id.role, Role::AttnNorm | Role::FfnNorm)
+        self.settings.smoothing != 0.0 && matches!(id.role, Role::AttnNorm | Role::FfnNorm)
     }
 }
 
@@ -226,7 +226,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         let mut inner = None;
         for half in Half::ALL {
             if half == Half::FeedForward {
-                inner = self.inner_factors(source, index, quantized)?;
+                inner = self.inner_factors(index, quantized)?;
             }
             let inner = inner.as_ref();
             let prepared = self.prepare_normed(source, index, half, quantized)?;

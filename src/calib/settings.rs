@@ -2,7 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::smoothing::Smoothing;
 use crate::method::mismatch::Strength;
 use crate::method::solve::Knobs;
 use crate::names::Role;
@@ -26,10 +25,10 @@ pub struct Settings {
     pub scale_rule: ScaleRule,
     /// Power of a token's gradient energy with which it counts ([`super::token_energies`]); 0: all alike.
     pub token_power: f32,
-    /// Rescaling of the input channels behind norms, folded into their gains.
-    pub smoothing: Smoothing,
-    /// Rescaling of the input channels of down, folded into up.
-    pub inner_smoothing: Smoothing,
+    /// Strength with which input channels behind norms are rescaled, folded into the gains ([`super::smoothing`]); 0: not.
+    pub smoothing: f32,
+    /// The same for the input channels of down, folded into up.
+    pub inner_smoothing: f32,
 }
 
 impl Default for Settings {
@@ -44,8 +43,8 @@ impl Default for Settings {
             sweeps: 4,
             scale_rule: ScaleRule::Search,
             token_power: 0.5,
-            smoothing: Smoothing::Off,
-            inner_smoothing: Smoothing::Off,
+            smoothing: 0.0,
+            inner_smoothing: 0.0,
         }
     }
 }
@@ -69,8 +68,8 @@ impl Settings {
             // on tiny-llama, .00582 of .00577 on small-qwen3).
             token_power: 0.0,
             // Channels of very different sizes cannot share one scale.
-            smoothing: if activations.is_static() { Smoothing::Search } else { Smoothing::Off },
-            inner_smoothing: Smoothing::Fixed(0.5),
+            smoothing: 0.5,
+            inner_smoothing: 0.5,
             ..plain
         }
     }

@@ -5,12 +5,12 @@ use anyhow::{Context, Result, bail};
 
 use super::{Layer, Run};
 use crate::backend::SecondMoments;
-use crate::calib::inputs::{Inputs, SAMPLED_TOKENS, sampled_rows};
-use crate::calib::smoothing::{Factors, Linears, Smoothing, divide_rows, multiply_columns};
+use crate::calib::inputs::{Inputs, rows_of_each, sampled_rows};
+use crate::calib::smoothing::{Factors, divide_rows, multiply_columns};
 use crate::model::TensorSource;
 use crate::model::block::Half;
 use crate::names::{Role, TensorId};
-use crate::scheme::{Activations, Rounding, Scheme};
+use crate::scheme::{Rounding, Scheme};
 use crate::tensor::{Dense, Matrix};
 
 /// What the linears of a stage are quantized for.
@@ -71,7 +71,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         }
         let inputs = self.normed_inputs(half, quantized)?;
         let factors = match smooth {
-            true => Some(self.fold(source, norm, &inputs.sample, &wanted, quantized.norm_mut(half))?),
+            true => Some(self.fold(source, norm, &inputs.sample, quantized.norm_mut(half))?),
             false => None,
         };
         let rounding = self.rounding(source, &inputs, factors.as_ref(), true, &wanted)?;
@@ -153,31 +153,22 @@ impl<'a, B: SecondMoments> Run<'a, B> {
 
     /// Returns the factors that move size between up and down, from what `down` of this layer sees before gate and up are
     /// quantized; `None` without smoothing, or where up has a bias, which would have to follow.
-    pub(super) fn inner_factors(
-        &self,
-        source: &impl TensorSource,
-        layer: usize,
-        quantized: &Layer<B>,
-    ) -> Result<Option<Factors>> {
-        let (smoothing, wanted) = (self.request.settings.inner_smoothing, self.wanted(layer, &[Role::Down]));
+    pub(super) fn inner_factors(&self, layer: usize, quantized: &Layer<B>) -> Result<Option<Factors>> {
+        let (strength, wanted) = (self.request.settings.inner_smoothing, self.wanted(layer, &[Role::Down]));
         let up = (self.request.scheme)(TensorId::in_layer(layer, Role::Up));
-        if smoothing == Smoothing::Off || wanted.is_empty() || up.is_none() || self.config.mlp_bias {
+        if strength == 0.0 || wanted.is_empty() || up.is_none() || self.config.mlp_bias {
             return Ok(None);
         }
+        let counted = || self.chunks.iter().filter(|chunk| chunk.counted);
+        let sampled = rows_of_each(counted().count());
         let mut inputs = Vec::new();
-        for chunk in self.chunks.iter().filter(|chunk| chunk.counted).take(2) {
+        for chunk in counted() {
             let stream = chunk.quantized.get(self.backend)?;
+            let stream = self.backend.select_rows(&stream, &sampled_rows(chunk.ids.len(), sampled))?;
             let normed = self.backend.rms_norm(&stream, &quantized.ffn_norm, self.constants.eps)?;
-            let rows = sampled_rows(chunk.ids.len(), SAMPLED_TOKENS);
-            let normed = self.backend.select_rows(&normed, &rows)?;
             inputs.extend(self.backend.read(&quantized.gated(self.backend, &normed)?)?);
         }
-        let weights = [(source.read(wanted[0].0)?.to_f32(), wanted[0].1)];
-        let cols = self.config.intermediate_size;
-        let activations = self.request.activations;
-        let linears =
-            Linears { inputs: &inputs, cols, weights: &weights, activations, against_weights: false };
-        linears.factors(self.backend, smoothing).map(Some)
+        Ok(Some(Factors::new(&inputs, self.config.intermediate_size, strength)))
     }
 
     /// Folds smoothing factors for the linears behind a norm into its gain. `inputs` are rows of what they read.
@@ -186,15 +177,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         source: &impl TensorSource,
         norm: TensorId,
         inputs: &[f32],
-        wanted: &[(TensorId, Scheme)],
         gain: &mut B::Tensor,
     ) -> Result<Factors> {
-        let weights = wanted.iter().map(|&(id, scheme)| Ok((source.read(id)?.to_f32(), scheme)));
-        let weights = weights.collect::<Result<Vec<_>>>()?;
-        let (cols, activations) = (self.config.hidden_size, self.request.activations);
-        let against_weights = activations != Activations::Full;
-        let linears = Linears { inputs, cols, weights: &weights, activations, against_weights };
-        let mut factors = linears.factors(self.backend, self.request.settings.smoothing)?;
+        let cols = self.config.hidden_size;
+        let mut factors = Factors::new(inputs, cols, self.request.settings.smoothing);
         let Matrix::Dense(stored) = source.read(norm)? else {
             bail!("`{norm}` is quantized, wanted plain numbers")
         };
