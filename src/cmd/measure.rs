@@ -59,7 +59,6 @@ impl Request {
         };
         let tokenizer = reference.tokenizer()?;
         let bos = tokenizer.bos();
-        let tokens = tokenizer.encode(&text, bos.is_some())?;
         let (scored, n_ctx) = match args.protocol {
             ProtocolArg::LlamaCpp => (Scored::SecondHalf, 512),
             ProtocolArg::Full => (Scored::All, 2048),
@@ -67,6 +66,7 @@ impl Request {
         let n_ctx = args.ctx.map_or(n_ctx, |n| n as usize);
         let all = args.text.is_some().then_some(usize::MAX);
         let windows = args.windows.map(|n| n as usize).or(all).unwrap_or(DEFAULT_WINDOWS);
+        let tokens = tokenizer.encode_start(&text, bos.is_some(), windows.saturating_mul(n_ctx))?;
         let protocol = Protocol::new(scored, n_ctx, Some(windows), &text, &tokens, bos)?;
         let content = text;
         let text = Text { name: "text".to_string(), tokens, protocol };

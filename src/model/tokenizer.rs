@@ -232,6 +232,21 @@ impl Tokenizer {
         Ok(bos.into_iter().chain(ids.into_iter().flatten()).chain(eos).collect())
     }
 
+    /// Returns what [`Tokenizer::encode`] does, or of a long text the beginning of it with more than `count` ids.
+    pub fn encode_start(&self, text: &str, add_special: bool, count: usize) -> Result<Vec<u32>> {
+        // Where tokens are shorter than this, more of the text is read.
+        let mut bytes = count.saturating_mul(4).max(PIECE);
+        while let Some(cut) = line_start(text, bytes).filter(|&cut| self.may_cut(text, 0, cut)) {
+            let ids = self.encode(&text[..cut], add_special)?;
+            // The last one may be the end of a sequence.
+            if ids.len() > count {
+                return Ok(ids);
+            }
+            bytes = bytes.saturating_mul(2);
+        }
+        self.encode(text, add_special)
+    }
+
     fn ids(&self, text: &str) -> Result<Vec<u32>> {
         let encoding =
             self.tokenizer.encode_fast(text, false).map_err(|e| anyhow!("cannot tokenize: {e}"))?;
@@ -337,6 +352,19 @@ mod tests {
         let tokenizer = Tokenizer::open(&folder).unwrap();
         assert!(tokenizer.pieces(text).len() > 5);
         assert!(tokenizer.encode(text, false).unwrap() == tokenizer.ids(text).unwrap());
+    }
+
+    #[test]
+    fn the_start_of_a_text_has_the_ids_that_the_whole_has_there() {
+        let text = crate::embedded::EVAL_TEXT;
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("eval/tiny-llama");
+        let tokenizer = Tokenizer::open(&folder).unwrap();
+        let whole = tokenizer.encode(text, true).unwrap();
+        for count in [1, 5_000, 20_000, whole.len(), usize::MAX] {
+            let start = tokenizer.encode_start(text, true, count).unwrap();
+            assert!(start.len() >= count.min(whole.len()) && whole.starts_with(&start), "{count}");
+            assert_eq!(start.len() < whole.len(), count <= 20_000, "{count}");
+        }
     }
 
     #[test]
