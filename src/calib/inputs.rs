@@ -10,7 +10,8 @@ use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 
 /// Tokens whose inputs are looked at closely. They are spread over all of the text, since its parts differ in kind: smoothing
-/// for the first two chunks alone was worse by 2 % (INT8 per token, tiny-llama and small-qwen3).
+/// down for the first two chunks alone was worse (INT8 per token: KLD .00326 for .00314 on tiny-llama, .00575 for .00572 on
+/// small-qwen3).
 const SAMPLED_TOKENS: usize = 1024;
 /// What the search for a static scale tries, in units of the scale that clips nothing.
 const CLIPS: [f32; 13] = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.18, 0.125, 0.0625];
