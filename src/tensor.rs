@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use bytes::Bytes;
 use half::{bf16, f16};
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -62,14 +63,14 @@ pub struct Dense {
     /// Row-major shape, slowest first.
     pub shape: Vec<usize>,
     /// `shape.product() · dtype.bytes()` bytes.
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
 }
 
 impl Dense {
     /// Returns an F32 tensor of those values.
     pub fn from_f32(shape: Vec<usize>, values: &[f32]) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
-        Dense { dtype: Dtype::F32, shape, bytes: bytes_from_floats(Dtype::F32, values) }
+        Dense { dtype: Dtype::F32, shape, bytes: bytes_from_floats(Dtype::F32, values).into() }
     }
 
     /// Returns `[rows, cols]`: all but the last axis, and the last. A vector is one row.
@@ -101,7 +102,7 @@ impl Dense {
         for &i in order {
             bytes.extend_from_slice(&self.bytes[i * width..(i + 1) * width]);
         }
-        Dense { dtype: self.dtype, shape, bytes }
+        Dense { dtype: self.dtype, shape, bytes: bytes.into() }
     }
 
     /// Returns the same values as `dtype`, rounded to nearest even.
@@ -109,7 +110,7 @@ impl Dense {
         if dtype == self.dtype {
             return self.clone();
         }
-        Dense { dtype, shape: self.shape.clone(), bytes: bytes_from_floats(dtype, &self.to_f32()) }
+        Dense { dtype, shape: self.shape.clone(), bytes: bytes_from_floats(dtype, &self.to_f32()).into() }
     }
 }
 

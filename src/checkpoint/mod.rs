@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
 
 use crate::container::gguf::{Gguf, Metadata};
 use crate::container::{InputFile, Located};
@@ -159,14 +160,13 @@ impl Checkpoint {
         let count = info.shape.first().copied().unwrap_or(1).max(1) as u64;
         let mut buffers = Vec::new();
         for part in &self.parts[&id] {
-            let file = &self.files[part.file];
-            if part.spec.shape.len() < info.shape.len() {
-                buffers.push(file.read(part.start, part.spec.bytes())?);
+            let (file, size) = (&self.files[part.file], part.spec.bytes());
+            if part.spec.shape.len() < info.shape.len() || rows.len() as u64 == count {
+                buffers.push(file.share(part.start, size)?);
                 continue;
             }
-            let row_bytes = part.spec.bytes() / count;
-            buffers
-                .push(file.read(part.start + rows.start as u64 * row_bytes, rows.len() as u64 * row_bytes)?);
+            let row = size / count;
+            buffers.push(file.read(part.start + rows.start as u64 * row, rows.len() as u64 * row)?.into());
         }
         match info.stored {
             Stored::Dense(dtype) => {
@@ -176,7 +176,7 @@ impl Checkpoint {
             }
             Stored::Quantized(scheme, activations) => {
                 let cols = info.shape.last().copied().unwrap_or(1);
-                let parts: Vec<_> = buffers.iter().map(Vec::as_slice).collect();
+                let parts: Vec<_> = buffers.iter().map(Bytes::as_ref).collect();
                 let unpacked = self.dialect.unpack(&scheme, activations, rows.len(), cols, &parts);
                 Ok(Matrix::Quantized(unpacked.with_context(|| format!("{}: `{id}`", self.path.display()))?))
             }
@@ -429,7 +429,7 @@ mod tests {
                 }
             };
             let (storage, bytes) = match &stored {
-                Matrix::Dense(dense) => (Storage::Plain(dense.dtype), dense.bytes.clone()),
+                Matrix::Dense(dense) => (Storage::Plain(dense.dtype), dense.bytes.to_vec()),
                 Matrix::Quantized(q) => {
                     let part = &gguf.parts(&q.scheme, Activations::Full, q.rows, q.cols).unwrap()[0];
                     (part.storage, gguf.pack(q, Activations::Full).unwrap().swap_remove(0))

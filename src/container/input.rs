@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use memmap2::{Advice, MmapOptions};
 use rayon::prelude::*;
 
 use super::TensorSpec;
@@ -14,6 +16,8 @@ use super::TensorSpec;
 const LARGE: u64 = 16 << 20;
 /// Bytes that one of them reads at a time.
 const PIECE: usize = 1 << 20;
+/// Bytes from which on mapping costs less than a copy.
+const MAPPED: u64 = 1 << 16;
 
 /// A file opened for positioned reads. Memory holds only what is asked for, and threads share it.
 #[derive(Debug)]
@@ -37,15 +41,39 @@ impl InputFile {
         Ok(InputFile { path: path.to_path_buf(), len: metadata.len(), file })
     }
 
-    /// Returns `len` bytes from `start` on. Errors if the file ends before.
-    pub fn read(&self, start: u64, len: u64) -> Result<Vec<u8>> {
-        // Checked before the buffer is made, so that a wrong length never becomes an allocation.
+    /// Returns `len` bytes from `start` on to be kept: large ones in memory shared with the system's page cache. Errors as
+    /// [`InputFile::read`].
+    #[allow(unsafe_code)]
+    pub fn share(&self, start: u64, len: u64) -> Result<Bytes> {
+        self.check(start, len)?;
+        if len < MAPPED {
+            return Ok(self.read(start, len)?.into());
+        }
+        // SAFETY: nobody writes to checkpoints in place while they are used: `quant` itself renames finished files, and so
+        // do the tools that download them. Whoever truncates one meanwhile ends the process, as with every tool that maps.
+        let map = unsafe { MmapOptions::new().offset(start).len(len as usize).map(&self.file) };
+        let map =
+            map.with_context(|| format!("{}: cannot map {len} bytes at {start}", self.path.display()))?;
+        // Only speed depends on it.
+        let _ = map.advise(Advice::WillNeed);
+        Ok(Bytes::from_owner(map))
+    }
+
+    /// Errors if the file ends before `len` bytes from `start` on.
+    fn check(&self, start: u64, len: u64) -> Result<()> {
         ensure!(
             start.checked_add(len).is_some_and(|end| end <= self.len),
             "{}: wanted {len} bytes at {start}, but the file ends at {}; download it again",
             self.path.display(),
             self.len
         );
+        Ok(())
+    }
+
+    /// Returns `len` bytes from `start` on. Errors if the file ends before.
+    pub fn read(&self, start: u64, len: u64) -> Result<Vec<u8>> {
+        // Checked before the buffer is made, so that a wrong length never becomes an allocation.
+        self.check(start, len)?;
         if len > LARGE {
             let mut bytes = vec![0; len as usize];
             let pieces = bytes.par_chunks_mut(PIECE).enumerate();

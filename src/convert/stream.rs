@@ -175,7 +175,7 @@ fn ensure_finite(weights: &[f32], first_row: usize, cols: usize) -> Result<()> {
 /// Returns the bytes of kept rows in the output's number type and row order.
 fn keep(matrix: &Matrix, weights: &[f32], dtype: Dtype, step: &Step) -> Vec<u8> {
     let bytes = match matrix {
-        Matrix::Dense(dense) if dense.dtype == dtype => dense.bytes.clone(),
+        Matrix::Dense(dense) if dense.dtype == dtype => dense.bytes.to_vec(),
         _ => bytes_from_floats(dtype, weights),
     };
     let row_bytes = step.cols() * dtype.bytes();

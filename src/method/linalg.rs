@@ -10,7 +10,7 @@ use crate::backend::cpu::product::{self, Left, Wanted};
 
 /// out += a · b for `a` `[m, k]`, `b` `[k, n]`, `out` `[m, n]`.
 pub fn add_product(out: &mut [f32], a: &[f32], b: &[f32], [m, k, n]: [usize; 3]) {
-    product::add_product(&Left::pack(view(a, m, k)), view(b, k, n), view_mut(out, m, n), Wanted::All);
+    product::add_product(&Left::rows_of(view(a, m, k)), view(b, k, n), view_mut(out, m, n), Wanted::All);
 }
 
 /// out += aᵀ · b for `a` `[k, m]`, `b` `[k, n]`, `out` `[m, n]`.

@@ -1,8 +1,8 @@
 //! Rotary embedding and causal attention.
 //!
 //! Attention works on one head and a panel of 32 queries at a time, keys first: scores\[key, query\] = k · qᵀ come out of
-//! the product in the layout that the next product, outᵀ\[d, query\] = vᵀ · scores, takes in. Keys and values are packed
-//! once per head and shared by all queries and by all query heads of their group.
+//! the product in the layout that the next product, outᵀ\[d, query\] = vᵀ · scores, takes in. Values are packed
+//! once per head, for all queries and all query heads of their group.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use super::elementwise::{exp, max};
 use super::product::{COLS, Left, ROWS, multiply_to_panel, transpose};
+use super::zeros;
 use crate::backend::{AttentionShape, Batch, Rope};
 
 /// Rotates pairs (i, i + half) of every head by position · inverse_frequencies\[i\].
@@ -80,10 +81,10 @@ pub fn attention(
         .into_par_iter()
         .map(|at| {
             let (sequence, head) = (at / shape.kv_heads, at % shape.kv_heads);
-            (Left::pack(view(k, sequence, head)), Left::pack_columns(view(v, sequence, head)))
+            (Left::rows_of(view(k, sequence, head)), Left::pack_columns(view(v, sequence, head)))
         })
         .collect();
-    let mut out = Array2::zeros(q.dim());
+    let mut out = zeros(q.dim());
     out.axis_chunks_iter_mut(Axis(0), batch.tokens).into_par_iter().enumerate().for_each(
         |(sequence, mut out)| {
             out.axis_chunks_iter_mut(Axis(0), COLS).into_par_iter().enumerate().for_each(

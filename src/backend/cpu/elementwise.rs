@@ -87,13 +87,15 @@ pub fn squares(x: &[f32]) -> f64 {
     sum(x, |v| v as f64 * v as f64)
 }
 
-/// out = x / sqrt(mean(x²) + eps) · gain; all of one length.
+/// out = x / sqrt(mean(x²) + eps) · gain for each run of `gain.len()` values; `x` and `out` hold some.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 pub fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
-    let squares = sum(x, |v| (v as f64) * (v as f64));
-    let scale = (1.0 / (squares / x.len() as f64 + eps as f64).sqrt()) as f32;
-    for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
-        *out = x * scale * gain;
+    for (x, out) in x.chunks_exact(gain.len()).zip(out.chunks_exact_mut(gain.len())) {
+        let squares = sum(x, |v| (v as f64) * (v as f64));
+        let scale = (1.0 / (squares / x.len() as f64 + eps as f64).sqrt()) as f32;
+        for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
+            *out = x * scale * gain;
+        }
     }
 }
 

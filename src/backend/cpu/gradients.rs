@@ -139,7 +139,7 @@ pub(super) fn add_decoded_product(x: &Array2<f32>, weight: &Matrix, mut y: Array
         part.axis_chunks_iter_mut(Axis(0), 32).into_par_iter().enumerate().for_each(|(chunk, mut rows)| {
             weight.decode_rows(first + 32 * chunk, rows.as_slice_mut().unwrap_or(&mut []));
         });
-        let left = Left::pack(x.slice(s![.., first..first + part.nrows()]));
+        let left = Left::rows_of(x.slice(s![.., first..first + part.nrows()]));
         add_product(&left, part.view(), y.view_mut(), Wanted::All);
     }
 }

@@ -120,7 +120,7 @@ impl Pair {
 
 /// Scores every position; see [`crate::backend::Backend::score`].
 pub fn score(hidden: &Array2<f32>, head: &Matrix, targets: &[u32]) -> Vec<Score> {
-    let hidden = Left::pack(hidden.view());
+    let hidden = Left::rows_of(hidden.view());
     let blocks = vocabulary_blocks(head, |first, width| {
         let logits = logits(&hidden, head, first, width);
         let rows = logits.axis_iter(Axis(0)).zip(targets);
@@ -138,7 +138,7 @@ pub fn compare(
     model: (&Array2<f32>, &Matrix),
     targets: &[u32],
 ) -> Vec<Divergence> {
-    let (left_a, left_b) = (Left::pack(baseline.0.view()), Left::pack(model.0.view()));
+    let (left_a, left_b) = (Left::rows_of(baseline.0.view()), Left::rows_of(model.0.view()));
     let blocks = vocabulary_blocks(baseline.1, |first, width| {
         let (a, b) = (logits(&left_a, baseline.1, first, width), logits(&left_b, model.1, first, width));
         let rows = a.axis_iter(Axis(0)).zip(b.axis_iter(Axis(0))).zip(targets);
@@ -162,7 +162,7 @@ pub fn compare(
 pub fn divergence_gradient(baseline: (&Array2<f32>, &Matrix), model: (&Array2<f32>, &Matrix)) -> Array2<f32> {
     gradient(model.0, model.1, |rows, found| {
         let wanted = baseline.0.slice(s![rows, ..]);
-        let mut wanted = logits(&Left::pack(wanted), baseline.1, 0, found.ncols());
+        let mut wanted = logits(&Left::rows_of(wanted), baseline.1, 0, found.ncols());
         let rows = found.axis_iter_mut(Axis(0)).into_par_iter().zip(wanted.axis_iter_mut(Axis(0)));
         rows.for_each(|(mut found, mut wanted)| {
             let (Some(found), Some(wanted)) = (found.as_slice_mut(), wanted.as_slice_mut()) else { return };
@@ -196,7 +196,7 @@ fn gradient(
     let (vocab, mut dx) = (head.dims()[0], Array2::zeros(hidden.dim()));
     for first in (0..hidden.nrows()).step_by(ROWS) {
         let rows = first..hidden.nrows().min(first + ROWS);
-        let mut found = logits(&Left::pack(hidden.slice(s![rows.clone(), ..])), head, 0, vocab);
+        let mut found = logits(&Left::rows_of(hidden.slice(s![rows.clone(), ..])), head, 0, vocab);
         turn(rows.clone(), &mut found);
         add_decoded_product(&found, head, dx.slice_mut(s![rows, ..]));
     }

@@ -76,13 +76,9 @@ impl Backend for Cpu {
         let width = gain.len();
         ensure!(width > 0 && x.ncols().is_multiple_of(width), "gain of {width} for rows of {}", x.ncols());
         let gain = slice(gain)?;
-        let mut y = Array2::zeros(x.dim());
+        let mut y = zeros(x.dim());
         let rows = slice_mut(&mut y)?.par_chunks_mut(x.ncols()).zip(slice(x)?.par_chunks(x.ncols()));
-        rows.for_each(|(y, x)| {
-            for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                elementwise::rms_norm(x, gain, eps, y);
-            }
-        });
+        rows.for_each(|(y, x)| elementwise::rms_norm(x, gain, eps, y));
         Ok(y)
     }
 
@@ -104,7 +100,7 @@ impl Backend for Cpu {
         if linears.iter().any(|linear| linear.rounding != linears[0].rounding) {
             return separately(self, x, linears);
         }
-        let mut ys = linears.map(|linear| Array2::zeros((x.nrows(), linear.weight.dims()[0])));
+        let mut ys = linears.map(|linear| zeros((x.nrows(), linear.weight.dims()[0])));
         let products = linears.iter().zip(&mut ys).map(|(linear, y)| (linear.weight, y)).collect();
         multiply(x, linears[0].rounding, products, Previous::Replaced)?;
         for (y, linear) in ys.iter_mut().zip(linears) {
@@ -290,17 +286,23 @@ fn multiply(
             y.dim()
         );
     }
-    let left = match rounding {
-        Rounding::None => Left::pack(x.view()),
-        _ => {
-            let mut x = x.clone();
-            round_inputs(&mut x, rounding)?;
-            Left::pack(x.view())
-        }
+    let rounded = match rounding {
+        Rounding::None => None,
+        _ => Some(Cpu.round_inputs(x, rounding)?),
     };
+    let left = Left::rows_of(rounded.as_ref().unwrap_or(x).view());
     let mut products: Vec<_> = products.iter_mut().map(|(weight, y)| (*weight, y.view_mut())).collect();
     multiply_transposed(&left, &mut products, previous);
     Ok(())
+}
+
+/// Returns zeros, written by all threads: most of the time goes into memory that is touched for the first time.
+fn zeros((rows, cols): (usize, usize)) -> Array2<f32> {
+    const PIECE: usize = 16;
+    let pieces = rayon::iter::repeat_n([0.0; PIECE], (rows * cols).div_ceil(PIECE));
+    let mut values = pieces.collect::<Vec<_>>().into_flattened();
+    values.truncate(rows * cols);
+    Array2::from_shape_vec((rows, cols), values).expect("as many values as the shape has")
 }
 
 fn check_head(hidden: &Array2<f32>, head: &Matrix, targets: &[u32]) -> Result<()> {

@@ -1,9 +1,8 @@
 //! Matrix products in F32: packed panels and one register tile, in safe code that the compiler vectorises.
 //!
-//! A product takes a [`Left`] operand, whose rows are interleaved in blocks of [`ROWS`], and panels of [`COLS`] columns of
-//! the right operand. The tile keeps `ROWS × COLS` sums in registers and adds one fused multiply-add per sum and step of
-//! the shared depth, so a result depends on neither the instruction set nor the number of threads: the same inputs give
-//! the same bits everywhere. (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.)
+//! A product takes [`ROWS`] rows of a [`Left`] operand at a time, and panels of [`COLS`] columns of the right operand. The
+//! tile keeps `ROWS × COLS` sums in registers and adds one fused multiply-add per sum and step of the shared depth, so a
+//! result depends on neither the instruction set nor the number of threads: the same inputs give the same bits everywhere. (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.)
 //!
 //! Measured on Zen 4 with AVX-512: 108 GFLOP/s per core, as much as the assembly kernels of `faer` 0.24, which crash or
 //! give wrong results for some shapes (private-gemm-x86 0.1.22).
@@ -24,24 +23,26 @@ const DEPTH: usize = 512;
 /// Columns that are transposed at a time: one cache line of each source row.
 const LINE: usize = 16;
 
-/// A left operand `[rows, depth]`: blocks of [`ROWS`] rows, each stored depth-first, the last one padded with zeros.
-pub struct Left {
-    blocks: Vec<[f32; ROWS]>,
+/// A left operand `[rows, depth]`.
+pub struct Left<'a> {
+    values: Values<'a>,
     rows: usize,
     depth: usize,
 }
 
-impl Left {
-    /// Packs the rows of `x`; rows must be contiguous in memory.
-    pub fn pack(x: ArrayView2<f32>) -> Self {
+/// How a left operand lies in memory.
+enum Values<'a> {
+    /// As their owner has them, each row contiguous.
+    Rows(ArrayView2<'a, f32>),
+    /// Blocks of [`ROWS`] rows, each stored depth-first, the last one padded with zeros.
+    Blocks(Vec<[f32; ROWS]>),
+}
+
+impl<'a> Left<'a> {
+    /// Takes the rows of `x`, which must be contiguous in memory.
+    pub fn rows_of(x: ArrayView2<'a, f32>) -> Self {
         let (rows, depth) = x.dim();
-        let mut blocks = take_blocks(rows.div_ceil(ROWS) * depth);
-        let pack = |(block, out): (usize, &mut [[f32; ROWS]])| {
-            let rows = x.slice(s![block * ROWS..rows.min((block + 1) * ROWS), ..]);
-            transpose(rows, out);
-        };
-        blocks.par_chunks_mut(depth.max(1)).enumerate().for_each(pack);
-        Left { blocks, rows, depth }
+        Left { values: Values::Rows(x), rows, depth }
     }
 
     /// Packs the columns of `x` `[depth, rows]` as rows.
@@ -52,7 +53,7 @@ impl Left {
             .par_chunks_mut(depth.max(1))
             .enumerate()
             .for_each(|(block, out)| copy_columns(x, block * ROWS, out));
-        Left { blocks, rows, depth }
+        Left { values: Values::Blocks(blocks), rows, depth }
     }
 
     /// Returns the number of rows.
@@ -60,9 +61,24 @@ impl Left {
         self.rows
     }
 
-    /// Returns rows `block · ROWS ..` of the packed operand, restricted to some of its depth.
-    fn block(&self, block: usize, depth: Range<usize>) -> &[[f32; ROWS]] {
-        &self.blocks[block * self.depth + depth.start..block * self.depth + depth.end]
+    /// Returns rows `block · ROWS ..` times a panel of some of the depth.
+    #[inline(always)]
+    fn tile(&self, block: usize, depth: Range<usize>, panel: &[[f32; COLS]]) -> [[f32; COLS]; ROWS] {
+        match &self.values {
+            Values::Rows(x) => {
+                let mut left: [&[f32]; ROWS] = [&[]; ROWS];
+                // Rows past the last one repeat it; nobody asks for their sums.
+                for (i, left) in (block * ROWS..).zip(&mut left) {
+                    let row = x.row(i.min(self.rows - 1)).to_slice().expect("rows are contiguous");
+                    *left = &row[depth.clone()];
+                }
+                tile_of_rows(left, panel)
+            }
+            Values::Blocks(blocks) => {
+                let start = block * self.depth;
+                tile_of_block(&blocks[start + depth.start..start + depth.end], panel)
+            }
+        }
     }
 }
 
@@ -81,10 +97,12 @@ fn take_blocks(len: usize) -> Vec<[f32; ROWS]> {
     blocks
 }
 
-impl Drop for Left {
+impl Drop for Left<'_> {
     fn drop(&mut self) {
-        if self.blocks.len() <= SPARE_BLOCKS {
-            SPARE.set(std::mem::take(&mut self.blocks));
+        if let Values::Blocks(blocks) = &mut self.values
+            && blocks.len() <= SPARE_BLOCKS
+        {
+            SPARE.set(std::mem::take(blocks));
         }
     }
 }
@@ -206,7 +224,7 @@ fn multiply_panel(
     previous: Previous,
 ) {
     for block in first_block..left.rows.div_ceil(ROWS) {
-        let sums = tile(left.block(block, depth.clone()), panel);
+        let sums = left.tile(block, depth.clone(), panel);
         for (row, sums) in (block * ROWS..left.rows).zip(&sums) {
             let y = y.row_mut(row - first_block * ROWS).into_slice().expect("rows are contiguous");
             // A known length becomes two vector stores instead of a call.
@@ -219,8 +237,8 @@ fn multiply_panel(
     }
 }
 
-/// out\[i\] = row `first_block · ROWS + i` of left\[:, depth\] · panel, as many whole blocks as `out` holds (padding rows
-/// included): a product in the layout that the next product takes as its panel.
+/// out\[i\] = row `first_block · ROWS + i` of left\[:, depth\] · panel, as many whole blocks as `out` holds: a product in
+/// the layout that the next product takes as its panel. Rows past the last one are unspecified.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 pub fn multiply_to_panel(
     left: &Left,
@@ -230,22 +248,40 @@ pub fn multiply_to_panel(
     out: &mut [[f32; COLS]],
 ) {
     for (block, out) in (first_block..).zip(out.as_chunks_mut::<ROWS>().0) {
-        *out = tile(left.block(block, depth.clone()), panel);
+        *out = left.tile(block, depth.clone(), panel);
     }
 }
 
 /// The sums over the depth of both operands, each in order and with one rounding per step.
 #[inline(always)]
-fn tile(left: &[[f32; ROWS]], right: &[[f32; COLS]]) -> [[f32; COLS]; ROWS] {
+fn tile_of_block(left: &[[f32; ROWS]], right: &[[f32; COLS]]) -> [[f32; COLS]; ROWS] {
     let mut sums = [[0.0f32; COLS]; ROWS];
     for (left, right) in left.iter().zip(right) {
-        for (sums, &left) in sums.iter_mut().zip(left) {
-            for (sum, &right) in sums.iter_mut().zip(right) {
-                *sum = left.mul_add(right, *sum);
-            }
-        }
+        add_step(&mut sums, *left, *right);
     }
     sums
+}
+
+/// The same for rows that lie apart.
+#[inline(always)]
+fn tile_of_rows([a, b, c, d, e, f, g, h]: [&[f32]; ROWS], right: &[[f32; COLS]]) -> [[f32; COLS]; ROWS] {
+    let mut sums = [[0.0f32; COLS]; ROWS];
+    // Zipped, since eight indices would be eight checks.
+    let steps = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f).zip(g).zip(h).zip(right);
+    for ((((((((a, b), c), d), e), f), g), h), right) in steps {
+        add_step(&mut sums, [*a, *b, *c, *d, *e, *f, *g, *h], *right);
+    }
+    sums
+}
+
+/// sums\[i, j\] += left\[i\] · right\[j\]
+#[inline(always)]
+fn add_step(sums: &mut [[f32; COLS]; ROWS], left: [f32; ROWS], right: [f32; COLS]) {
+    for (sums, left) in sums.iter_mut().zip(left) {
+        for (sum, right) in sums.iter_mut().zip(right) {
+            *sum = left.mul_add(right, *sum);
+        }
+    }
 }
 
 /// Writes `rows` `[at most W, depth]` transposed: `out[k][i] = rows[i, k]`, missing rows as zeros. Rows must be contiguous.
@@ -302,7 +338,7 @@ mod tests {
         ] {
             let (x, w) = (integers(n, depth, 1), integers(out, depth, 2));
             let expected = x.dot(&w.t());
-            let left = Left::pack(x.view());
+            let left = Left::rows_of(x.view());
             let mut y = Array2::from_elem((n, out), f32::NAN);
             multiply_transposed(&left, &mut [(&Rows(w.clone()), y.view_mut())], Previous::Replaced);
             assert_eq!(y, expected, "{n} × {out} × {depth}");
@@ -328,9 +364,16 @@ mod tests {
     }
 
     #[test]
-    fn columns_pack_as_the_rows_of_the_transpose() {
+    fn columns_multiply_as_the_rows_of_the_transpose() {
         let x = integers(19, 12, 3);
         let transposed = x.t().as_standard_layout().to_owned();
-        assert_eq!(Left::pack_columns(x.view()).blocks, Left::pack(transposed.view()).blocks);
+        let panel: Vec<[f32; COLS]> = (0..19).map(|k| [(k * k % 7) as f32 - 3.0; COLS]).collect();
+        let [columns, rows] = [Left::pack_columns(x.view()), Left::rows_of(transposed.view())].map(|left| {
+            let mut out = vec![[f32::NAN; COLS]; 16];
+            multiply_to_panel(&left, 0, 2..19, &panel[2..], &mut out);
+            out.truncate(left.rows());
+            out
+        });
+        assert_eq!(columns, rows);
     }
 }
