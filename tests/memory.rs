@@ -87,7 +87,8 @@ fn two_models_that_do_not_fit_are_streamed_with_the_same_numbers_in_bounded_memo
         "eval int8 --baseline model --kld --ctx 128 --windows 4 --device cpu --threads 2 --verbose --json -";
     let (status, resident, told) = quant(folder.path(), &format!("{line} --ram 8G"));
     assert_eq!(status, Some(0), "{told}");
-    assert!(told.contains("models in memory") && peak(&told) > 180.0, "{told}");
+    // More than is allowed below.
+    assert!(told.contains("models in memory") && peak(&told) > 150.0, "{told}");
     // Program, tokenizer, texts and what the allocator keeps included.
     let (status, streamed, told) = quant(folder.path(), &format!("{line} --ram 150M"));
     assert_eq!(status, Some(0), "{told}");
@@ -102,7 +103,7 @@ fn two_models_that_do_not_fit_are_streamed_with_the_same_numbers_in_bounded_memo
     let (status, _, told) = quant(folder.path(), &format!("{line} --ram 150M --suites json"));
     assert_eq!(status, Some(2));
     assert!(told.contains("generate, which needs them in memory"), "{told}");
-    let (status, _, told) = quant(folder.path(), &format!("{line} --ram 40M"));
+    let (status, _, told) = quant(folder.path(), &format!("{line} --ram 30M"));
     assert_eq!(status, Some(2));
     assert!(told.contains("may be used; raise `--ram`"), "{told}");
     let (status, _, told) = quant(folder.path(), &format!("{line} --vram 1G"));

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Prints what other tools' files diverge from the original beside ours, all read back and measured by `quant eval`:
+# llama-quantize without and with llama-imatrix, llm-compressor (nearest codes for INT8, GPTQ for MXFP4), ours with nearest
+# and with calibrated codes. One calibration text for all.
+#
+# usage: scripts/compare.sh WORK_DIR MODEL_DIR    needs scripts/peers.sh WORK_DIR/peers (or PEERS=DIR)
+#        FORMATS=q4_k_m,…  CALIB=FILE  TEXT=FILE  WINDOWS=60  EFFORT=balanced  DEVICE=auto
+#        LLM_COMPRESSOR=a Python with llmcompressor 0.14; its rows are left out without one
+#        BF16=the model as a BF16 GGUF file, converted by llama.cpp if not given;  QUANT=program, built if not given
+set -euo pipefail
+[ $# = 2 ] || { sed -n '2,9p' "$0" >&2; exit 2; }
+repository=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1"
+work=$(cd "$1" && pwd)
+model=$(cd "$2" && pwd)
+peers=${PEERS:-$work/peers}
+calib=${CALIB:-$repository/calib-data/general.txt}
+if [ -z "${QUANT:-}" ]; then
+  cargo build --release --quiet --manifest-path "$repository/Cargo.toml"
+  QUANT=${CARGO_TARGET_DIR:-$repository/target}/release/quant
+fi
+name=$(basename "$model")
+out=$work/compare/$name
+mkdir -p "$out"
+bf16=${BF16:-$out/bf16.gguf}
+converter=$(find -L "$peers" -name convert_hf_to_gguf.py | head -1)
+[ -f "$bf16" ] || "$peers/venv/bin/python" "$converter" "$model" --outtype bf16 --outfile "$bf16" >&2
+
+# Files are named FORMAT.TOOL, for the table below.
+make_once() {
+  [ -e "$1" ] || "${@:2}" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
+}
+imatrix=$out/imatrix.gguf
+make_once "$imatrix" "$peers/bin/llama-imatrix" -m "$bf16" -f "$calib" -o "$imatrix" -c 512 -b 512 --no-ppl
+ours=("$QUANT" convert "$model" --calib "$calib" --effort "${EFFORT:-balanced}" --device "${DEVICE:-auto}" --no-validate --quiet)
+artifacts=()
+for format in $(tr , ' ' <<<"${FORMATS:-q4_k_m,q5_k_m,q6_k,q8_0,mxfp4,int8}"); do
+  case $format in
+    q*)
+      end=.gguf
+      make_once "$out/$format.llama-quantize.gguf" "$peers/bin/llama-quantize" "$bf16" "$out/$format.llama-quantize.gguf" "$format"
+      make_once "$out/$format.llama-quantize+imatrix.gguf" "$peers/bin/llama-quantize" --imatrix "$imatrix" "$bf16" \
+        "$out/$format.llama-quantize+imatrix.gguf" "$format"
+      ;;
+    *)
+      end=
+      [ -z "${LLM_COMPRESSOR:-}" ] || make_once "$out/$format.llm-compressor" \
+        "$LLM_COMPRESSOR" "$repository/scripts/llm_compressor.py" "$model" "$format" "$calib" "$out/$format.llm-compressor"
+      ;;
+  esac
+  for method in rtn gptq; do
+    make_once "$out/$format.quant-$method$end" "${ours[@]}" --format "$format" --method $method -o "$out/$format.quant-$method$end"
+  done
+  for file in "$out/$format".*; do artifacts+=("$file"); done
+done
+echo "| model | format | tool | bytes | ΔPPL ± SE | KLD ± SE | same top-1 % |"
+echo "|---|---|---|---|---|---|---|"
+"$QUANT" eval "${artifacts[@]}" --baseline "$model" --ppl --kld --text "${TEXT:-$repository/eval/eval.txt}" \
+  --windows "${WINDOWS:-60}" --device "${DEVICE:-auto}" --csv - --quiet |
+  awk -F, -v name="$name" 'FNR > 2 {
+    sub(/\.gguf$/, "", $1)
+    tool = substr($1, index($1, ".") + 1)
+    printf "| %s | %s | %s | %d | %+.4f ± %.4f | %.5f ± %.5f | %.2f |\n", name, $2, tool, $3, $6, $7, $8, $9, 100 * $11
+  }'
