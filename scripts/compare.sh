@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints what other tools' files diverge from the original beside ours, all read back and measured by `quant eval`:
+# Prints by how much files of other tools diverge from the original beside ours, KLD and same-top-1 by `quant eval`:
 # llama-quantize without and with llama-imatrix, llm-compressor (nearest codes for INT8, GPTQ for MXFP4), ours with nearest
 # and with calibrated codes. One calibration text for all.
 #
@@ -53,12 +53,26 @@ for format in $(tr , ' ' <<<"${FORMATS:-q4_k_m,q5_k_m,q6_k,q8_0,mxfp4,int8}"); d
   done
   for file in "$out/$format".*; do artifacts+=("$file"); done
 done
-echo "| model | format | tool | bytes | ΔPPL ± SE | KLD ± SE | same top-1 % |"
-echo "|---|---|---|---|---|---|---|"
 "$QUANT" eval "${artifacts[@]}" --baseline "$model" --ppl --kld --text "${TEXT:-$repository/eval/eval.txt}" \
   --windows "${WINDOWS:-60}" --device "${DEVICE:-auto}" --csv - --quiet |
-  awk -F, -v name="$name" 'FNR > 2 {
-    sub(/\.gguf$/, "", $1)
-    tool = substr($1, index($1, ".") + 1)
-    printf "| %s | %s | %s | %d | %+.4f ± %.4f | %.5f ± %.5f | %.2f |\n", name, $2, tool, $3, $6, $7, $8, $9, 100 * $11
-  }'
+  awk -F, -v name="$name" '
+    BEGIN {
+      count = split("llama-quantize llama-quantize+imatrix llm-compressor quant-rtn quant-gptq", tools, " ")
+      print "| model | format | bytes | llama-quantize | with llama-imatrix | llm-compressor | quant, nearest | quant, calibrated |"
+      print "|---|---|---|---|---|---|---|---|"
+    }
+    FNR > 2 {
+      sub(/\.gguf$/, "", $1)
+      format = substr($1, 1, index($1, ".") - 1)
+      tool = substr($1, index($1, ".") + 1)
+      if (!(format in bytes)) { order[++formats] = format; bytes[format] = $3 }
+      if (bytes[format] != $3) different = " (" $3 " bytes)"; else different = ""
+      cell[format, tool] = sprintf("%.5f, %.2f %%%s", $8, 100 * $11, different)
+    }
+    END {
+      for (i = 1; i <= formats; i++) {
+        line = "| " name " | " order[i] " | " bytes[order[i]]
+        for (j = 1; j <= count; j++) line = line " | " ((order[i], tools[j]) in cell ? cell[order[i], tools[j]] : "–")
+        print line " |"
+      }
+    }'
