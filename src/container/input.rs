@@ -16,7 +16,7 @@ use super::TensorSpec;
 const LARGE: u64 = 16 << 20;
 /// Bytes that one of them reads at a time.
 const PIECE: usize = 1 << 20;
-/// Bytes from which on mapping costs less than a copy.
+/// Bytes from which on [`InputFile::share`] maps; norms and biases are read.
 const MAPPED: u64 = 1 << 16;
 
 /// A file opened for positioned reads. Memory holds only what is asked for, and threads share it.
