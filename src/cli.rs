@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use crate::backend::kv_cache::KvCache;
 use crate::calib::choose::Effort;
 use crate::eval::gate::{self, Rule};
 use crate::memory::{Bytes, Limits};
-use crate::model::kv_cache::KvCache;
 use crate::scheme::fit::ScaleRule;
 
 const EXAMPLES: &str = "Examples:

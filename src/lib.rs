@@ -31,6 +31,7 @@ pub mod embedded;
 pub mod eval;
 pub mod generate;
 pub mod hub;
+pub mod linalg;
 pub mod loaders;
 pub mod manifest;
 pub mod memory;

@@ -6,11 +6,11 @@ mod sequences;
 use std::path::Path;
 
 use quant::backend::cpu::Cpu;
+use quant::backend::kv_cache::KvCache;
 use quant::backend::{Backend, Batch};
 use quant::checkpoint::Checkpoint;
 use quant::generate::{Draw, Finish, Generate, Request, Sampling, Stop, generate};
 use quant::model::Model;
-use quant::model::kv_cache::KvCache;
 use quant::model::tokenizer::Tokenizer;
 use quant::scheme::Rounding;
 

@@ -5,7 +5,7 @@
 
 use quant::backend::cuda::compile::{Kernel, compile, names};
 use quant::backend::cuda::{cache_defines, library, scheme_defines};
-use quant::model::kv_cache::KvCache;
+use quant::backend::kv_cache::KvCache;
 use quant::num::Codec;
 use quant::scheme::{Scheme, Span, schemes};
 

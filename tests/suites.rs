@@ -7,13 +7,13 @@ use std::process::Output;
 
 use assert_cmd::Command;
 use quant::backend::cpu::Cpu;
+use quant::backend::kv_cache::KvCache;
 use quant::checkpoint::Checkpoint;
 use quant::eval::Subject;
 use quant::eval::suite::Suite;
 use quant::eval::suite::ask::Asker;
 use quant::eval::suite::run::{Prepared, Settings};
 use quant::model::Model;
-use quant::model::kv_cache::KvCache;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -4,8 +4,6 @@ use super::Backend;
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::cuda::widen::scheme_on_device;
-use crate::checkpoint::{Stored, TensorInfo};
-use crate::model::config::Config;
 use crate::scheme::{Offset, Scheme};
 
 /// A device that can tell what it would take.
@@ -16,8 +14,9 @@ pub trait Footprint {
     /// Returns the bytes of one number of what operations write.
     fn activation_bytes(&self) -> u64;
 
-    /// Returns the bytes that a stored tensor takes in the device's memory.
-    fn weight_bytes(&self, info: &TensorInfo) -> u64;
+    /// Returns the bytes that a tensor of `shape`, stored in `bytes` bytes, takes in the device's memory; `scheme` is that
+    /// of its codes, `None` for plain numbers.
+    fn weight_bytes(&self, scheme: Option<Scheme>, shape: &[usize], bytes: u64) -> u64;
 
     /// Returns what multiplying with a matrix of that many weights takes beside inputs and outputs.
     fn decoded_bytes(&self, weights: u64) -> u64;
@@ -39,10 +38,8 @@ impl Footprint for Cpu {
     }
 
     /// Dense tensors lie as they are stored, quantized ones with a byte for each code and F32 scales.
-    fn weight_bytes(&self, info: &TensorInfo) -> u64 {
-        let (Stored::Quantized(scheme, _), &[rows, cols]) = (info.stored, &info.shape[..]) else {
-            return info.bytes;
-        };
+    fn weight_bytes(&self, scheme: Option<Scheme>, shape: &[usize], bytes: u64) -> u64 {
+        let (Some(scheme), &[rows, cols]) = (scheme, shape) else { return bytes };
         let groups = scheme.group.count(rows, cols) * if scheme.offset == Offset::None { 1 } else { 2 };
         let outer = 2 * scheme.outer.map_or(0, |(span, _)| span.count(rows, cols));
         (rows * cols + 4 * (groups + outer)) as u64
@@ -76,16 +73,17 @@ impl Footprint for Cuda {
 
     /// Dense matrices become F16, vectors F32; packed rows are padded to whole pieces of 128 columns, and small matrices may
     /// have wider codes.
-    fn weight_bytes(&self, info: &TensorInfo) -> u64 {
-        match (info.stored, &info.shape[..]) {
-            (Stored::Quantized(scheme, _), &[rows, cols]) => {
+    fn weight_bytes(&self, scheme: Option<Scheme>, shape: &[usize], bytes: u64) -> u64 {
+        let weights = shape.iter().map(|&n| n as u64).product::<u64>();
+        match (scheme, shape) {
+            (Some(scheme), &[rows, cols]) => {
                 let bits = |scheme: Scheme| scheme.stored_bits(rows, cols).max(1);
                 let wider = bits(scheme_on_device(scheme, rows, cols)) as f64 / bits(scheme) as f64;
                 let padded = cols.next_multiple_of(128) as f64 / cols.max(1) as f64;
-                (info.bytes as f64 * wider * padded) as u64
+                (bytes as f64 * wider * padded) as u64
             }
-            (_, &[_, _]) => info.weights() * self.activation_bytes(),
-            _ => info.weights() * 4,
+            (_, &[_, _]) => weights * self.activation_bytes(),
+            _ => weights * 4,
         }
     }
 
@@ -103,14 +101,4 @@ impl Footprint for Cuda {
     fn solver_bytes(&self, rows: u64, cols: u64) -> u64 {
         12 * cols * cols + 33 * (rows * cols).min(1 << 26)
     }
-}
-
-/// Returns what a pass of `tokens` tokens takes beside weights: the residual stream, its norm and the product's copy of it
-/// in F32, and what the larger half of a layer has at once: q, k, v, their rotated or packed copies and the mixed values, or
-/// gate, up, their product and its copy.
-pub fn pass_bytes(device: &impl Footprint, config: &Config, tokens: usize) -> u64 {
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    let half = (3 * q + 2 * kv).max(4 * config.intermediate_size) as u64;
-    tokens as u64 * (3 * 4 * config.hidden_size as u64 + half * device.activation_bytes())
 }

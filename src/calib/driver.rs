@@ -17,6 +17,7 @@ mod prepare;
 use anyhow::{Context, Result, bail};
 
 use self::prepare::{Prepared, rescaled};
+use super::CHUNK_TOKENS;
 use super::settings::Settings;
 use super::smoothing::Factors;
 use super::sums::Sums;
@@ -32,9 +33,6 @@ use crate::names::{Role, TensorId};
 use crate::scheme::fit::{self, fit};
 use crate::scheme::{Activations, QTensor, Rounding, Scheme};
 use crate::tensor::Matrix;
-
-/// Tokens that pass through a layer together.
-pub(super) const CHUNK_TOKENS: usize = 4096;
 
 /// What to calibrate, and on what.
 pub struct Request<'a> {

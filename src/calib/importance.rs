@@ -4,15 +4,13 @@
 
 use anyhow::{Context, Result};
 
+use super::CHUNK_TOKENS;
 use super::imatrix::Importances;
 use crate::backend::{Backend, Batch};
 use crate::model::TensorSource;
 use crate::model::block::{Layer, LayerConstants};
 use crate::model::config::Config;
 use crate::names::{Role, TensorId};
-
-/// Tokens that pass through a layer together.
-const CHUNK_TOKENS: usize = 4096;
 
 /// Returns the mean square of each column's input, for every decoder linear. `windows` are equally long; `progress` hears
 /// of each finished layer.

@@ -13,10 +13,11 @@
 
 use anyhow::{Result, ensure};
 
-use super::driver::CHUNK_TOKENS;
-use crate::backend::footprint::{Footprint, pass_bytes};
+use super::CHUNK_TOKENS;
+use crate::backend::footprint::Footprint;
 use crate::memory::Budget;
 use crate::model::config::Config;
+use crate::model::footprint::pass_bytes;
 use crate::output::size;
 
 /// What is calibrated.
@@ -173,7 +174,7 @@ mod tests {
 
     use super::*;
     use crate::backend::cpu::Cpu;
-    use crate::checkpoint::TensorInfo;
+    use crate::scheme::Scheme;
 
     /// As a GPU counts, without one.
     struct Gpu;
@@ -187,8 +188,8 @@ mod tests {
             2
         }
 
-        fn weight_bytes(&self, info: &TensorInfo) -> u64 {
-            2 * info.weights()
+        fn weight_bytes(&self, _: Option<Scheme>, shape: &[usize], _: u64) -> u64 {
+            2 * shape.iter().product::<usize>() as u64
         }
 
         fn decoded_bytes(&self, weights: u64) -> u64 {

@@ -22,3 +22,6 @@ pub mod smoothing;
 mod sums;
 pub mod token_energies;
 pub mod tune;
+
+/// Tokens that pass through a layer together.
+const CHUNK_TOKENS: usize = 4096;

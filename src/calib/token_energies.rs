@@ -14,7 +14,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::driver::CHUNK_TOKENS;
+use super::CHUNK_TOKENS;
 use crate::backend::Batch;
 use crate::backend::gradients::Gradients;
 use crate::model::Model;

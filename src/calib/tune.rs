@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 
-use super::driver::CHUNK_TOKENS;
+use super::CHUNK_TOKENS;
 use crate::backend::Batch;
 use crate::backend::gradients::Gradients;
 use crate::model::Model;

@@ -5,6 +5,7 @@
 
 mod contents;
 pub(crate) mod folder;
+mod source;
 
 use std::collections::BTreeMap;
 use std::fmt;

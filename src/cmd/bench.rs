@@ -8,14 +8,14 @@ use serde_json::json;
 
 use super::measure::{self, WithBackend};
 use super::{ModelRef, Outcome};
+use crate::backend::kv_cache::KvCache;
+use crate::backend::machine::{Ceilings, Machine};
 use crate::backend::{Backend, Batch};
 use crate::checkpoint::Checkpoint;
 use crate::cli::BenchArgs;
-use crate::eval::speed::{Ceilings, Machine};
 use crate::generate::{Draw, Generate};
 use crate::model::Model;
 use crate::model::config::Config;
-use crate::model::kv_cache::KvCache;
 use crate::names::{Role, TensorId};
 use crate::output::{self, Printer};
 

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::artifact::file_name;
 use crate::backend::cpu::Cpu;
 use crate::backend::footprint::Footprint;
+use crate::backend::machine::Machine;
 use crate::backend::{SecondMoments, cuda};
 use crate::calib::choose::{Choice, Effort, Search, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
@@ -18,7 +19,6 @@ use crate::calib::{importance, memory};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{CalibrationArgs, ConvertArgs, MethodArg};
 use crate::convert::{Calibration, Output, choose_settings};
-use crate::eval::speed::Machine;
 use crate::manifest::{self, CalibrationText};
 use crate::memory::{Budget, Limits};
 use crate::model::Model;
@@ -235,7 +235,7 @@ impl Windows {
     /// Returns what decides how much memory calibration takes.
     fn work<'a>(&self, device: &impl Footprint, source: &'a Checkpoint, plan: &Plan) -> memory::Work<'a> {
         let down = source.tensors.get(&TensorId::in_layer(0, Role::Down));
-        let weight_bytes = down.map_or(4, |info| device.weight_bytes(info).div_ceil(info.weights().max(1)));
+        let weight_bytes = down.map_or(4, |info| info.bytes_on(device).div_ceil(info.weights().max(1)));
         let rounds = [Role::Embed, Role::Head].map(|role| {
             let step = plan.steps.iter().find(|step| step.id == TensorId::global(role));
             step.is_some_and(|step| matches!(step.action, Action::Quantize(_)))
@@ -269,7 +269,7 @@ impl Windows {
             return Ok(Start { settings: start, tunes: false });
         }
         let budget = Budget::new(args.memory.into(), backend.free_memory()?)?;
-        let weights: u64 = source.tensors.values().map(|info| backend.weight_bytes(info)).sum();
+        let weights: u64 = source.tensors.values().map(|info| info.bytes_on(backend)).sum();
         // Tuned gains take the quantized model as well.
         let models = if effort == Effort::Best { 2 } else { 1 };
         let wanted = memory::backward_bytes(backend, self.work(backend, source, plan), models * weights);

@@ -11,6 +11,8 @@ use super::subject::{about, kinds, load, subject, variants};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Precision};
+use crate::backend::kv_cache::KvCache;
+use crate::backend::machine::Machine;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
@@ -19,13 +21,12 @@ use crate::eval::report::{self, Part, Report, Timed};
 use crate::eval::residency::{self, Residency};
 use crate::eval::samples::Samples;
 use crate::eval::slices::{self, Slice};
-use crate::eval::speed::Machine;
 use crate::eval::{self, About, Protocol, Schedule, Scored, Subject, Text};
 use crate::manifest;
 use crate::memory::{Budget, Limits};
 use crate::model::Model;
 use crate::model::chat_template::ChatTemplate;
-use crate::model::kv_cache::KvCache;
+use crate::model::kv_cache::KvMemory;
 use crate::model::layers::{Held, Layers, Streamed};
 use crate::output::{Printer, Unit};
 
@@ -113,7 +114,7 @@ impl Request {
             kinds.is_empty() || self.cache.is_none(),
             "`--kv-cache` runs the baseline with other caches, which `--chunks-cache` does not store; drop one of them"
         );
-        kinds.iter().try_for_each(|kind| kind.check(&reference.config))?;
+        kinds.iter().try_for_each(|kind| kind.check(reference.config.head_dim))?;
         self.kv_caches = kinds.to_vec();
         Ok(())
     }
@@ -277,7 +278,7 @@ impl WithBackend for Evaluation<'_> {
             })
             .collect();
         let config = &baseline.unwrap_or(models[0]).config;
-        report.kv_caches = request.kv_caches.iter().map(|kind| kind.memory(config)).collect();
+        report.kv_caches = request.kv_caches.iter().map(|&kind| KvMemory::new(kind, config)).collect();
         if let Some(questions) = &request.questions {
             questions.ask(backend, baseline, models, &request.kv_caches, printer, &mut report)?;
         }

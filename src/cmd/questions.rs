@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 
 use super::subject::{load, subject, variants};
+use crate::backend::kv_cache::KvCache;
 use crate::checkpoint::Checkpoint;
 use crate::cli::QuestionArgs;
 use crate::eval::Report;
@@ -12,7 +13,6 @@ use crate::eval::suite::run::Settings;
 use crate::eval::suite::{self, Suite};
 use crate::eval::task::{self, Task};
 use crate::generate::Generate;
-use crate::model::kv_cache::KvCache;
 use crate::output::{Printer, Unit};
 
 /// Questions in the words of the model that all others are compared with.

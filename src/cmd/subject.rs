@@ -4,10 +4,10 @@ use anyhow::{Context, Result};
 
 use crate::artifact::file_name;
 use crate::backend::Backend;
+use crate::backend::kv_cache::KvCache;
 use crate::checkpoint::Checkpoint;
 use crate::eval::{About, Subject};
 use crate::model::Model;
-use crate::model::kv_cache::KvCache;
 
 /// Loads a model.
 pub fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Result<Model<B>> {

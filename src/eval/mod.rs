@@ -17,7 +17,6 @@ pub mod residency;
 pub mod samples;
 pub mod sensitivity;
 pub mod slices;
-pub mod speed;
 pub mod statistics;
 pub mod suite;
 pub mod task;
@@ -32,9 +31,9 @@ pub use self::samples::Samples;
 pub use self::walk::Schedule;
 use self::walk::{Work, groups};
 use crate::backend::Backend;
+use crate::backend::kv_cache::KvCache;
 use crate::backend::parked::{Parked, Room};
 use crate::model::config::Config;
-use crate::model::kv_cache::KvCache;
 use crate::model::layers::Layers;
 
 /// A loaded model and what its row says of it.

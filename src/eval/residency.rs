@@ -11,9 +11,10 @@
 use anyhow::{Result, ensure};
 
 use super::{Schedule, Text};
-use crate::backend::footprint::{Footprint, pass_bytes};
+use crate::backend::footprint::Footprint;
 use crate::checkpoint::Checkpoint;
 use crate::memory::Budget;
+use crate::model::footprint::pass_bytes;
 use crate::names::{Role, TensorId};
 use crate::output::size;
 
@@ -114,7 +115,7 @@ struct Need {
 
 impl Need {
     fn of(device: &impl Footprint, model: &Checkpoint) -> Self {
-        let bytes = |id: &TensorId| model.tensors.get(id).map_or(0, |info| device.weight_bytes(info));
+        let bytes = |id: &TensorId| model.tensors.get(id).map_or(0, |info| info.bytes_on(device));
         let in_layers = || model.tensors.keys().filter(|id| id.layer.is_some());
         let mut layers = vec![0; model.config.num_hidden_layers];
         for id in in_layers() {

@@ -217,10 +217,10 @@ mod tests {
 
     use super::*;
     use crate::backend::cpu::Cpu;
+    use crate::backend::kv_cache::KvCache;
     use crate::checkpoint::Checkpoint;
     use crate::eval::{self, Schedule, Scored, Subject};
     use crate::model::TensorSource;
-    use crate::model::kv_cache::KvCache;
     use crate::tensor::Dense;
 
     fn open(name: &str) -> Checkpoint {

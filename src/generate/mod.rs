@@ -12,8 +12,8 @@ use serde::Serialize;
 pub use self::sampling::{Draw, Sampling};
 pub use self::stop::Stop;
 use crate::backend::Backend;
+use crate::backend::kv_cache::KvCache;
 use crate::model::Model;
-use crate::model::kv_cache::KvCache;
 use crate::model::tokenizer::Tokenizer;
 
 /// Several sequences that a model continues together, each at its own length.

@@ -10,8 +10,8 @@ use std::ops::Range;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::linalg;
 use super::refit::{self, Normal, Stored};
+use crate::linalg;
 use crate::scheme::{Grid, Offset, QTensor, Span};
 
 /// Improves codes and scales of `q` for `target` `[rows, cols]` under the symmetric `hessian` `[cols, cols]`. Rows run

@@ -18,8 +18,8 @@ use anyhow::{Result, bail};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::linalg::Cholesky;
 use super::statistics::Moments;
+use crate::linalg::Cholesky;
 use crate::num::Element;
 use crate::scheme::{Grid, QTensor};
 

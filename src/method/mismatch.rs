@@ -14,8 +14,8 @@
 
 use anyhow::{Context, Result};
 
-use super::linalg::{self, Cholesky};
 use super::statistics::Moments;
+use crate::linalg::{self, Cholesky};
 
 /// The constant part of λ.
 pub(crate) const RIDGE: f32 = 0.01;

@@ -16,10 +16,8 @@
 
 pub mod descent;
 pub mod gptq;
-pub mod linalg;
 pub mod mismatch;
 pub mod refit;
-pub mod rtn;
 pub mod solve;
 pub mod statistics;
 #[cfg(test)]

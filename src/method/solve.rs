@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::descent::descend;
 use super::gptq::{Feedback, gptq};
-use super::linalg;
 use super::mismatch::{Strength, corrected_target};
 use super::statistics::Moments;
+use crate::linalg;
 use crate::scheme::fit::{self, ScaleRule, fit_under};
 use crate::scheme::{QTensor, Scheme};
 use crate::tensor::{Matrix, first_non_finite};

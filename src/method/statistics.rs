@@ -9,7 +9,7 @@
 //! Linears that read the same input (q, k, v; gate, up) share one [`Moments`]. Sums are in F32: 65,536 tokens in
 //! chunks of a few thousand lose less than 1e-5 relative, far below the damping.
 
-use super::linalg;
+use crate::linalg;
 
 /// Sums over tokens of `x̃ᵀx̃` and `xᵀx̃`.
 #[derive(Clone, Debug, PartialEq)]

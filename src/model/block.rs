@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::config::Config;
-use super::kv_cache::KvCache;
 use super::{TensorSource, read_vector, read_weight};
+use crate::backend::kv_cache::KvCache;
 use crate::backend::{Affine, AttentionShape, Backend, Batch, Rope};
 use crate::names::{Role, TensorId};
 use crate::scheme::Rounding;

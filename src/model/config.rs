@@ -7,7 +7,8 @@
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::rope::{Rope, RopeScaling};
+use super::rope::RopeScaling;
+use crate::backend::Rope;
 use crate::names::{Role, TensorId};
 
 /// The decoder families that share one forward pass; differences are flags of [`Config`], never names in the pass.

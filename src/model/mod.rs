@@ -6,6 +6,7 @@ pub mod backward;
 pub mod block;
 pub mod chat_template;
 pub mod config;
+pub mod footprint;
 pub mod kv_cache;
 pub mod layers;
 pub mod rope;
@@ -15,9 +16,8 @@ use anyhow::{Context, Result, ensure};
 
 use self::block::{Layer, LayerConstants};
 use self::config::Config;
-use self::kv_cache::KvCache;
+use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
-use crate::checkpoint::Checkpoint;
 use crate::names::{Role, TensorId};
 use crate::scheme::Rounding;
 use crate::tensor::Matrix;
@@ -33,20 +33,6 @@ pub trait TensorSource: Sync {
     /// Returns the scales of a layer's keys and values, if engines keep them in FP8.
     fn kv_scales(&self, _layer: usize) -> Result<Option<[f32; 2]>> {
         Ok(None)
-    }
-}
-
-impl TensorSource for Checkpoint {
-    fn read(&self, id: TensorId) -> Result<Matrix> {
-        Checkpoint::read(self, id)
-    }
-
-    fn rounding(&self, id: TensorId) -> Rounding {
-        self.tensors.get(&id).map_or(Rounding::None, |info| info.rounding)
-    }
-
-    fn kv_scales(&self, layer: usize) -> Result<Option<[f32; 2]>> {
-        Ok(Checkpoint::kv_scales(self).get(layer).copied())
     }
 }
 

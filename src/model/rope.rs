@@ -2,19 +2,7 @@
 
 use std::f64::consts::PI;
 
-/// Rotary embedding in the Hugging Face arrangement: element `i` of a head's first half pairs with `i` of its second.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Angle per position of each pair, `[head_dim / 2]`, scaling already applied.
-    pub inverse_frequencies: Vec<f32>,
-}
-
-impl Rope {
-    /// Returns the rotation the other way, which carries gradients back.
-    pub fn reversed(&self) -> Rope {
-        Rope { inverse_frequencies: self.inverse_frequencies.iter().map(|frequency| -frequency).collect() }
-    }
-}
+use crate::backend::Rope;
 
 /// RoPE scaling as the configuration names it.
 #[derive(Clone, Debug, PartialEq)]

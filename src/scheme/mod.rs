@@ -9,6 +9,7 @@
 //! - [`mix`]: which tensor of a model gets which scheme under a format name such as `q4_k_m`.
 
 mod distortion;
+mod encode;
 pub mod fit;
 pub mod mix;
 mod qtensor;

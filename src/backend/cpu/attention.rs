@@ -12,9 +12,9 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::elementwise::{exp, max};
-use super::product::{COLS, Left, ROWS, multiply_to_panel, transpose};
 use super::zeros;
 use crate::backend::{AttentionShape, Batch, Rope};
+use crate::linalg::product::{COLS, Left, ROWS, multiply_to_panel, transpose};
 
 /// Rotates pairs (i, i + half) of every head by position · inverse_frequencies\[i\].
 pub fn rope(x: &mut Array2<f32>, rope: &Rope, batch: Batch) {

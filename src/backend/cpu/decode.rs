@@ -6,11 +6,12 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::attention::{Rotations, attend_one};
+use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
+// Upwards by contract: a decoder runs the layers of a model token by token, as generating asks for it.
 use crate::generate::{Decoder, Draw, Generate};
 use crate::model::Model;
 use crate::model::block::LayerConstants;
-use crate::model::kv_cache::KvCache;
 use crate::scheme::Rounding;
 
 /// Rows of one register tile of a product, four times: past it the time per token hardly falls.

@@ -1,18 +1,16 @@
 //! Derivatives in F32: the definition of [`Gradients`].
 
 use anyhow::{Result, ensure};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, s};
+use ndarray::{Array2, ArrayView2, Axis, linalg::general_mat_mul, s};
 use rayon::prelude::*;
 
+use super::decoded::add_decoded_product;
 use super::elementwise;
-use super::product::{Left, Wanted, add_product};
 use super::{Cpu, head, slice, slice_mut};
 use crate::backend::gradients::Gradients;
 use crate::backend::{AttentionShape, Batch};
 use crate::tensor::Matrix;
 
-/// Weight rows decoded at a time.
-const ROWS: usize = 512;
 /// Queries whose probabilities exist at a time.
 const QUERIES: usize = 128;
 
@@ -131,19 +129,6 @@ impl Gradients for Cpu {
     }
 }
 
-/// y += x · weight, with the weight decoded [`ROWS`] rows at a time.
-pub(super) fn add_decoded_product(x: &Array2<f32>, weight: &Matrix, mut y: ArrayViewMut2<f32>) {
-    let [rows, cols] = weight.dims();
-    for first in (0..rows).step_by(ROWS) {
-        let mut part = Array2::zeros((ROWS.min(rows - first), cols));
-        part.axis_chunks_iter_mut(Axis(0), 32).into_par_iter().enumerate().for_each(|(chunk, mut rows)| {
-            weight.decode_rows(first + 32 * chunk, rows.as_slice_mut().unwrap_or(&mut []));
-        });
-        let left = Left::rows_of(x.slice(s![.., first..first + part.nrows()]));
-        add_product(&left, part.view(), y.view_mut(), Wanted::All);
-    }
-}
-
 fn norm_factor(x: &[f32], eps: f32) -> f32 {
     let squares = elementwise::squares(x);
     (1.0 / (squares / x.len() as f64 + eps as f64).sqrt()) as f32
@@ -240,7 +225,8 @@ mod tests {
 
     #[test]
     fn linear_gradients_are_the_derivatives_of_the_forward_pass() {
-        let (x, w, dy) = (noise(5, 24, 1), matrix(&noise(ROWS + 9, 24, 2)), noise(5, ROWS + 9, 3));
+        let rows = 521; // more than are decoded at a time
+        let (x, w, dy) = (noise(5, 24, 1), matrix(&noise(rows, 24, 2)), noise(5, rows, 3));
         let dx = Cpu.linear_gradient(&dy, &w).unwrap();
         check(&x, &dx, &dy, |x| Cpu.linear(x, &w, None, Rounding::None).unwrap());
     }

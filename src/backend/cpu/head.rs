@@ -7,10 +7,10 @@ use multiversion::multiversion;
 use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
+use super::decoded::add_decoded_product;
 use super::elementwise::{exp, max, softmax, sum};
-use super::gradients::add_decoded_product;
-use super::product::{Left, Previous, RightRows, multiply_transposed};
 use crate::backend::{Divergence, RANKS, Score};
+use crate::linalg::product::{Left, Previous, RightRows, multiply_transposed};
 use crate::tensor::Matrix;
 
 /// Vocabulary entries per block.

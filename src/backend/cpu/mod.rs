@@ -4,23 +4,23 @@
 
 mod attention;
 mod decode;
+mod decoded;
 mod elementwise;
 mod gradients;
 mod head;
-pub(crate) mod product;
 
 use anyhow::{Result, ensure};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
 pub(crate) use self::elementwise::exp;
-use self::product::{Left, Previous, Wanted, multiply_transposed};
 use super::{
     Affine, AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments, separately,
 };
+use crate::backend::kv_cache::KvCache;
+use crate::linalg::product::{self, Left, Previous, Wanted, multiply_transposed};
 use crate::method::solve::{Knobs, Solver};
 use crate::method::statistics::Moments;
-use crate::model::kv_cache::KvCache;
 use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 

@@ -5,8 +5,8 @@ use anyhow::{Result, ensure};
 use super::compile::Kernel;
 use super::device::{Arg, Geometry};
 use super::{Cuda, Float, Tensor, macro_of};
+use crate::backend::kv_cache::KvCache;
 use crate::backend::{AttentionShape, Batch, Rope};
-use crate::model::kv_cache::KvCache;
 
 impl Cuda {
     /// Rotates every head in place: [`Backend::rope`](crate::backend::Backend::rope).

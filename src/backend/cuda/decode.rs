@@ -14,11 +14,12 @@ use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
 use super::matvec::{Input, MAX_TOKENS, Output, Part};
 use super::{Cuda, Float, Tensor};
+use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
+// Upwards by contract: a decoder runs the layers of a model token by token, as generating asks for it.
 use crate::generate::{Decoder, Draw, Generate, Sampling};
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants, Linear};
-use crate::model::kv_cache::KvCache;
 use crate::scheme::Rounding;
 
 /// Blocks of `attend` that keep an H100 busy.

@@ -45,6 +45,7 @@ pub mod library;
 mod linear;
 mod loss;
 mod matvec;
+pub mod rates;
 mod solve;
 mod tensor;
 mod weight;
@@ -63,8 +64,8 @@ pub use self::solve::CudaSolver;
 pub use self::tensor::{Float, Tensor};
 pub use self::weight::{Stored, Weight, scheme_defines};
 use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
+use crate::backend::kv_cache::KvCache;
 use crate::method::solve::Knobs;
-use crate::model::kv_cache::KvCache;
 use crate::scheme::Rounding;
 use crate::tensor::Matrix;
 

@@ -17,8 +17,8 @@ use std::fmt;
 use multiversion::multiversion;
 use serde::{Deserialize, Serialize};
 
+use super::encode::encode;
 use super::{Offset, QTensor, Scheme, Span};
-use crate::method::rtn;
 use crate::num::{Codec, Element};
 
 /// How the exponent of an E8M0 scale is chosen from a block's largest magnitude: `e = ceil(log2(amax / T))`.
@@ -81,7 +81,7 @@ pub fn fit_under(
         q.outer_scales.fill(global);
     }
     fit_scales(&mut q, weights, importances, rule);
-    rtn::encode(&mut q, weights);
+    encode(&mut q, weights);
     q
 }
 

@@ -113,12 +113,6 @@ pub trait RightRows: Sync {
     fn decode_rows(&self, first: usize, out: &mut [f32]);
 }
 
-impl RightRows for crate::tensor::Matrix {
-    fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        crate::tensor::Matrix::decode_rows(self, first, out);
-    }
-}
-
 /// What becomes of the previous content of a product's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Previous {

@@ -1,9 +1,9 @@
-//! Round to nearest: every weight takes the closest value of its group's grid.
+//! Nearest codes: every weight takes the closest value of its group's grid.
 
 use multiversion::multiversion;
 
+use super::{Grid, QTensor};
 use crate::num::Element;
-use crate::scheme::{Grid, QTensor};
 
 /// Replaces all codes of `q` by those nearest to `weights` (`[rows, cols]`) on the grids `q` already has.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
