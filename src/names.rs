@@ -61,7 +61,15 @@ const NAMES: [(Role, &str, &str); 15] = [
     (RopeFreqs, "rope_freqs", "rope_freqs"),
 ];
 
+/// What precedes an expert's number in names.
+const EXPERTS: &str = "experts.";
+
 impl Role {
+    /// Whether each expert of a mixture has its own.
+    pub fn in_experts(self) -> bool {
+        matches!(self, Gate | Up | Down)
+    }
+
     /// Whether each layer has its own.
     pub fn in_layer(self) -> bool {
         !matches!(self, Embed | OutputNorm | Head | RopeFreqs)
@@ -101,6 +109,8 @@ pub enum Part {
 pub struct TensorId {
     /// Layer index, `None` outside the layers.
     pub layer: Option<u16>,
+    /// Number of the expert that it belongs to, `None` outside mixtures of experts.
+    pub expert: Option<u16>,
     /// What the tensor does.
     pub role: Role,
     /// Weight or bias.
@@ -110,12 +120,17 @@ pub struct TensorId {
 impl TensorId {
     /// Returns the id of a weight outside the layers.
     pub const fn global(role: Role) -> Self {
-        TensorId { layer: None, role, part: Part::Weight }
+        TensorId { layer: None, expert: None, role, part: Part::Weight }
     }
 
     /// Returns the id of a weight of a layer.
     pub const fn in_layer(layer: usize, role: Role) -> Self {
-        TensorId { layer: Some(layer as u16), role, part: Part::Weight }
+        TensorId { layer: Some(layer as u16), expert: None, role, part: Part::Weight }
+    }
+
+    /// Returns the same tensor of one of the layer's experts.
+    pub const fn of_expert(self, expert: usize) -> Self {
+        TensorId { expert: Some(expert as u16), ..self }
     }
 
     /// Returns the same module's bias.
@@ -126,9 +141,12 @@ impl TensorId {
     /// Returns the Hugging Face module path, without `.weight`.
     pub fn hf_module(&self) -> String {
         let (_, module, _) = NAMES[self.role as usize];
-        match self.layer {
-            Some(layer) => format!("model.layers.{layer}.{module}"),
-            None => module.to_string(),
+        match (self.layer, self.expert, module.split_once('.')) {
+            (Some(layer), Some(expert), Some((part, linear))) => {
+                format!("model.layers.{layer}.{part}.{EXPERTS}{expert}.{linear}")
+            }
+            (Some(layer), ..) => format!("model.layers.{layer}.{module}"),
+            (None, ..) => module.to_string(),
         }
     }
 
@@ -173,8 +191,16 @@ impl TensorId {
                 (Some(layer.parse().ok()?), module)
             }
         };
+        let (expert, module) = match module.split_once(EXPERTS) {
+            None => (None, module.to_string()),
+            Some((before, rest)) => {
+                let (expert, linear) = rest.split_once('.')?;
+                (Some(expert.parse().ok()?), format!("{before}{linear}"))
+            }
+        };
         let row = NAMES.iter().find(|row| column(row) == module && row.0.in_layer() == layer.is_some())?;
-        Some(TensorId { layer, role: row.0, part })
+        let known = expert.is_none() || row.0.in_experts();
+        known.then_some(TensorId { layer, expert, role: row.0, part })
     }
 
     fn suffix(&self) -> &'static str {
@@ -206,12 +232,16 @@ mod tests {
                 assert_eq!(TensorId::from_gguf(&id.gguf_name()), Some(id));
             }
         }
+        let up = TensorId::in_layer(3, Up).of_expert(7);
+        assert_eq!(up.to_string(), "model.layers.3.mlp.experts.7.up_proj.weight");
+        assert_eq!(TensorId::from_hf(&up.to_string()), Some(up));
     }
 
     #[test]
     fn unknown_names_are_not_guessed() {
         for name in [
-            "model.layers.0.mlp.experts.0.up_proj.weight",
+            "model.layers.0.self_attn.experts.0.q_proj.weight",
+            "model.layers.0.mlp.experts.x.up_proj.weight",
             "lm_head",
             "model.layers.x.mlp.up_proj.weight",
             "",

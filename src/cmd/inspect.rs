@@ -42,9 +42,9 @@ fn summary(checkpoint: &Checkpoint) -> String {
         .map(|(kind, (count, bytes))| format!("{kind}: {count} tensors, {}", output::size(bytes)))
         .collect();
     format!(
-        "{table}\n\n{}: {:?}, {} layers, hidden {}, vocabulary {}, {:.2} M weights, {}, {:.3} bits per weight\n{}\n",
+        "{table}\n\n{}: {}, {} layers, hidden {}, vocabulary {}, {:.2} M weights, {}, {:.3} bits per weight\n{}\n",
         checkpoint.path.display(),
-        config.architecture,
+        config.family.class,
         config.num_hidden_layers,
         config.hidden_size,
         config.vocab_size,
@@ -71,7 +71,7 @@ fn describe(checkpoint: &Checkpoint) -> Value {
         })
         .collect();
     json!({
-        "model": checkpoint.path, "architecture": format!("{:?}", checkpoint.config.architecture),
+        "model": checkpoint.path, "architecture": checkpoint.config.family.class,
         "layers": checkpoint.config.num_hidden_layers, "weights": checkpoint.total_weights(),
         "bytes": checkpoint.total_bytes(),
         "bits_per_weight": checkpoint.bits_per_weight(),

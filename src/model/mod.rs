@@ -6,6 +6,7 @@ pub mod backward;
 pub mod block;
 pub mod chat_template;
 pub mod config;
+pub mod family;
 pub mod footprint;
 pub mod kv_cache;
 pub mod layers;

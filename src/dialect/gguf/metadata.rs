@@ -3,23 +3,18 @@
 //! Keys and their types: gguf-py's constants.py; which of them the loader demands and what it assumes without them:
 //! llama.cpp src/llama-model.cpp, commit 0c1e57098.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, bail, ensure};
 
 use super::tokenizer;
 use crate::container::gguf::{Gguf, Metadata, Value};
-use crate::model::config::{Architecture, Config};
+use crate::model::config::Config;
+use crate::model::family::{FAMILIES, Family};
 use crate::model::rope::RopeScaling;
 use crate::model::tokenizer::TokenizerFiles;
 use crate::names::{Role, TensorId};
 use crate::tensor::{Dtype, floats_from_bytes};
-
-/// (architecture, its GGUF name). The first row of a name is what files of that name are read as.
-const ARCHITECTURES: [(Architecture, &str); 4] = [
-    (Architecture::Llama, "llama"),
-    (Architecture::Mistral, "llama"),
-    (Architecture::Qwen2, "qwen2"),
-    (Architecture::Qwen3, "qwen3"),
-];
 
 /// (format, `general.file_type`), from llama.h's `llama_ftype`. Informational: loaders go by each tensor's type.
 const FILE_TYPES: [(&str, u32); 12] = [
@@ -43,9 +38,9 @@ const FILE_TYPES: [(&str, u32); 12] = [
 /// `format` the name of the mix (`q4_k_m`, `bf16`, …). Callers add their provenance.
 ///
 /// # Errors
-/// Name what GGUF or llama.cpp cannot express: a sliding window on Qwen, or what [`tokenizer::write`] refuses.
+/// Name what GGUF or llama.cpp cannot express: see [`tokenizer::write`].
 pub fn write(config: &Config, files: &TokenizerFiles, name: &str, format: &str) -> Result<Metadata> {
-    let architecture = gguf_name(config.architecture);
+    let architecture = config.family.gguf;
     let file_type = FILE_TYPES.iter().find(|row| row.0 == format).map_or(1024, |row| row.1);
     let mut out = Metadata::default();
     out.set("general.architecture", architecture);
@@ -62,11 +57,6 @@ pub fn write(config: &Config, files: &TokenizerFiles, name: &str, format: &str) 
 pub fn format(metadata: &Metadata) -> Option<&'static str> {
     let file_type = metadata.get("general.file_type")?.as_u64()?;
     FILE_TYPES.iter().find(|row| row.1 as u64 == file_type && row.0 != "mixed").map(|row| row.0)
-}
-
-fn gguf_name(architecture: Architecture) -> &'static str {
-    // Every variant has a row: the test below walks them all.
-    ARCHITECTURES.iter().find(|row| row.0 == architecture).map_or("", |row| row.1)
 }
 
 fn set_model_keys(config: &Config, architecture: &str, out: &mut Metadata) -> Result<()> {
@@ -96,12 +86,6 @@ fn set_model_keys(config: &Config, architecture: &str, out: &mut Metadata) -> Re
             out.set(&format!("{architecture}.rope.scaling.factor"), factor);
         }
     }
-    // llama.cpp also runs Mistral without its window, which matters only past that many tokens; convert_hf_to_gguf.py
-    // drops it likewise.
-    ensure!(
-        config.sliding_window.is_none() || config.architecture == Architecture::Mistral,
-        "llama.cpp has no sliding window for `{architecture}`; set `use_sliding_window` to false to do without"
-    );
     Ok(())
 }
 
@@ -113,8 +97,10 @@ fn set_model_keys(config: &Config, architecture: &str, out: &mut Metadata) -> Re
 pub fn read(file: &Gguf) -> Result<Config> {
     let metadata = &file.metadata;
     let name = metadata.str("general.architecture")?;
-    let Some((architecture, _)) = ARCHITECTURES.iter().find(|row| row.1 == name) else {
-        bail!("`general.architecture` is `{name}`; known are `llama`, `qwen2` and `qwen3`");
+    let Some(family) = Family::of_gguf(name) else {
+        let known: BTreeSet<_> = FAMILIES.iter().map(|family| family.gguf).collect();
+        let known: Vec<_> = known.into_iter().collect();
+        bail!("`general.architecture` is `{name}`; known are {}", known.join(", "));
     };
     let key = |key: &str| format!("{name}.{key}");
     let size = |suffix: &str| metadata.size(&key(suffix));
@@ -141,7 +127,7 @@ pub fn read(file: &Gguf) -> Result<Config> {
         id.and_then(|id| u32::try_from(id).ok())
     };
     Config {
-        architecture: *architecture,
+        family,
         hidden_size,
         intermediate_size: size("feed_forward_length")?,
         num_hidden_layers: size("block_count")?,
@@ -343,20 +329,5 @@ mod tests {
         assert!(refusal(|m| m.set("llama.block_count", 0u32)).contains("`num_hidden_layers` is 0"));
         assert!(refusal(|m| m.0.retain(|(key, _)| key != "llama.context_length")).contains("context_length"));
         assert!(refusal(|m| m.set("llama.embedding_length", "x")).contains("wanted a non-negative integer"));
-        let window = json!({"sliding_window": 4, "use_sliding_window": true, "max_window_layers": 0});
-        let extra: Vec<_> =
-            window.as_object().unwrap().iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
-        let qwen = config("Qwen2ForCausalLM", &extra);
-        let error = write(&qwen, &files(&qwen), "x", "f32").unwrap_err().to_string();
-        assert!(error.contains("no sliding window for `qwen2`"), "{error}");
-    }
-
-    #[test]
-    fn every_architecture_has_a_gguf_name() {
-        use Architecture::*;
-        for (architecture, name) in [(Llama, "llama"), (Mistral, "llama"), (Qwen2, "qwen2"), (Qwen3, "qwen3")]
-        {
-            assert_eq!(gguf_name(architecture), name);
-        }
     }
 }

@@ -15,7 +15,7 @@ use self::blocks::{Block, BlockMut, LAYOUTS, Layout};
 use super::{Dialect, Part};
 use crate::container::Storage;
 use crate::container::gguf::GgmlType;
-use crate::model::config::{Architecture, Config};
+use crate::model::config::Config;
 use crate::model::rope::RopeScaling;
 use crate::names::{Role, TensorId};
 use crate::scheme::{Activations, QTensor, Scheme};
@@ -27,12 +27,6 @@ pub struct Gguf;
 /// Returns what the blocks of a quantized type mean; `None` for plain floats.
 pub fn scheme_of(kind: GgmlType) -> Option<Scheme> {
     LAYOUTS.iter().find(|layout| layout.kind == kind).map(|layout| layout.scheme)
-}
-
-/// Whether llama.cpp rotates neighbouring pairs (2i, 2i + 1) of a head, where Hugging Face rotates (i, i + half).
-/// True of its architecture `llama`, which both families become.
-fn interleaves_rope(architecture: Architecture) -> bool {
-    matches!(architecture, Architecture::Llama | Architecture::Mistral)
 }
 
 /// Returns the row order of one head of `len` rows: 0, half, 1, half + 1, …
@@ -69,7 +63,7 @@ impl Dialect for Gguf {
 
     fn row_order(&self, id: TensorId, config: &Config) -> Option<Vec<usize>> {
         let rotated = matches!(id.role, Role::Q | Role::K);
-        (rotated && interleaves_rope(config.architecture)).then(|| interleaved(config.head_dim))
+        (rotated && config.family.gguf_neighbours).then(|| interleaved(config.head_dim))
     }
 
     /// llama.cpp reads no window for these architectures (`llama_model::load_hparams`): attention is always full.
@@ -221,6 +215,7 @@ fn refuse_nonfinite(q: &QTensor) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::family::Family;
     use crate::num::Codec;
     use crate::scheme::schemes::*;
 
@@ -380,7 +375,7 @@ mod tests {
                 assert_eq!(Gguf.row_order(id, &config), wanted.then(|| interleaved(8)), "{id}");
             }
         }
-        config.architecture = Architecture::Qwen3;
+        config.family = Family::of_gguf("qwen3").unwrap();
         assert_eq!(Gguf.row_order(TensorId::in_layer(0, Role::Q), &config), None);
     }
 }

@@ -1,0 +1,168 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn llama() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+    })
+}
+
+fn with(fields: Value) -> Value {
+    let mut json = llama();
+    for (key, value) in fields.as_object().into_iter().flatten() {
+        json[key] = value.clone();
+    }
+    json
+}
+
+fn refusal(fields: Value) -> String {
+    format!("{:#}", Config::from_json(&with(fields)).unwrap_err())
+}
+
+const LLAMA3: &str = r#"{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192, "rope_theta": 500000.0}"#;
+
+#[test]
+fn both_spellings_of_rope_give_one_configuration() {
+    let scaling: Value = serde_json::from_str(LLAMA3).unwrap();
+    let old = Config::from_json(&with(json!({"rope_scaling": scaling}))).unwrap();
+    let new = Config::from_json(&with(json!({"rope_parameters": scaling, "rope_theta": null}))).unwrap();
+    assert_eq!(old, new);
+    let RopeScaling::Llama3 { factor: 32.0, low: 1.0, high: 4.0, original_context: 8192 } = old.rope_scaling
+    else {
+        panic!("{:?}", old.rope_scaling)
+    };
+    let plain =
+        json!({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rope_theta": null});
+    assert_eq!(Config::from_json(&with(plain)).unwrap(), Config::from_json(&llama()).unwrap());
+}
+
+#[test]
+fn llama3_scaling_keeps_short_wavelengths_and_divides_long_ones() {
+    let scaling: Value = serde_json::from_str(LLAMA3).unwrap();
+    let config = Config::from_json(&with(json!({"rope_scaling": scaling, "head_dim": 64}))).unwrap();
+    let divisors = config.rope_divisors();
+    assert_eq!((divisors[0], divisors[31]), (1.0, 32.0));
+    assert!(divisors.is_sorted());
+    // Pair 16: wavelength 2π·√500000 = 4442.9 lies between 8192 / 4 and 8192 / 1.
+    let kept = (8192.0 / 4442.8829f64 - 1.0) / 3.0;
+    assert!((divisors[16] - 1.0 / ((1.0 - kept) / 32.0 + kept)).abs() < 1e-6, "{}", divisors[16]);
+    let expected = (500000f64.powf(-0.5) / divisors[16]) as f32;
+    assert_eq!(config.rope().inverse_frequencies[16], expected);
+}
+
+#[test]
+fn linear_scaling_divides_every_frequency() {
+    let linear = json!({"rope_scaling": {"type": "linear", "factor": 4.0}});
+    let scaled = Config::from_json(&with(linear)).unwrap().rope();
+    let plain = Config::from_json(&llama()).unwrap().rope();
+    for (scaled, plain) in scaled.inverse_frequencies.iter().zip(&plain.inverse_frequencies) {
+        assert_eq!(scaled * 4.0, *plain);
+    }
+}
+
+#[test]
+fn families_differ_in_biases_norms_and_windows_only() {
+    let qwen2 = of("Qwen2ForCausalLM", json!({"sliding_window": 8, "use_sliding_window": false}));
+    assert_eq!(
+        (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.sliding_window),
+        (true, false, false, None)
+    );
+    let qwen3 = of("Qwen3ForCausalLM", json!({"attention_bias": false}));
+    assert_eq!((qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim), (false, true, 128));
+    let mistral = of("MistralForCausalLM", json!({"sliding_window": 8}));
+    assert_eq!((mistral.qkv_bias, mistral.sliding_window), (false, Some(8)));
+    let biased =
+        of("LlamaForCausalLM", json!({"attention_bias": true, "mlp_bias": true, "sliding_window": 8}));
+    assert_eq!(
+        (biased.qkv_bias, biased.o_bias, biased.mlp_bias, biased.sliding_window),
+        (true, true, true, None)
+    );
+}
+
+#[test]
+fn every_expected_tensor_has_a_role_and_a_shape_of_the_configuration() {
+    let config =
+        Config::from_json(&with(json!({"attention_bias": true, "tie_word_embeddings": true}))).unwrap();
+    let tensors = config.expected_tensors();
+    assert_eq!(tensors.len(), 2 + 2 * (9 + 4));
+    let shape = |id: TensorId| &tensors.iter().find(|row| row.0 == id).unwrap().1;
+    assert_eq!(shape(TensorId::in_layer(1, Role::K)), &[32, 64]);
+    assert_eq!(shape(TensorId::in_layer(1, Role::K).bias()), &[32]);
+    assert_eq!(shape(TensorId::in_layer(0, Role::Down)), &[64, 96]);
+    assert!(!tensors.iter().any(|row| row.0.role == Role::Head), "a tied model has no head");
+}
+
+#[test]
+fn the_unknown_is_refused_by_name() {
+    for (fields, word) in [
+        (json!({"architectures": ["GptOssForCausalLM"]}), "GptOssForCausalLM"),
+        (json!({"architectures": null, "model_type": "mamba"}), "mamba"),
+        (json!({"architectures": null, "model_type": null}), "architectures"),
+        (json!({"hidden_act": "gelu"}), "gelu"),
+        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "yarn"),
+        (json!({"rope_scaling": {"type": "llama3", "factor": 4.0}}), "low_freq_factor"),
+        (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "full_attention"),
+        (json!({"rope_parameters": 3}), "rope_parameters"),
+        (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        (json!({"hidden_size": null}), "hidden_size"),
+        (json!({"hidden_size": -1}), "hidden_size"),
+        (json!({"hidden_size": 1u64 << 60}), "hidden_size"),
+        (json!({"num_hidden_layers": 1 << 20}), "num_hidden_layers"),
+        (json!({"num_attention_heads": 0}), "num_attention_heads"),
+        (json!({"num_key_value_heads": 3}), "num_key_value_heads"),
+        (json!({"head_dim": 15}), "head_dim"),
+        (json!({"rms_norm_eps": "small"}), "rms_norm_eps"),
+        (json!({"rope_theta": 0}), "rope_theta"),
+        (json!({"eos_token_id": -2}), "eos_token_id"),
+        (json!({"tie_word_embeddings": "yes"}), "tie_word_embeddings"),
+    ] {
+        let message = refusal(fields);
+        assert!(message.contains(word), "{message}");
+    }
+}
+
+#[test]
+fn a_window_in_some_layers_only_is_refused() {
+    let qwen = json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "sliding_window": 4,
+        "max_window_layers": 1});
+    assert!(refusal(qwen.clone()).contains("1 of 2 layers"));
+    let mut everywhere = with(qwen);
+    everywhere["max_window_layers"] = json!(0);
+    assert_eq!(Config::from_json(&everywhere).unwrap().sliding_window, Some(4));
+}
+
+/// A configuration of that class, with other keys.
+fn of(class: &str, extra: Value) -> Config {
+    let mut json = with(extra);
+    json["architectures"] = json!([class]);
+    Config::from_json(&json).unwrap()
+}
+
+#[test]
+fn what_is_written_is_read_again_for_every_family() {
+    let window = json!({"sliding_window": 8, "use_sliding_window": true, "max_window_layers": 0});
+    let llama3: Value = serde_json::from_str(LLAMA3).unwrap();
+    for config in [
+        of("LlamaForCausalLM", json!({"attention_bias": true, "mlp_bias": true, "rope_scaling": llama3})),
+        of(
+            "LlamaForCausalLM",
+            json!({"rms_norm_eps": 1e-6, "eos_token_id": null, "tie_word_embeddings": true}),
+        ),
+        of("MistralForCausalLM", window.clone()),
+        of("Qwen2ForCausalLM", window.clone()),
+        of("Qwen2ForCausalLM", json!({"rope_scaling": {"type": "linear", "factor": 1.7}})),
+        of("Qwen3ForCausalLM", window),
+        of("Qwen3ForCausalLM", json!({"attention_bias": true, "eos_token_id": 5, "pad_token_id": 7})),
+    ] {
+        // `to_json` itself compares.
+        config.to_json().unwrap();
+    }
+    let half = Config { qkv_bias: true, ..of("LlamaForCausalLM", json!({})) };
+    let message = half.to_json().unwrap_err().to_string();
+    assert!(message.contains("`LlamaForCausalLM` cannot say"), "{message}");
+}

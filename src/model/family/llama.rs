@@ -1,0 +1,28 @@
+//! Llama: the plain decoder (transformers `LlamaConfig`).
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use super::Family;
+use crate::model::config::{Config, json::flag};
+
+pub const LLAMA: Family = Family {
+    class: "LlamaForCausalLM",
+    model_type: "llama",
+    gguf: "llama",
+    gguf_neighbours: true,
+    read,
+    write,
+};
+
+fn read(json: &Value, config: &mut Config) -> Result<()> {
+    config.qkv_bias = flag(json, "attention_bias")?;
+    config.o_bias = config.qkv_bias;
+    config.mlp_bias = flag(json, "mlp_bias")?;
+    Ok(())
+}
+
+fn write(config: &Config, json: &mut Map<String, Value>) {
+    json.insert("attention_bias".into(), json!(config.qkv_bias));
+    json.insert("mlp_bias".into(), json!(config.mlp_bias));
+}

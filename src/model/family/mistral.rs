@@ -1,0 +1,25 @@
+//! Mistral: Llama without biases, all layers behind one sliding window (transformers `MistralConfig`).
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use super::Family;
+use crate::model::config::{Config, json::size};
+
+pub const MISTRAL: Family = Family {
+    class: "MistralForCausalLM",
+    model_type: "mistral",
+    gguf: "llama",
+    gguf_neighbours: true,
+    read,
+    write,
+};
+
+fn read(json: &Value, config: &mut Config) -> Result<()> {
+    config.sliding_window = size(json, "sliding_window")?;
+    Ok(())
+}
+
+fn write(config: &Config, json: &mut Map<String, Value>) {
+    json.insert("sliding_window".into(), json!(config.sliding_window));
+}
