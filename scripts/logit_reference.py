@@ -91,4 +91,5 @@ def main():
     (out / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()
