@@ -7,7 +7,7 @@
 //   k_cache, v_cache  f16 [batch, capacity, kv_heads · D]
 //   positions         u32 [batch]     the new position; it sees 0 ..= position, at most `window` of them; sequences whose
 //                                     position is past the cache are left out
-//   frequencies       f32 [D / 2]     angle per position, passed by value
+//   frequencies       f32 [ROTARY / 2]  angle per position, passed by value; cosines and sines are multiplied with `magnitude`
 //   partial           f32 [batch, heads / HEADS, splits, HEADS, D + 2], for splits > 1
 //   arrived           u32 [batch, heads / HEADS], zero; left zero
 //   out               f16 [batch, heads · D]
@@ -15,7 +15,8 @@
 // (cache.cuh; RUN divides D); the rest is F32, rounded once.
 // Positions are dealt to `splits` blocks; the last to arrive merges them, in a fixed order. LANES lanes share a key; a lane
 // holds 8 columns of HEADS queries that read the same keys.
-// D % 16 == 0, D <= 256, HEADS divides heads / kv_heads, HEADS <= 4.  grid (heads / HEADS, batch, splits), block 256,
+// The first ROTARY values of a head turn, in pairs (i, i + ROTARY / 2), with NEIGHBOURS (2i, 2i + 1).
+// D % 16 == 0, D <= 256, ROTARY % 2 == 0, ROTARY <= D, HEADS divides heads / kv_heads, HEADS <= 4.  grid (heads / HEADS, batch, splits), block 256,
 // splits <= 64.
 // Twins: rms_norm.cu, rope.cu, round_cache.cu, attention.cu for the last position.
 #define LANES (D <= 64 ? 8 : D <= 128 ? 16 : 32)
@@ -30,24 +31,31 @@ struct Frequencies {
 
 __device__ __forceinline__ float rounded(float x) { return half_to_float((u16)pack_f16(x, 0.0f)); }
 
+// Pairs of a head: those that turn, then those that stay, in neighbours.
+__device__ __forceinline__ u32 first_of(u32 i) { return NEIGHBOURS || i >= ROTARY / 2 ? 2 * i : i; }
+__device__ __forceinline__ u32 second_of(u32 i) { return NEIGHBOURS || i >= ROTARY / 2 ? 2 * i + 1 : i + ROTARY / 2; }
+
 // A warp norms and rotates one head; a lane ends up with pairs lane, lane + 32, .. in a and b.
 __device__ __forceinline__ void turn(const f16 *from, const float *gain, float position, const Frequencies &frequencies,
-                                     float eps, float a[PAIRS], float b[PAIRS]) {
+                                     float magnitude, float eps, float a[PAIRS], float b[PAIRS]) {
     u32 lane = threadIdx.x % 32;
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < PAIRS; j++) {
         u32 i = lane + 32 * j;
-        a[j] = i < D / 2 ? to_float(from[i]) : 0.0f, b[j] = i < D / 2 ? to_float(from[i + D / 2]) : 0.0f;
+        a[j] = i < D / 2 ? to_float(from[first_of(i)]) : 0.0f, b[j] = i < D / 2 ? to_float(from[second_of(i)]) : 0.0f;
         sum += a[j] * a[j] + b[j] * b[j];
     }
     float factor = gain ? 1.0f / sqrtf(warp_sum(sum) / (float)D + eps) : 1.0f;
 #pragma unroll
     for (int j = 0; j < PAIRS; j++) {
         u32 i = min(lane + 32 * j, D / 2 - 1);
-        if (gain) a[j] = rounded(a[j] * factor * gain[i]), b[j] = rounded(b[j] * factor * gain[i + D / 2]);
-        float sine, cosine;
-        sincosf(__fmul_rn(position, frequencies.per_position[i]), &sine, &cosine);
+        if (gain) a[j] = rounded(a[j] * factor * gain[first_of(i)]), b[j] = rounded(b[j] * factor * gain[second_of(i)]);
+        float sine = 0.0f, cosine = 1.0f;
+        if (i < ROTARY / 2) {
+            sincosf(__fmul_rn(position, frequencies.per_position[i]), &sine, &cosine);
+            sine *= magnitude, cosine *= magnitude;
+        }
         float turned = within<f16>(a[j] * cosine - b[j] * sine);
         b[j] = within<f16>(b[j] * cosine + a[j] * sine);
         a[j] = turned;
@@ -66,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restrict__ v, const float *__restrict__ q_gain,
        const float *__restrict__ k_gain, const float *__restrict__ sinks, f16 *k_cache, f16 *v_cache,
        const u32 *__restrict__ positions, const __grid_constant__ Frequencies frequencies, float *partial, u32 *arrived,
-       f16 *__restrict__ out, u32 heads, u32 kv_heads, u32 capacity, u32 window, float scale, float eps, float k_scale,
-       float v_scale) {
+       f16 *__restrict__ out, u32 heads, u32 kv_heads, u32 capacity, u32 window, float scale, float magnitude, float eps,
+       float k_scale, float v_scale) {
     __shared__ float parts[WARPS][HEADS][D], largest_of[WARPS][HEADS], sum_of[WARPS][HEADS];
     __shared__ __align__(16) float queries[HEADS][D];
     __shared__ __align__(16) f16 new_key[D], new_value[D];
@@ -96,15 +104,16 @@ attend(const f16 *__restrict__ q, const f16 *__restrict__ k, const f16 *__restri
     for (u32 head = warp; head <= HEADS; head += WARPS) {
         if (head == HEADS && !has_new) break;
         float a[PAIRS], b[PAIRS];
-        turn(head < HEADS ? q + head * D : k, head < HEADS ? q_gain : k_gain, (float)position, frequencies, eps, a, b);
+        turn(head < HEADS ? q + head * D : k, head < HEADS ? q_gain : k_gain, (float)position, frequencies, magnitude, eps,
+             a, b);
 #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
             u32 i = lane + 32 * j;
             if (i >= D / 2) break;
             if (head < HEADS) {
-                queries[head][i] = rounded(a[j]), queries[head][i + D / 2] = rounded(b[j]);
+                queries[head][first_of(i)] = rounded(a[j]), queries[head][second_of(i)] = rounded(b[j]);
             } else {
-                store(new_key + i, a[j]), store(new_key + i + D / 2, b[j]);
+                store(new_key + first_of(i), a[j]), store(new_key + second_of(i), b[j]);
                 new_value[i] = v[i], new_value[i + D / 2] = v[i + D / 2];
             }
         }

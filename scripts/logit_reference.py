@@ -30,16 +30,29 @@ def rope(kind="default", theta=10000.0, **more):
 LLAMA3 = rope("llama3", 10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=64)
 
-# name: (configuration, whether config.json is rewritten in the spelling of transformers 4)
+YARN = rope("yarn", 1e6, factor=2.0, original_max_position_embeddings=8, beta_fast=16, truncate=False)
+
+
+def longrope(original):
+    """24 tokens are long or short."""
+    return rope("longrope", short_factor=[1.0, 1.1, 1.3, 1.7], long_factor=[1.5, 2.0, 4.0, 8.0],
+                original_max_position_embeddings=original)
+
+
+# name: (configuration, the key of the type if config.json is rewritten in the spelling of transformers 4)
 MODELS = {
-    "llama2": (LlamaConfig(**SIZES, num_key_value_heads=4, **rope()), True),
-    "llama3": (LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **LLAMA3), False),
-    "llama3_old": (LlamaConfig(**SIZES, num_key_value_heads=1, **LLAMA3), True),
+    "llama2": (LlamaConfig(**SIZES, num_key_value_heads=4, **rope()), "rope_type"),
+    "llama3": (LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **LLAMA3), None),
+    "llama3_old": (LlamaConfig(**SIZES, num_key_value_heads=1, **LLAMA3), "rope_type"),
     "llama_biases": (LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True,
-                                 **rope("linear", factor=4.0)), False),
-    "mistral": (MistralConfig(**SIZES, num_key_value_heads=2, head_dim=12, sliding_window=5, **rope()), False),
-    "qwen2": (Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, **rope(theta=1e6)), False),
-    "qwen3": (Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, **rope(theta=1e6)), False),
+                                 **rope("linear", factor=4.0)), None),
+    "mistral": (MistralConfig(**SIZES, num_key_value_heads=2, head_dim=12, sliding_window=5, **rope()), None),
+    "qwen2": (Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, **rope(theta=1e6)), None),
+    "qwen3": (Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, **rope(theta=1e6)), None),
+    "qwen2_yarn_old": (Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, **YARN), "type"),
+    "qwen3_dynamic_old": (Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, **rope("dynamic", 1e6, factor=4.0)), "type"),
+    "llama_longrope": (LlamaConfig(**SIZES, num_key_value_heads=2, **longrope(16)), None),
+    "llama_longrope_short": (LlamaConfig(**SIZES, num_key_value_heads=2, **longrope(64)), None),
 }
 
 
@@ -55,10 +68,11 @@ def random_weights(model, seed):
         parameter.data = value.to(torch.bfloat16).float()
 
 
-def old_spelling(config):
+def old_spelling(config, key):
     parameters = config.pop("rope_parameters")
     config["rope_theta"] = parameters.pop("rope_theta")
-    config["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
+    parameters[key] = parameters.pop("rope_type")
+    config["rope_scaling"] = None if parameters[key] == "default" else parameters
     config["torch_dtype"] = config.pop("dtype", "bfloat16")
 
 
@@ -76,7 +90,7 @@ def write(folder, config, old, seed):
     if old:
         path = folder / "config.json"
         spelled = json.loads(path.read_text())
-        old_spelling(spelled)
+        old_spelling(spelled, old)
         path.write_text(json.dumps(spelled, indent=2) + "\n")
     save_file({"ids": ids[0].int(), "logits": logits.contiguous()}, folder.with_suffix(".safetensors"))
     print(f"{folder.name}: logits {logits.min():.2f} .. {logits.max():.2f}")

@@ -36,14 +36,18 @@ pub enum Role {
     OutputNorm,
     /// Output head `[vocab, hidden]`; absent when tied to the embeddings.
     Head,
-    /// GGUF only: RoPE frequency divisors `[head_dim / 2]` (Llama 3 scaling).
+    /// GGUF only: RoPE frequency divisors `[pairs]` (Llama 3 scaling).
     RopeFreqs,
+    /// GGUF only: RoPE frequency divisors of long sequences `[pairs]` (LongRoPE).
+    RopeFactorsLong,
+    /// GGUF only: RoPE frequency divisors of other sequences `[pairs]` (LongRoPE).
+    RopeFactorsShort,
 }
 
 use Role::*;
 
 /// (role, Hugging Face module, GGUF stem); per-layer rows follow `model.layers.N.` and `blk.N.`.
-const NAMES: [(Role, &str, &str); 15] = [
+const NAMES: [(Role, &str, &str); 17] = [
     (Embed, "model.embed_tokens", "token_embd"),
     (AttnNorm, "input_layernorm", "attn_norm"),
     (Q, "self_attn.q_proj", "attn_q"),
@@ -59,6 +63,8 @@ const NAMES: [(Role, &str, &str); 15] = [
     (OutputNorm, "model.norm", "output_norm"),
     (Head, "lm_head", "output"),
     (RopeFreqs, "rope_freqs", "rope_freqs"),
+    (RopeFactorsLong, "rope_factors_long", "rope_factors_long"),
+    (RopeFactorsShort, "rope_factors_short", "rope_factors_short"),
 ];
 
 /// What precedes an expert's number in names.
@@ -72,7 +78,7 @@ impl Role {
 
     /// Whether each layer has its own.
     pub fn in_layer(self) -> bool {
-        !matches!(self, Embed | OutputNorm | Head | RopeFreqs)
+        !matches!(self, Embed | OutputNorm | Head) && !self.is_rope_divisors()
     }
 
     /// Returns the role that stands for all that engines join into one matrix: q for q, k, v; gate for gate, up.
@@ -82,6 +88,11 @@ impl Role {
             Gate | Up => Gate,
             other => other,
         }
+    }
+
+    /// Whether this is a table of RoPE frequency divisors, which is part of the configuration.
+    pub fn is_rope_divisors(self) -> bool {
+        matches!(self, RopeFreqs | RopeFactorsLong | RopeFactorsShort)
     }
 
     /// Whether this is the gain of a norm.

@@ -12,7 +12,7 @@ use quant::backend::cpu::Cpu;
 use quant::backend::cuda::decode::CudaDecoder;
 use quant::backend::cuda::{Cuda, Precision};
 use quant::backend::kv_cache::KvCache;
-use quant::backend::{Backend, Batch};
+use quant::backend::{Backend, Batch, LongAngles, Pairing, Rope};
 use quant::generate::{Decoder, Sampling};
 use quant::model::config::Config;
 use quant::model::{Model, TensorSource};
@@ -28,6 +28,8 @@ struct Noise {
     rounding: Rounding,
     /// Sinks of the first layer's heads.
     sinks: Option<[f32; 8]>,
+    /// In place of the configuration's.
+    rope: Option<Rope>,
 }
 
 impl Noise {
@@ -47,7 +49,13 @@ impl Noise {
             "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
             "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
         });
-        Noise { config: Config::from_json(&config).unwrap(), scheme, rounding: Rounding::None, sinks: None }
+        Noise {
+            config: Config::from_json(&config).unwrap(),
+            scheme,
+            rounding: Rounding::None,
+            sinks: None,
+            rope: None,
+        }
     }
 
     fn shape(&self, role: Role) -> [usize; 2] {
@@ -129,6 +137,11 @@ fn continue_as_the_cpu_would(
     let mut on_cpu = Model::load(&Cpu, &source.config, source).unwrap();
     let mut on_gpu = Model::load(cuda, &source.config, source).unwrap();
     (on_cpu.constants.kv_cache, on_gpu.constants.kv_cache) = (kv_cache, kv_cache);
+    if let Some(rope) = &source.rope {
+        on_gpu.constants.rope = rope.clone();
+        // A decoder turns as long as it may grow.
+        on_cpu.constants.rope = rope.for_length(prompt + 30);
+    }
     if let Some(sinks) = &source.sinks {
         let sinks = |layer: usize| -> Vec<f32> { sinks.iter().map(|sink| sink + layer as f32).collect() };
         for (at, layer) in on_cpu.layers.iter_mut().enumerate() {
@@ -186,6 +199,31 @@ fn every_step_has_the_sinks_of_its_layer() {
     for shape in [[1, 37], [32, 17], [1, 300], [3, 400]] {
         let source = Noise { sinks, ..Noise::new(true, None) };
         continue_as_the_cpu_would(&cuda, &source, "sinks", shape, KvCache::Exact, F16_LAYERS);
+    }
+}
+
+#[test]
+fn every_step_turns_as_the_cpu_does() {
+    let Some(cuda) = gpu(Precision::F16) else { return };
+    use Pairing::{Halves, Neighbours};
+    for (pairing, rotary, magnitude) in [
+        (Halves, 64, 1.25),
+        (Halves, 48, 1.0),
+        (Halves, 10, 1.25),
+        (Neighbours, 64, 1.0),
+        (Neighbours, 32, 1.25),
+    ] {
+        let angles =
+            |slower: f32| (0..rotary / 2).map(move |i| 10f32.powf(-(i as f32) / 8.0) / slower).collect();
+        let long = Some(LongAngles { beyond: 40, inverse_frequencies: angles(4.0) });
+        let rope = Rope { head_dim: 64, pairing, long, magnitude, ..Rope::plain(angles(1.0)) };
+        for qwen3 in [false, true] {
+            let source = Noise { rope: Some(rope.clone()), ..Noise::new(qwen3, None) };
+            for shape in [[1, 37], [3, 8], [3, 400]] {
+                let name = format!("{pairing:?} {rotary}");
+                continue_as_the_cpu_would(&cuda, &source, &name, shape, KvCache::Exact, F16_LAYERS);
+            }
+        }
     }
 }
 

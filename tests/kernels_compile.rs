@@ -82,7 +82,10 @@ fn variants() -> Vec<Kernel> {
     let mut kernels = decoding();
     for x in ["float", "f16"] {
         let gradients = ["rms_norm_gradient", "row_energies", "scale_rows", "swiglu_gradient"];
-        for name in ["maxima", "rope", "swiglu"].into_iter().chain(gradients) {
+        for rope in ["NEIGHBOURS=0 RUN=4", "NEIGHBOURS=0 RUN=1", "NEIGHBOURS=1 RUN=1"] {
+            kernels.push(kernel("rope", &format!("X={x} {rope}")));
+        }
+        for name in ["maxima", "swiglu"].into_iter().chain(gradients) {
             kernels.push(kernel(name, &format!("X={x}")));
         }
         for sign in ["1.0f", "-1.0f"] {
@@ -122,10 +125,16 @@ fn variants() -> Vec<Kernel> {
         for kind in [KvCache::Exact, KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: Some(16) }] {
             let (_, cache) = cache_defines(kind, head_dim);
             let with = |more: &[String]| cache.iter().chain(more).cloned().collect();
-            let heads = |sinks: u8| [format!("D={head_dim}"), "HEADS=4".into(), format!("SINKS={sinks}")];
-            kernels.push(Kernel { name: "attend", defines: with(&heads(0)) });
+            let heads = |sinks: u8, rotary: usize, neighbours: u8| {
+                let width = format!("D={head_dim}");
+                let rotation = [format!("ROTARY={rotary}"), format!("NEIGHBOURS={neighbours}")];
+                [vec![width, "HEADS=4".into(), format!("SINKS={sinks}")], rotation.to_vec()].concat()
+            };
+            kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim, 0)) });
             if kind == KvCache::Exact {
-                kernels.push(Kernel { name: "attend", defines: with(&heads(1)) });
+                kernels.push(Kernel { name: "attend", defines: with(&heads(1, head_dim, 0)) });
+                kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim / 4, 0)) });
+                kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim / 2, 1)) });
             }
             kernels.push(Kernel { name: "round_cache", defines: with(&["X=f16".to_string()]) });
         }

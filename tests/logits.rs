@@ -11,7 +11,21 @@ use quant::scheme::Rounding;
 use quant::tensor::{Dtype, floats_from_bytes};
 use safetensors::SafeTensors;
 
-const NAMES: [&str; 7] = ["llama2", "llama3", "llama3_old", "llama_biases", "mistral", "qwen2", "qwen3"];
+const NAMES: [&str; 13] = [
+    "llama2",
+    "llama3",
+    "llama3_old",
+    "llama_biases",
+    "llama_dynamic",
+    "llama_longrope",
+    "llama_longrope_short",
+    "llama_yarn",
+    "mistral",
+    "qwen2",
+    "qwen2_yarn_old",
+    "qwen3",
+    "qwen3_dynamic_old",
+];
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/logits").join(name)

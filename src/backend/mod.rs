@@ -9,11 +9,13 @@ pub mod gradients;
 pub mod kv_cache;
 pub mod machine;
 pub mod parked;
+mod rotation;
 
 use anyhow::{Context, Result};
 
 use self::gradients::Gradients;
 use self::kv_cache::KvCache;
+pub use self::rotation::{LongAngles, Pairing, Rope};
 // Choosing codes is an operation of a device too: the contract is the method's, devices implement it.
 use crate::method::solve::{Knobs, Solve};
 use crate::scheme::Rounding;
@@ -41,20 +43,6 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Scores are multiplied with this, usually `head_dim^-½`.
     pub scale: f32,
-}
-
-/// Rotary embedding in the Hugging Face arrangement: element `i` of a head's first half pairs with `i` of its second.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Angle per position of each pair, `[head_dim / 2]`, scaling already applied.
-    pub inverse_frequencies: Vec<f32>,
-}
-
-impl Rope {
-    /// Returns the rotation the other way, which carries gradients back.
-    pub fn reversed(&self) -> Rope {
-        Rope { inverse_frequencies: self.inverse_frequencies.iter().map(|frequency| -frequency).collect() }
-    }
 }
 
 /// What the loss head reports for one scored position.

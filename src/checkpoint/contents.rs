@@ -112,7 +112,7 @@ pub(super) fn of_gguf(config: &Config, gguf: &Gguf) -> Result<Contents> {
         Some((id, suffix.to_string()))
     })?;
     // Part of the configuration already.
-    found.remove(&TensorId::global(Role::RopeFreqs));
+    found.retain(|id, _| !id.role.is_rope_divisors());
     assign(config, found, |id, shape, parts| {
         let kind = parts.values().find_map(|part| match part.spec.storage {
             Storage::Ggml(kind) => Some(kind),

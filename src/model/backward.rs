@@ -190,8 +190,8 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-    use crate::backend::Backend;
     use crate::backend::cpu::Cpu;
+    use crate::backend::{Backend, LongAngles, Pairing, Rope};
     use crate::checkpoint::Checkpoint;
 
     fn model(name: &str) -> Model<Cpu> {
@@ -217,6 +217,13 @@ mod tests {
     fn gradients_of_all_gains_are_the_derivatives_of_the_loss_of_every_architecture() {
         for name in ["llama2", "llama3", "llama_biases", "mistral", "qwen2", "qwen3"] {
             let mut model = model(name);
+            if name == "llama2" {
+                // Heads of 8, of which 6 turn, by the angles of long sequences.
+                let long = Some(LongAngles { beyond: 8, inverse_frequencies: vec![0.5, 0.1, 0.01] });
+                let (angles, pairing) = (vec![1.0, 0.3, 0.1], Pairing::Neighbours);
+                model.constants.rope =
+                    Rope { head_dim: 8, pairing, long, magnitude: 1.2, ..Rope::plain(angles) };
+            }
             let baseline = model.hidden(&Cpu, &ids(), BATCH).unwrap().mapv(|x| x + x.cos());
             let (mut found, mut linears) = (BTreeMap::new(), BTreeMap::new());
             let loss_gradient =

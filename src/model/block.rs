@@ -56,6 +56,11 @@ impl LayerConstants {
         let kv_cache = if kv_cache == KvCache::Exact { self.kv_cache } else { kv_cache };
         LayerConstants { kv_cache, ..self.clone() }
     }
+
+    /// Returns the constants for sequences that may grow to `tokens` tokens: [`Rope::for_length`].
+    pub fn for_length(&self, tokens: usize) -> Self {
+        LayerConstants { rope: self.rope.for_length(tokens), ..self.clone() }
+    }
 }
 
 /// y = x · weightᵀ + bias, with the inputs treated as the engine would.

@@ -1,15 +1,15 @@
 //! What a forward pass needs to know of a model. [`json`] reads it from `config.json`; anything unknown is refused by name.
 //!
 //! Field names and defaults are those of the configuration classes of transformers 5.17 (`LlamaConfig`, `MistralConfig`,
-//! `Qwen2Config`, `Qwen3Config`). Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (transformers 4) and
-//! `rope_parameters` (transformers 5).
+//! `Qwen2Config`, `Qwen3Config`). The keys of RoPE are those of
+//! [`rope::json`](super::rope::json).
 
 pub(in crate::model) mod json;
 
 use anyhow::{Result, ensure};
 
 use super::family::Family;
-use super::rope::RopeScaling;
+use super::rope::RopeParameters;
 use crate::backend::Rope;
 use crate::names::{Role, TensorId};
 
@@ -27,8 +27,7 @@ pub struct Config {
     pub vocab_size: usize,
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f32,
-    pub rope_theta: f32,
-    pub rope_scaling: RopeScaling,
+    pub rope: RopeParameters,
     pub tie_word_embeddings: bool,
     /// Biases on q, k, v.
     pub qkv_bias: bool,
@@ -78,16 +77,9 @@ impl Config {
             self.num_attention_heads,
             self.num_key_value_heads
         );
-        ensure!(self.head_dim.is_multiple_of(2), "`head_dim` {} is odd; RoPE rotates pairs", self.head_dim);
-        for (name, value) in [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)] {
-            ensure!(value.is_finite() && value > 0.0, "`{name}` is {value}; wanted a positive number");
-        }
-        if let RopeScaling::Divisors(divisors) = &self.rope_scaling {
-            let wanted = self.head_dim / 2;
-            ensure!(divisors.len() == wanted, "{} RoPE divisors, wanted {wanted}", divisors.len());
-            let wrong = divisors.iter().find(|x| !(x.is_finite() && **x > 0.0));
-            ensure!(wrong.is_none(), "a RoPE divisor is {}; wanted positive numbers", wrong.unwrap_or(&0.0));
-        }
+        self.rope.validate(self.head_dim)?;
+        let eps = self.rms_norm_eps;
+        ensure!(eps.is_finite() && eps > 0.0, "`rms_norm_eps` is {eps}; wanted a positive number");
         ensure!(self.sliding_window != Some(0), "`sliding_window` is 0; wanted `null` or a positive number");
         Ok(self)
     }
@@ -131,14 +123,9 @@ impl Config {
         }
     }
 
-    /// Returns the rotary angles with scaling applied.
+    /// Returns the rotation of every head.
     pub fn rope(&self) -> Rope {
-        self.rope_scaling.apply(self.rope_theta, self.head_dim)
-    }
-
-    /// Returns what scaling divides each frequency by, `[head_dim / 2]`; for Llama 3 these are GGUF's `rope_freqs`.
-    pub fn rope_divisors(&self) -> Vec<f64> {
-        self.rope_scaling.divisors(self.rope_theta, self.head_dim)
+        self.rope.rope(self.head_dim)
     }
 }
 

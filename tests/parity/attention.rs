@@ -6,20 +6,38 @@ use super::*;
 fn rope() {
     on_gpu(|cuda, rounding| {
         let mut random = Random(9);
-        for (heads, head_dim) in [(3, 64), (2, 80), (4, 128), (1, 256)] {
+        use Pairing::{Halves, Neighbours};
+        for (heads, head_dim, rotary, pairing) in [
+            (3, 64, 64, Halves),
+            (2, 80, 80, Halves),
+            (4, 128, 128, Halves),
+            (1, 256, 256, Halves),
+            (2, 96, 72, Halves),
+            (3, 80, 20, Halves),
+            (2, 64, 64, Neighbours),
+            (2, 128, 64, Neighbours),
+        ] {
             let batch = Batch { sequences: 2, tokens: 300 };
             let n = batch.sequences * batch.tokens;
             let x = random.normals(n * heads * head_dim);
-            let frequency = |i: usize| 10000f32.powf(-2.0 * i as f32 / head_dim as f32);
-            let rope = Rope { inverse_frequencies: (0..head_dim / 2).map(frequency).collect() };
-            let mut expected = Cpu.tensor(n, heads * head_dim, &x).unwrap();
-            Cpu.rope(&mut expected, &rope, batch).unwrap();
-            let expected = Cpu.read(&expected).unwrap();
-            let mut found = cuda.tensor(n, heads * head_dim, &x).unwrap();
-            cuda.rope(&mut found, &rope, batch).unwrap();
-            // An angle of up to 300 radians carries 2^-16 of F32 rounding if the two sides multiply differently.
-            let bound = |i: usize| rounding * expected[i].abs() + 1e-4 * (1.0 + expected[i].abs());
-            assert_close("rope", &cuda.read(&found).unwrap(), &expected, bound);
+            let frequency = |i: usize| 10000f32.powf(-2.0 * i as f32 / rotary as f32);
+            let inverse_frequencies: Vec<f32> = (0..rotary / 2).map(frequency).collect();
+            let slower = inverse_frequencies.iter().map(|angle| 0.25 * angle).collect();
+            let long = Some(LongAngles { beyond: 299, inverse_frequencies: slower });
+            for (long, magnitude) in [(None, 1.0), (long, 1.25)] {
+                let angles = inverse_frequencies.clone();
+                let rope = Rope { head_dim, pairing, long, magnitude, ..Rope::plain(angles) };
+                for rope in [rope.reversed(), rope] {
+                    let mut expected = Cpu.tensor(n, heads * head_dim, &x).unwrap();
+                    Cpu.rope(&mut expected, &rope, batch).unwrap();
+                    let expected = Cpu.read(&expected).unwrap();
+                    let mut found = cuda.tensor(n, heads * head_dim, &x).unwrap();
+                    cuda.rope(&mut found, &rope, batch).unwrap();
+                    // An angle of up to 300 radians carries 2^-16 of F32 rounding if the two sides multiply differently.
+                    let bound = |i: usize| rounding * expected[i].abs() + 1e-4 * (1.0 + expected[i].abs());
+                    assert_close("rope", &cuda.read(&found).unwrap(), &expected, bound);
+                }
+            }
         }
     });
 }
@@ -134,7 +152,7 @@ fn what_f16_cannot_hold_never_goes_unseen() {
         values[70] = huge;
         let x = cuda.rounded(&cuda.tensor(2, 64, &values).unwrap()).unwrap();
         let mut key = x.clone();
-        let rope = Rope { inverse_frequencies: vec![1.0; 32] };
+        let rope = Rope::plain(vec![1.0; 32]);
         cuda.rope(&mut key, &rope, batch).unwrap();
         let mixed = cuda.attention(&ones(), &key, &ones(), None, &shape, batch).unwrap();
         assert!(cuda.read(&mixed).unwrap()[64..].iter().any(|y| y.is_nan()), "a key of {huge}");

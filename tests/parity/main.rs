@@ -20,7 +20,7 @@ use half::f16;
 use quant::backend::cpu::Cpu;
 use quant::backend::cuda::{Cuda, Float, Precision};
 use quant::backend::kv_cache::KvCache;
-use quant::backend::{AttentionShape, Backend, Batch, Rope, SecondMoments};
+use quant::backend::{AttentionShape, Backend, Batch, LongAngles, Pairing, Rope, SecondMoments};
 use quant::num::{Codec, Element};
 use quant::scheme::{Offset, QTensor, Rounding, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};

@@ -1,4 +1,4 @@
-//! Rotary embedding and causal attention.
+//! Causal attention.
 //!
 //! Attention works on one head and a panel of 32 queries at a time, keys first: scores\[key, query\] = k · qᵀ come out of
 //! the product in the layout that the next product, outᵀ\[d, query\] = vᵀ · scores, takes in. Values are packed
@@ -13,58 +13,8 @@ use rayon::prelude::*;
 
 use super::elementwise::{exp, max};
 use super::zeros;
-use crate::backend::{AttentionShape, Batch, Rope};
+use crate::backend::{AttentionShape, Batch};
 use crate::linalg::product::{COLS, Left, ROWS, multiply_to_panel, transpose};
-
-/// Rotates pairs (i, i + half) of every head by position · inverse_frequencies\[i\].
-pub fn rope(x: &mut Array2<f32>, rope: &Rope, batch: Batch) {
-    let rotations = Rotations::new(rope, batch.tokens);
-    x.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(row, mut x)| {
-        rotations.turn_row(x.as_slice_mut().expect("rows are contiguous"), row % batch.tokens);
-    });
-}
-
-/// The rotations of every position.
-pub struct Rotations {
-    /// (cos, sin) of every position and pair, `[positions, half]`.
-    table: Vec<[f32; 2]>,
-    /// Pairs of a head.
-    half: usize,
-}
-
-impl Rotations {
-    /// Each position turns the one before by one step, in F64: after a million steps the error is still below 1e-9.
-    pub fn new(rope: &Rope, positions: usize) -> Self {
-        let steps: Vec<[f64; 2]> =
-            rope.inverse_frequencies.iter().map(|&f| [(f as f64).cos(), (f as f64).sin()]).collect();
-        let mut turned = vec![[1.0f64, 0.0]; steps.len()];
-        let mut table = Vec::with_capacity(positions * steps.len());
-        for _ in 0..positions {
-            for ([cos, sin], [step_cos, step_sin]) in turned.iter_mut().zip(&steps) {
-                table.push([*cos as f32, *sin as f32]);
-                (*cos, *sin) = (*cos * step_cos - *sin * step_sin, *sin * step_cos + *cos * step_sin);
-            }
-        }
-        Rotations { table, half: steps.len() }
-    }
-
-    /// Rotates every head of row `row` of `x` to `position`.
-    pub fn turn(&self, x: &mut Array2<f32>, row: usize, position: usize) {
-        let mut x = x.row_mut(row);
-        self.turn_row(x.as_slice_mut().expect("rows are contiguous"), position);
-    }
-
-    fn turn_row(&self, x: &mut [f32], position: usize) {
-        let half = self.half;
-        let rotation = &self.table[position * half..(position + 1) * half];
-        for head in x.chunks_exact_mut(2 * half) {
-            let (first, second) = head.split_at_mut(half);
-            for ((a, b), &[cos, sin]) in first.iter_mut().zip(second).zip(rotation) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
-        }
-    }
-}
 
 /// Returns causal softmax(scale · q kᵀ) v within each sequence, `[n, heads · head_dim]`; `sinks` `[heads]`.
 pub fn attention(
@@ -356,30 +306,6 @@ mod tests {
             let (keys, values) = (k.as_slice().unwrap(), v.as_slice().unwrap());
             attend_one(&q.row(39).as_slice().unwrap()[8..], keys, values, 0, Some(huge), &shape, &mut out);
             assert_eq!(out, [0.0; 8], "a sink of {huge}");
-        }
-    }
-
-    #[test]
-    fn rotation_keeps_lengths_and_depends_on_distance_only() {
-        let rotary = Rope { inverse_frequencies: vec![1.0, 0.1] };
-        let mut x = Array2::from_shape_fn((50, 4), |(_, col)| [1.0, 2.0, -1.0, 0.5][col]);
-        rope(&mut x, &rotary, Batch { sequences: 2, tokens: 25 });
-        let dot = |a: usize, b: usize| x.row(a).dot(&x.row(b));
-        assert_eq!(x.row(0), x.row(25), "positions start anew in each sequence");
-        assert!((dot(3, 3) - 6.25).abs() < 1e-5);
-        assert!((dot(3, 7) - dot(20, 24)).abs() < 1e-5);
-        let (cos, sin) = (3f32.cos(), 3f32.sin());
-        assert!((x[[3, 0]] - (cos + sin)).abs() < 1e-6 && (x[[3, 2]] - (-cos + sin)).abs() < 1e-6);
-    }
-
-    #[test]
-    fn the_rotation_recurrence_does_not_drift() {
-        let rotary = Rope { inverse_frequencies: vec![1.0, 0.317, 1e-4] };
-        let table = Rotations::new(&rotary, 100_000).table;
-        for (i, &frequency) in rotary.inverse_frequencies.iter().enumerate() {
-            let [cos, sin] = table[99_999 * 3 + i];
-            let angle = 99_999.0 * frequency as f64;
-            assert!((cos as f64 - angle.cos()).abs() < 1e-7 && (sin as f64 - angle.sin()).abs() < 1e-7);
         }
     }
 }

@@ -5,7 +5,8 @@ use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::attention::{Rotations, attend_one};
+use super::attention::attend_one;
+use super::rotation::Rotations;
 use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
 // Upwards by contract: a decoder runs the layers of a model token by token, as generating asks for it.
@@ -34,7 +35,7 @@ impl Generate for Cpu {
         let layers = model.layers.len();
         Ok(Box::new(CpuDecoder {
             model,
-            constants: model.constants.with_cache(kv_cache),
+            constants: model.constants.with_cache(kv_cache).for_length(capacity),
             capacity,
             rotations: Rotations::new(&model.constants.rope, capacity),
             caches: (0..sequences).map(|_| Cache::new(layers)).collect(),

@@ -8,6 +8,7 @@ mod decoded;
 mod elementwise;
 mod gradients;
 mod head;
+mod rotation;
 
 use anyhow::{Result, ensure};
 use ndarray::{Array2, Axis};
@@ -125,7 +126,7 @@ impl Backend for Cpu {
     }
 
     fn rope(&self, x: &mut Array2<f32>, rope: &Rope, batch: Batch) -> Result<()> {
-        attention::rope(x, rope, batch);
+        rotation::rope(x, rope, batch);
         Ok(())
     }
 

@@ -6,30 +6,34 @@ use super::compile::Kernel;
 use super::device::{Arg, Geometry};
 use super::{Cuda, Float, Tensor, macro_of};
 use crate::backend::kv_cache::KvCache;
-use crate::backend::{AttentionShape, Batch, Rope};
+use crate::backend::{AttentionShape, Batch, Pairing, Rope};
 
 impl Cuda {
     /// Rotates every head in place: [`Backend::rope`](crate::backend::Backend::rope).
     pub(super) fn rotate(&self, x: &mut Tensor, rope: &Rope, batch: Batch) -> Result<()> {
-        let half = rope.inverse_frequencies.len();
+        let (head_dim, pairs) = (rope.head_dim, rope.pairs());
         ensure!(
-            half.is_multiple_of(4) && (1..=128).contains(&half),
-            "head size {}: the GPU takes multiples of 8 up to 256",
-            2 * half
+            head_dim.is_multiple_of(2) && 2 * pairs <= head_dim && pairs <= MOST_PAIRS,
+            "{pairs} rotated pairs in heads of {head_dim}: the GPU takes up to {MOST_PAIRS}, and heads of even width"
         );
-        ensure!(x.cols.is_multiple_of(2 * half), "{} columns in heads of {}", x.cols, 2 * half);
+        ensure!(x.cols.is_multiple_of(head_dim), "{} columns in heads of {head_dim}", x.cols);
         ensure!(x.rows == batch.sequences * batch.tokens, "{} rows for {batch:?}", x.rows);
         x.make_unique(&self.device)?;
+        let neighbours = rope.pairing == Pairing::Neighbours;
+        let whole = !neighbours && 2 * pairs == head_dim && pairs.is_multiple_of(4);
+        let run = format!("RUN={}", if whole { 4 } else { 1 });
         self.device.launch(
-            Kernel::new("rope", &[&macro_of("X", x.float)]),
+            Kernel::new("rope", &[&macro_of("X", x.float), &neighbours_define(rope), &run]),
             Geometry::flat(x.rows, 256),
             &[
                 Arg::Pointer(x.at()),
-                Arg::Struct(&frequencies(rope)),
-                Arg::U32((x.cols / (2 * half)) as u32),
-                Arg::U32(half as u32),
+                Arg::Struct(&frequencies(rope.angles(batch.tokens))),
+                Arg::U32((x.cols / head_dim) as u32),
+                Arg::U32(head_dim as u32),
+                Arg::U32(pairs as u32),
                 Arg::U32(batch.tokens as u32),
                 Arg::U32(0),
+                Arg::F32(rope.magnitude),
             ],
         )
     }
@@ -117,14 +121,22 @@ impl Cuda {
     }
 }
 
-/// Returns `struct Frequencies` of the kernels: 128 floats, of which the first `head_dim / 2` matter.
-pub(super) fn frequencies(rope: &Rope) -> [u64; 64] {
-    let mut words = [0u64; 64];
-    for (word, pair) in words.iter_mut().zip(rope.inverse_frequencies.chunks(2)) {
+/// Pairs that `struct Frequencies` of the kernels has room for.
+const MOST_PAIRS: usize = 128;
+
+/// Returns `struct Frequencies` of the kernels: [`MOST_PAIRS`] floats, of which the first `angles.len()` matter.
+pub(super) fn frequencies(angles: &[f32]) -> [u64; MOST_PAIRS / 2] {
+    let mut words = [0u64; MOST_PAIRS / 2];
+    for (word, two) in words.iter_mut().zip(angles.chunks(2)) {
         let bits = |value: Option<&f32>| u64::from(value.map_or(0, |value| value.to_bits()));
-        *word = bits(pair.first()) | bits(pair.get(1)) << 32;
+        *word = bits(two.first()) | bits(two.get(1)) << 32;
     }
     words
+}
+
+/// Returns the definition for the pairs that turn together.
+pub(super) fn neighbours_define(rope: &Rope) -> String {
+    format!("NEIGHBOURS={}", u8::from(rope.pairing == Pairing::Neighbours))
 }
 
 /// Returns how many values a cache rounds together, and the definitions of `cache.cuh`.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
-use super::attention::{cache_defines, frequencies, sinks_define, window_argument};
+use super::attention::{cache_defines, frequencies, neighbours_define, sinks_define, window_argument};
 use super::choose::Chooser;
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
@@ -141,7 +141,7 @@ impl<'a> CudaDecoder<'a> {
         Ok(CudaDecoder {
             cuda,
             model,
-            constants: model.constants.clone(),
+            constants: model.constants.for_length(capacity),
             capacity,
             lengths: vec![0; sequences],
             cache: model.layers.iter().map(|_| Ok((cache()?, cache()?))).collect::<Result<_>>()?,
@@ -153,7 +153,7 @@ impl<'a> CudaDecoder<'a> {
 
     /// Returns the decoder with keys and values as `kv_cache` keeps them; [`KvCache::Exact`] leaves that to the model.
     pub fn with_cache(mut self, kv_cache: KvCache) -> Self {
-        self.constants = self.model.constants.with_cache(kv_cache);
+        self.constants = self.model.constants.with_cache(kv_cache).for_length(self.capacity);
         self
     }
 
@@ -319,6 +319,8 @@ impl<'a> CudaDecoder<'a> {
         let (_, mut defines) = cache_defines(constants.kv_cache, shape.head_dim);
         defines.extend([
             format!("D={}", shape.head_dim),
+            format!("ROTARY={}", 2 * constants.rope.pairs()),
+            neighbours_define(&constants.rope),
             format!("HEADS={heads}"),
             sinks_define(layer.sinks.as_ref()),
         ]);
@@ -335,7 +337,7 @@ impl<'a> CudaDecoder<'a> {
                 Arg::Pointer(cache.0.at()),
                 Arg::Pointer(cache.1.at()),
                 Arg::Pointer(self.chooser.positions.at()),
-                Arg::Struct(&frequencies(&constants.rope)),
+                Arg::Struct(&frequencies(constants.rope.angles(self.capacity))),
                 Arg::Pointer(state.partial.at()),
                 Arg::Pointer(state.arrived.at()),
                 Arg::Pointer(state.mixed.at()),
@@ -344,6 +346,7 @@ impl<'a> CudaDecoder<'a> {
                 Arg::U32(self.capacity as u32),
                 Arg::U32(window_argument(shape.window)),
                 Arg::F32(shape.scale),
+                Arg::F32(constants.rope.magnitude),
                 Arg::F32(constants.eps),
                 Arg::F32(layer.kv_scales[0]),
                 Arg::F32(layer.kv_scales[1]),

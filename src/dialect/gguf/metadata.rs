@@ -7,14 +7,12 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::tokenizer;
+use super::{rope, tokenizer};
 use crate::container::gguf::{Gguf, Metadata, Value};
 use crate::model::config::Config;
 use crate::model::family::{FAMILIES, Family};
-use crate::model::rope::RopeScaling;
 use crate::model::tokenizer::TokenizerFiles;
 use crate::names::{Role, TensorId};
-use crate::tensor::{Dtype, floats_from_bytes};
 
 /// (format, `general.file_type`), from llama.h's `llama_ftype`. Informational: loaders go by each tensor's type.
 const FILE_TYPES: [(&str, u32); 12] = [
@@ -70,22 +68,14 @@ fn set_model_keys(config: &Config, architecture: &str, out: &mut Metadata) -> Re
         ("attention.head_count_kv", config.num_key_value_heads),
         ("attention.key_length", config.head_dim),
         ("attention.value_length", config.head_dim),
-        ("rope.dimension_count", config.head_dim),
+        ("rope.dimension_count", config.rope.rotary_dim(config.head_dim)),
     ] {
         let value =
             u32::try_from(value).with_context(|| format!("`{key}` {value} does not fit GGUF's u32"))?;
         out.set(&format!("{architecture}.{key}"), value);
     }
     out.set(&format!("{architecture}.attention.layer_norm_rms_epsilon"), config.rms_norm_eps);
-    out.set(&format!("{architecture}.rope.freq_base"), config.rope_theta);
-    match config.rope_scaling {
-        // Llama 3 scaling, like any other table of divisors, is the tensor `rope_freqs.weight`.
-        RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::Divisors(_) => {}
-        RopeScaling::Linear { factor } => {
-            out.set(&format!("{architecture}.rope.scaling.type"), "linear");
-            out.set(&format!("{architecture}.rope.scaling.factor"), factor);
-        }
-    }
+    rope::write(&config.rope, config.head_dim, architecture, out)?;
     Ok(())
 }
 
@@ -112,16 +102,20 @@ pub fn read(file: &Gguf) -> Result<Config> {
     let has_bias = |role| has(TensorId::in_layer(0, role).bias());
     let (hidden_size, heads) = (size("embedding_length")?, size("attention.head_count")?);
     let head_dim = size_or("attention.key_length", hidden_size / heads.max(1))?;
-    for suffix in ["attention.value_length", "rope.dimension_count"] {
-        let found = size_or(suffix, head_dim)?;
-        ensure!(found == head_dim, "GGUF key `{}` is {found}, wanted the head size {head_dim}", key(suffix));
-    }
+    let value_width = size_or("attention.value_length", head_dim)?;
+    ensure!(
+        value_width == head_dim,
+        "GGUF key `{}` is {value_width}, wanted the head size {head_dim}",
+        key("attention.value_length")
+    );
+    let max_position_embeddings = size("context_length")?;
     let experts = size_or("expert_count", 0)?;
     ensure!(
         experts == 0,
         "GGUF key `{}` is {experts}; mixtures of experts are not supported",
         key("expert_count")
     );
+    refuse_unread(metadata, name)?;
     let token = |name: &str| {
         let id = metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(Value::as_u64);
         id.and_then(|id| u32::try_from(id).ok())
@@ -135,13 +129,9 @@ pub fn read(file: &Gguf) -> Result<Config> {
         num_key_value_heads: size_or("attention.head_count_kv", heads)?,
         head_dim,
         vocab_size: embedding_rows(file)?,
-        max_position_embeddings: size("context_length")?,
+        max_position_embeddings,
         rms_norm_eps: metadata.float(&key("attention.layer_norm_rms_epsilon"))?,
-        rope_theta: match metadata.get(&key("rope.freq_base")) {
-            None => 10_000.0,
-            Some(_) => metadata.float(&key("rope.freq_base"))?,
-        },
-        rope_scaling: rope_scaling(file, name)?,
+        rope: rope::read(file, name, head_dim, max_position_embeddings)?,
         tie_word_embeddings: !has(TensorId::global(Role::Head)),
         qkv_bias: has_bias(Role::Q),
         o_bias: has_bias(Role::O),
@@ -155,6 +145,35 @@ pub fn read(file: &Gguf) -> Result<Config> {
     .validated()
 }
 
+/// Keys of an architecture that change the numbers, which no forward pass here honours, and the value with which they do not.
+const UNREAD: [(&str, f64); 14] = [
+    ("attention.scale", 0.0),
+    ("attention.output_scale", 0.0),
+    ("attention.temperature_scale", 0.0),
+    ("attention.sliding_window", 0.0),
+    ("attention.clamp_kqv", 0.0),
+    ("attention.max_alibi_bias", 0.0),
+    ("attention.causal", 1.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("router_logit_softcapping", 0.0),
+    ("logit_scale", 1.0),
+    ("residual_scale", 1.0),
+    ("embedding_scale", 1.0),
+    ("use_parallel_residual", 0.0),
+];
+
+/// Refuses keys of [`UNREAD`] that say something.
+fn refuse_unread(metadata: &Metadata, architecture: &str) -> Result<()> {
+    for (suffix, neutral) in UNREAD {
+        let key = format!("{architecture}.{suffix}");
+        let Some(value) = metadata.get(&key) else { continue };
+        let number = value.as_f64().or(value.as_u64().map(|x| x as f64)).or(value.as_bool().map(f64::from));
+        ensure!(number == Some(neutral), "GGUF key `{key}` is {value:?}, which no forward pass here honours");
+    }
+    Ok(())
+}
+
 /// `{architecture}.vocab_size` is optional, and the embedding table is what counts.
 fn embedding_rows(file: &Gguf) -> Result<usize> {
     let name = TensorId::global(Role::Embed).gguf_name();
@@ -166,39 +185,6 @@ fn embedding_rows(file: &Gguf) -> Result<usize> {
     }
 }
 
-fn rope_scaling(file: &Gguf, architecture: &str) -> Result<RopeScaling> {
-    let name = TensorId::global(Role::RopeFreqs).gguf_name();
-    let divisors = match file.tensors.iter().find(|tensor| tensor.spec.name == name) {
-        None => None,
-        Some(tensor) => {
-            ensure!(
-                tensor.spec.storage == crate::container::Storage::Plain(Dtype::F32),
-                "`{name}` is {:?}, wanted F32",
-                tensor.spec.storage
-            );
-            let bytes = file.files[tensor.file].read(tensor.start, tensor.spec.bytes())?;
-            let mut divisors = vec![0.0; bytes.len() / 4];
-            floats_from_bytes(Dtype::F32, &bytes, &mut divisors);
-            Some(divisors)
-        }
-    };
-    let scaling = |suffix: &str| format!("{architecture}.rope.scaling.{suffix}");
-    // The loader's default type is `linear`, and a factor of 0 or none at all means 1.
-    let kind = file.metadata.get(&scaling("type")).and_then(Value::as_str).unwrap_or("linear");
-    let factor = file.metadata.get(&scaling("factor")).and_then(Value::as_f64).unwrap_or(0.0) as f32;
-    match (kind, divisors) {
-        ("none", None) => Ok(RopeScaling::None),
-        ("none", Some(divisors)) => Ok(RopeScaling::Divisors(divisors)),
-        ("linear", Some(divisors)) if factor == 0.0 || factor == 1.0 => Ok(RopeScaling::Divisors(divisors)),
-        ("linear", None) if factor == 0.0 || factor == 1.0 => Ok(RopeScaling::None),
-        ("linear", None) => Ok(RopeScaling::Linear { factor }),
-        ("linear", Some(_)) => {
-            bail!("`{name}` together with `{}` {factor} is not supported", scaling("factor"))
-        }
-        (kind, _) => bail!("GGUF key `{}` is `{kind}`; supported are `none` and `linear`", scaling("type")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -207,6 +193,8 @@ mod tests {
     use crate::container::gguf::GgufSink;
     use crate::container::{Opening, Sink, Storage, TensorSpec};
     use crate::dialect::Dialect;
+    use crate::model::rope::RopeScaling;
+    use crate::tensor::Dtype;
 
     fn config(class: &str, extra: &[(&str, serde_json::Value)]) -> Config {
         let mut json = json!({
@@ -278,6 +266,96 @@ mod tests {
         }
     }
 
+    fn scaled(class: &str, scaling: serde_json::Value) -> Config {
+        config(class, &[("rope_scaling", scaling)])
+    }
+
+    #[test]
+    fn rope_scaling_survives_a_round_trip() {
+        let table = json!([1.0, 1.1, 2.5, 9.0]);
+        for config in [
+            scaled("LlamaForCausalLM", json!({"type": "yarn", "factor": 4.0})),
+            scaled("Qwen2ForCausalLM", json!({"type": "yarn", "factor": 3.3, "attention_factor": 1.0})),
+            scaled(
+                "Qwen3ForCausalLM",
+                json!({"type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 0.9,
+                "beta_fast": 8, "beta_slow": 2.5, "original_max_position_embeddings": 64}),
+            ),
+            scaled(
+                "LlamaForCausalLM",
+                json!({"type": "longrope", "short_factor": table, "long_factor": table,
+                "original_max_position_embeddings": 64}),
+            ),
+            scaled(
+                "LlamaForCausalLM",
+                json!({"type": "longrope", "short_factor": table, "long_factor": table,
+                "factor": 1.0}),
+            ),
+            scaled("Qwen2ForCausalLM", json!({"type": "linear", "factor": 1.7})),
+        ] {
+            assert_eq!(read(&written(&config, |_| ())).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn what_gguf_cannot_say_of_rope_is_told_or_refused() {
+        let gguf = crate::dialect::gguf::Gguf;
+        let dynamic = scaled("Qwen2ForCausalLM", json!({"type": "dynamic", "factor": 2.0}));
+        assert!(gguf.losses(&dynamic)[0].contains("beyond 512 tokens only"));
+        assert_eq!(read(&written(&dynamic, |_| ())).unwrap(), config("Qwen2ForCausalLM", &[]));
+        let fractions = scaled("LlamaForCausalLM", json!({"type": "yarn", "factor": 2.0, "truncate": false}));
+        assert!(gguf.losses(&fractions)[0].contains("`truncate` is false"));
+        // Only some architectures look for tables of divisors, and llama.cpp refuses tensors that nobody asks for.
+        for scaling in [
+            json!({"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+            json!({"type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1, 1, 1, 1]}),
+        ] {
+            let qwen = scaled("Qwen2ForCausalLM", scaling);
+            let error = write(&qwen, &files(&qwen), "x", "f32").unwrap_err().to_string();
+            assert!(error.contains("no scaling for `qwen2`"), "{error}");
+        }
+    }
+
+    #[test]
+    fn rope_keys_mean_what_llama_cpp_takes_them_for() {
+        let plain = config("LlamaForCausalLM", &[]);
+        let rope = |change: &dyn Fn(&mut Metadata)| read(&written(&plain, change)).unwrap().rope;
+        let key = |name: &str| format!("llama.rope.{name}");
+        assert_eq!(
+            rope(&|m| m.set(&key("scale_linear"), 4.0f32)).scaling,
+            RopeScaling::Linear { factor: 4.0 }
+        );
+        let none = rope(&|m| {
+            m.set(&key("scaling.type"), "none");
+            m.set(&key("scaling.factor"), 4.0f32);
+            m.set(&key("scaling.finetuned"), true);
+        });
+        assert_eq!(none.scaling, RopeScaling::None);
+        let yarn = rope(&|m| {
+            m.set(&key("scaling.type"), "yarn");
+            m.set(&key("scaling.factor"), 4.0f32);
+            m.set(&key("scaling.yarn_log_multiplier"), 0.5f32);
+            m.set(&key("scaling.attn_factor"), 2.0f32);
+        });
+        let magnitude = 2.0 * (0.1 * 4f32.ln() + 1.0) / (0.05 * 4f32.ln() + 1.0);
+        assert!((yarn.magnitude() - magnitude).abs() < 1e-6, "{}", yarn.magnitude());
+        let RopeScaling::Yarn(yarn) = yarn.scaling else { panic!("{yarn:?}") };
+        assert_eq!((yarn.original_context, yarn.beta_fast, yarn.beta_slow), (512, 32.0, 1.0));
+        for (name, value) in [
+            ("rope.scaling.yarn_ext_factor", 1.0),
+            ("rope.scaling.alpha", 1000.0),
+            ("rope.freq_base_swa", 1e4),
+            ("rope.scaling.attn_factor", 1.5),
+            ("attention.scale", 0.5),
+            ("final_logit_softcapping", 30.0),
+        ] {
+            let message = refusal(|m| m.set(&format!("llama.{name}"), value as f32));
+            assert!(message.contains(&format!("`llama.{name}`")), "{message}");
+        }
+        assert!(refusal(|m| m.set("llama.attention.sliding_window", 128u32)).contains("sliding_window"));
+        assert!(refusal(|m| m.set("llama.rope.scaling.type", "longrope")).contains("rope_factors_long"));
+    }
+
     #[test]
     fn mistral_is_read_as_llama_without_a_window() {
         let mistral = config("MistralForCausalLM", &[("sliding_window", json!(8))]);
@@ -290,9 +368,9 @@ mod tests {
                             "original_max_position_embeddings": 8192});
         let config = config("LlamaForCausalLM", &[("rope_scaling", llama3)]);
         let back = read(&written(&config, |_| ())).unwrap();
-        let rounded: Vec<f32> = config.rope_divisors().into_iter().map(|x| x as f32).collect();
+        let rounded: Vec<f32> = config.rope.divisors(8).into_iter().map(|x| x as f32).collect();
         assert_eq!(rounded.last(), Some(&32.0));
-        assert_eq!(back.rope_scaling, RopeScaling::Divisors(rounded));
+        assert_eq!(back.rope.scaling, RopeScaling::Divisors(rounded));
         let again = read(&written(&back, |_| ())).unwrap();
         assert_eq!(again, back, "a table of divisors survives");
     }
@@ -319,8 +397,8 @@ mod tests {
     fn what_is_unknown_is_refused_by_name() {
         assert!(refusal(|m| m.set("general.architecture", "gemma2")).contains("`gemma2`; known are"));
         assert!(
-            refusal(|m| m.set("llama.rope.scaling.type", "yarn"))
-                .contains("`llama.rope.scaling.type` is `yarn`")
+            refusal(|m| m.set("llama.rope.scaling.type", "ntk"))
+                .contains("`llama.rope.scaling.type` is `ntk`")
         );
         assert!(refusal(|m| m.set("llama.expert_count", 8u32)).contains("mixtures of experts"));
         assert!(

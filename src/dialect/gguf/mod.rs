@@ -1,11 +1,12 @@
 //! GGUF as llama.cpp reads it: block bytes, metadata, tokenizer.
 //!
 //! - [`Gguf`]: quantized matrices ↔ ggml blocks.
-//! - [`metadata`]: configuration ↔ keys. [`tokenizer`]: `tokenizer.json` ↔ keys.
+//! - [`metadata`]: configuration ↔ keys, those of [`rope`] apart. [`tokenizer`]: `tokenizer.json` ↔ keys.
 
 mod blocks;
 pub mod metadata;
 mod pre_tokenizer;
+mod rope;
 pub mod tokenizer;
 
 use anyhow::{Result, anyhow, bail, ensure};
@@ -13,10 +14,10 @@ use rayon::prelude::*;
 
 use self::blocks::{Block, BlockMut, LAYOUTS, Layout};
 use super::{Dialect, Part};
+use crate::backend::Pairing;
 use crate::container::Storage;
 use crate::container::gguf::GgmlType;
 use crate::model::config::Config;
-use crate::model::rope::RopeScaling;
 use crate::names::{Role, TensorId};
 use crate::scheme::{Activations, QTensor, Scheme};
 use crate::tensor::Dtype;
@@ -29,10 +30,10 @@ pub fn scheme_of(kind: GgmlType) -> Option<Scheme> {
     LAYOUTS.iter().find(|layout| layout.kind == kind).map(|layout| layout.scheme)
 }
 
-/// Returns the row order of one head of `len` rows: 0, half, 1, half + 1, …
+/// Returns the row order of one head of `len` rows, of which the first `rotary` turn: 0, half, 1, half + 1, …, then the rest
 /// (`LlamaModel.permute` of convert_hf_to_gguf.py).
-fn interleaved(len: usize) -> Vec<usize> {
-    (0..len).map(|i| i / 2 + i % 2 * (len / 2)).collect()
+fn interleaved(len: usize, rotary: usize) -> Vec<usize> {
+    (0..len).map(|i| if i < rotary { i / 2 + i % 2 * (rotary / 2) } else { i }).collect()
 }
 
 fn layout(scheme: &Scheme) -> Result<&'static Layout> {
@@ -63,7 +64,9 @@ impl Dialect for Gguf {
 
     fn row_order(&self, id: TensorId, config: &Config) -> Option<Vec<usize>> {
         let rotated = matches!(id.role, Role::Q | Role::K);
-        (rotated && config.family.gguf_neighbours).then(|| interleaved(config.head_dim))
+        let apart = config.rope.pairing == Pairing::Halves;
+        let (len, rotary) = (config.head_dim, config.rope.rotary_dim(config.head_dim));
+        (rotated && apart && config.family.gguf_neighbours).then(|| interleaved(len, rotary))
     }
 
     /// llama.cpp reads no window for these architectures (`llama_model::load_hparams`): attention is always full.
@@ -75,16 +78,13 @@ impl Dialect for Gguf {
                  llama.cpp attends to all, so answers differ beyond {window} tokens"
             )
         };
-        window.map(loss).into_iter().collect()
+        let rotary = rope::losses(&config.rope, config.max_position_embeddings);
+        window.map(loss).into_iter().chain(rotary).collect()
     }
 
-    /// Llama 3 scaling has no metadata: llama.cpp takes each frequency's divisor from `rope_freqs.weight`.
+    /// Tables of RoPE divisors have no metadata.
     fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)> {
-        let (RopeScaling::Llama3 { .. } | RopeScaling::Divisors(_)) = config.rope_scaling else {
-            return Vec::new();
-        };
-        let divisors = config.rope_divisors().into_iter().map(|divisor| divisor as f32).collect();
-        vec![(TensorId::global(Role::RopeFreqs), divisors)]
+        rope::tensors(&config.rope, config.head_dim)
     }
 
     fn parts(
@@ -365,14 +365,15 @@ mod tests {
 
     #[test]
     fn heads_of_q_and_k_are_interleaved_for_llama_only() {
-        assert_eq!(interleaved(8), [0, 4, 1, 5, 2, 6, 3, 7]);
+        assert_eq!(interleaved(8, 8), [0, 4, 1, 5, 2, 6, 3, 7]);
+        assert_eq!(interleaved(6, 4), [0, 2, 1, 3, 4, 5]);
         let json = serde_json::json!({"architectures": ["MistralForCausalLM"], "hidden_size": 32, "vocab_size": 8,
             "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4});
         let mut config = Config::from_json(&json).unwrap();
         for (role, wanted) in [(Role::Q, true), (Role::K, true), (Role::V, false), (Role::O, false)] {
             let id = TensorId::in_layer(0, role);
             for id in [id, id.bias()] {
-                assert_eq!(Gguf.row_order(id, &config), wanted.then(|| interleaved(8)), "{id}");
+                assert_eq!(Gguf.row_order(id, &config), wanted.then(|| interleaved(8, 8)), "{id}");
             }
         }
         config.family = Family::of_gguf("qwen3").unwrap();

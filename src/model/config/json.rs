@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::Config;
 use crate::model::family::Family;
-use crate::model::rope::RopeScaling;
+use crate::model::rope;
 
 impl Config {
     /// Reads a `config.json`.
@@ -21,7 +21,6 @@ impl Config {
         let hidden_size = required(json, "hidden_size")?;
         let num_attention_heads = required(json, "num_attention_heads")?;
         ensure!(num_attention_heads > 0, "`num_attention_heads` is 0; wanted at least one head");
-        let (rope_theta, rope_scaling) = rope_fields(json)?;
         let mut config = Config {
             family,
             hidden_size,
@@ -33,8 +32,7 @@ impl Config {
             vocab_size: required(json, "vocab_size")?,
             max_position_embeddings: size(json, "max_position_embeddings")?.unwrap_or(2048),
             rms_norm_eps: number(json, "rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta,
-            rope_scaling,
+            rope: rope::json::read(json, &family.rope)?.shared()?,
             tie_word_embeddings: flag(json, "tie_word_embeddings")?,
             qkv_bias: false,
             o_bias: false,
@@ -68,7 +66,7 @@ impl Config {
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": decimal(self.rms_norm_eps),
-            "rope_parameters": rope_parameters(self)?,
+            "rope_parameters": rope::json::write(&self.rope)?,
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": match self.eos_token_ids[..] {
@@ -91,77 +89,9 @@ impl Config {
     }
 }
 
-fn rope_parameters(config: &Config) -> Result<Value> {
-    let mut out = match &config.rope_scaling {
-        RopeScaling::None => json!({"rope_type": "default"}),
-        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": decimal(*factor)}),
-        RopeScaling::Llama3 { factor, low, high, original_context } => json!({
-            "rope_type": "llama3",
-            "factor": decimal(*factor),
-            "low_freq_factor": decimal(*low),
-            "high_freq_factor": decimal(*high),
-            "original_max_position_embeddings": original_context,
-        }),
-        RopeScaling::Divisors(_) => {
-            bail!("RoPE is scaled by a table of divisors, which `config.json` has no key for")
-        }
-    };
-    out["rope_theta"] = decimal(config.rope_theta);
-    Ok(out)
-}
-
 /// Returns a number with the digits that an F32 needs; as an F64 it would print its rounding.
-fn decimal(x: f32) -> Value {
+pub(in crate::model) fn decimal(x: f32) -> Value {
     x.to_string().parse::<f64>().map_or(Value::Null, Value::from)
-}
-
-/// Reads θ and the scaling from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
-fn rope_fields(json: &Value) -> Result<(f32, RopeScaling)> {
-    let (key, rope) = match (json.get("rope_parameters"), json.get("rope_scaling")) {
-        (Some(rope @ Value::Object(_)), _) => ("rope_parameters", rope),
-        (_, Some(rope @ Value::Object(_))) => ("rope_scaling", rope),
-        (None | Some(Value::Null), None | Some(Value::Null)) => ("rope_parameters", &Value::Null),
-        _ => bail!("`rope_parameters` or `rope_scaling` is neither an object nor null"),
-    };
-    let theta = match number(rope, "rope_theta").context(key)? {
-        Some(theta) => theta,
-        None => number(json, "rope_theta")?.unwrap_or(10_000.0),
-    };
-    for owner in [json, rope] {
-        let share = number(owner, "partial_rotary_factor")?.unwrap_or(1.0);
-        ensure!(
-            share == 1.0,
-            "`partial_rotary_factor` is {share}; only fully rotated heads (1.0) are supported"
-        );
-    }
-    if let Some((name, _)) = rope.as_object().into_iter().flatten().find(|(_, value)| value.is_object()) {
-        bail!(
-            "`{key}.{name}`: RoPE parameters per layer type are not supported; wanted one set for all layers"
-        );
-    }
-    let kind =
-        rope.get("rope_type").or_else(|| rope.get("type")).and_then(Value::as_str).unwrap_or("default");
-    let need = |name: &str| -> Result<f32> {
-        let value =
-            number(rope, name)?.with_context(|| format!("`{key}.{name}` is missing for type `{kind}`"))?;
-        ensure!(value.is_finite() && value > 0.0, "`{key}.{name}` is {value}; wanted a positive number");
-        Ok(value)
-    };
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: need("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: need("factor")?,
-            low: need("low_freq_factor")?,
-            high: need("high_freq_factor")?,
-            original_context: need("original_max_position_embeddings")? as usize,
-        },
-        other => bail!("`{key}` has type `{other}`; supported are `default`, `linear` and `llama3`"),
-    };
-    if let RopeScaling::Llama3 { low, high, .. } = scaling {
-        ensure!(low < high, "`{key}.low_freq_factor` {low} is not below `high_freq_factor` {high}");
-    }
-    Ok((theta, scaling))
 }
 
 fn required(json: &Value, name: &str) -> Result<usize> {

@@ -5,12 +5,14 @@ use serde_json::{Map, Value, json};
 
 use super::Family;
 use crate::model::config::{Config, json::flag};
+use crate::model::rope::json::RopeClass;
 
 pub const LLAMA: Family = Family {
     class: "LlamaForCausalLM",
     model_type: "llama",
     gguf: "llama",
     gguf_neighbours: true,
+    rope: RopeClass::PLAIN,
     read,
     write,
 };

@@ -5,12 +5,14 @@ use serde_json::{Map, Value, json};
 
 use super::Family;
 use crate::model::config::{Config, json::size};
+use crate::model::rope::json::RopeClass;
 
 pub const MISTRAL: Family = Family {
     class: "MistralForCausalLM",
     model_type: "mistral",
     gguf: "llama",
     gguf_neighbours: true,
+    rope: RopeClass::PLAIN,
     read,
     write,
 };

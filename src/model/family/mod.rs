@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 
 use super::config::Config;
+use super::rope::json::RopeClass;
 
 /// What a family's files call things, and what its configuration class means by its keys.
 pub struct Family {
@@ -26,6 +27,8 @@ pub struct Family {
     /// Whether llama.cpp rotates neighbours (2i, 2i + 1) of q and k for that architecture, so that GGUF files keep the rows
     /// of each head in that order.
     pub gguf_neighbours: bool,
+    /// What the class means by the keys of rotary embedding.
+    pub(super) rope: RopeClass,
     /// Sets what the class's own keys and defaults say in a configuration whose common keys are read.
     read: fn(&Value, &mut Config) -> Result<()>,
     /// Inverse of `read`: adds the class's own keys.

@@ -6,12 +6,14 @@ use serde_json::{Map, Value, json};
 use super::Family;
 use crate::model::config::Config;
 use crate::model::config::json::{flag, size};
+use crate::model::rope::json::RopeClass;
 
 pub const QWEN2: Family = Family {
     class: "Qwen2ForCausalLM",
     model_type: "qwen2",
     gguf: "qwen2",
     gguf_neighbours: false,
+    rope: RopeClass::PLAIN,
     read,
     write,
 };

@@ -6,12 +6,14 @@ use serde_json::{Map, Value, json};
 use super::{Family, qwen2};
 use crate::model::config::Config;
 use crate::model::config::json::{flag, size};
+use crate::model::rope::json::RopeClass;
 
 pub const QWEN3: Family = Family {
     class: "Qwen3ForCausalLM",
     model_type: "qwen3",
     gguf: "qwen3",
     gguf_neighbours: false,
+    rope: RopeClass::PLAIN,
     read,
     write,
 };
