@@ -85,7 +85,7 @@ FAMILIES = {
         "n_group": 2, "topk_group": 4, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "use_qk_norm": False,
         "rope_parameters.partial_rotary_factor": 1.0, "zero correction_bias": None}),
     "minimax_m2": Family("MiniMaxM2Config", dict(
-        SIZES | dict(intermediate_size=32), head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        SIZES | dict(intermediate_size=32), head_dim=16, rotary_dim=8, num_local_experts=4, num_experts_per_tok=2,
         rope_parameters=rope(partial_rotary_factor=0.5)), {
         "rope_parameters.partial_rotary_factor": 1.0, "zero correction_bias": None}),
     "gpt_oss": Family("GptOssConfig", dict(
@@ -139,8 +139,8 @@ FAMILIES = {
     "cohere": Family("CohereConfig", dict(SIZES, use_qk_norm=True, logit_scale=0.25, rope_parameters=rope()), {
         "logit_scale": 1.0, "use_qk_norm": False}),
     "cohere2": Family("Cohere2Config", dict(
-        SIZES, logit_scale=0.25, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-        rope_parameters=rope()), {"sliding_window": 6, "layer_types": ["full_attention", "full_attention"]}),
+        SIZES, logit_scale=0.25, rotary_pct=1.0, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"], rope_parameters=rope()), {"sliding_window": 6, "layer_types": ["full_attention", "full_attention"]}),
     "exaone4": Family("Exaone4Config", dict(
         SIZES, sliding_window=5, sliding_window_pattern=2, layer_types=["sliding_attention", "full_attention"],
         rope_parameters=rope()), {"sliding_window": 6, "layer_types": ["sliding_attention", "sliding_attention"]}),
@@ -148,8 +148,8 @@ FAMILIES = {
         SIZES, head_dim=16, attention_bias=True, attention_out_bias=False, rope_parameters=rope()), {
         "zero bias": None}),
     "hunyuan_dense": Family("HunYuanDenseV1Config", dict(
-        SIZES, head_dim=16, rope_parameters=rope("dynamic", factor=1.0, alpha=50.0)), {
-        "rope_parameters.alpha": 10.0}),
+        SIZES | dict(max_position_embeddings=32768), head_dim=16,
+        rope_parameters=rope("dynamic", 1e4, factor=1.0, alpha=1000.0)), {"rope_parameters.alpha": 100.0}),
     "ernie4_5": Family("Ernie4_5Config", dict(SIZES, head_dim=16, use_bias=True, rope_parameters=rope()), {
         "zero bias": None}),
     "ernie4_5_moe": Family("Ernie4_5_MoeConfig", dict(
