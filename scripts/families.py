@@ -35,7 +35,7 @@ def longrope(original):
 
 PHI3 = dict(SIZES, num_attention_heads=2, num_key_value_heads=1, sliding_window=10)
 HYBRID = dict(layer_types=["linear_attention", "full_attention"], num_attention_heads=2, num_key_value_heads=1,
-              head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+              head_dim=32, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16,
               linear_value_head_dim=16, linear_conv_kernel_dim=4)
 HYBRID_MATTERS = {"rope_parameters.partial_rotary_factor": 0.5, "zero dt_bias": None, "zero A_log": None}
 QUARTER = rope(partial_rotary_factor=0.25, mrope_section=[2, 1, 1], mrope_interleaved=True)
@@ -60,7 +60,8 @@ FAMILIES = {
         "rope_parameters.long_factor": SHORT, "rope_parameters.rope_theta": 1e4}),
     "qwen2_windows": Family("Qwen2Config", dict(
         SIZES, num_hidden_layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1,
-        rope_parameters=rope()), {"sliding_window": 7, "max_window_layers": 2, "use_sliding_window": False}, old=True),
+        rope_parameters=rope()), {"sliding_window": 7, "max_window_layers": 2, "use_sliding_window": False},
+        old=True),
     "llama_yarn": Family("LlamaConfig", dict(SIZES, head_dim=16, rope_parameters=rope(**YARN)), {
         "rope_parameters.beta_slow": 1.0, "rope_parameters.factor": 5.0, "rope_parameters.attention_factor": 1.0,
         "rope_parameters.truncate": False}),
@@ -85,7 +86,8 @@ FAMILIES = {
         "n_group": 2, "topk_group": 4, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "use_qk_norm": False,
         "rope_parameters.partial_rotary_factor": 1.0, "zero correction_bias": None}),
     "minimax_m2": Family("MiniMaxM2Config", dict(
-        SIZES | dict(intermediate_size=32), head_dim=16, rotary_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        SIZES | dict(intermediate_size=32), head_dim=16, rotary_dim=8, scoring_func="sigmoid", num_local_experts=4,
+        num_experts_per_tok=2,
         rope_parameters=rope(partial_rotary_factor=0.5)), {
         "rope_parameters.partial_rotary_factor": 1.0, "zero correction_bias": None}),
     "gpt_oss": Family("GptOssConfig", dict(
@@ -115,11 +117,14 @@ FAMILIES = {
         **HYBRID_MATTERS, "norm_topk_prob": False, "zero shared_expert_gate": None}),
     "deepseek_v3": Family("DeepseekV3Config", dict(
         SIZES | LATENT, q_lora_rank=32, n_group=4, topk_group=2, routed_scaling_factor=2.5, first_k_dense_replace=1,
-        num_nextn_predict_layers=0, rope_parameters=rope(**YARN, mscale=1.0, mscale_all_dim=0.7), **EXPERTS), {
-        "n_group": 2, "topk_group": 4, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "rope_interleave": False,
+        scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=0, rope_parameters=rope(**YARN,
+        mscale=1.0, mscale_all_dim=0.7), **EXPERTS), {
+        "n_group": 2, "topk_group": 4, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "rope_interleave": False,
         "rope_parameters.mscale": 0.7, "rope_parameters.mscale_all_dim": 1.0, "zero correction_bias": None}),
     "deepseek_v2": Family("DeepseekV2Config", dict(
         SIZES | LATENT, q_lora_rank=None, n_group=2, topk_group=1, topk_method="group_limited_greedy",
+        scoring_func="softmax",
         routed_scaling_factor=1.5, first_k_dense_replace=1, num_experts_per_tok=3, moe_intermediate_size=32,
         rope_parameters=rope(**YARN, mscale=0.707, mscale_all_dim=0.707)), {
         "topk_method": "greedy", "topk_group": 2, "routed_scaling_factor": 1.0,
@@ -135,12 +140,14 @@ FAMILIES = {
     "granite": Family("GraniteConfig", dict(
         SIZES, embedding_multiplier=3.0, residual_multiplier=0.7, logits_scaling=0.25, attention_multiplier=0.3,
         rope_parameters=rope()), {
-        "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": 0.35}),
+        "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+        "attention_multiplier": 0.35}),
     "cohere": Family("CohereConfig", dict(SIZES, use_qk_norm=True, logit_scale=0.25, rope_parameters=rope()), {
         "logit_scale": 1.0, "use_qk_norm": False}),
     "cohere2": Family("Cohere2Config", dict(
         SIZES, logit_scale=0.25, rotary_pct=1.0, sliding_window=5,
-        layer_types=["sliding_attention", "full_attention"], rope_parameters=rope()), {"sliding_window": 6, "layer_types": ["full_attention", "full_attention"]}),
+        layer_types=["sliding_attention", "full_attention"], rope_parameters=rope()), {"sliding_window": 6,
+        "layer_types": ["full_attention", "full_attention"]}),
     "exaone4": Family("Exaone4Config", dict(
         SIZES, sliding_window=5, sliding_window_pattern=2, layer_types=["sliding_attention", "full_attention"],
         rope_parameters=rope()), {"sliding_window": 6, "layer_types": ["sliding_attention", "sliding_attention"]}),
@@ -153,7 +160,8 @@ FAMILIES = {
     "ernie4_5": Family("Ernie4_5Config", dict(SIZES, head_dim=16, use_bias=True, rope_parameters=rope()), {
         "zero bias": None}),
     "ernie4_5_moe": Family("Ernie4_5_MoeConfig", dict(
-        SIZES, moe_intermediate_size=32, moe_k=2, moe_num_experts=4, moe_num_shared_experts=2, moe_layer_start_index=1,
+        SIZES, moe_intermediate_size=32, moe_k=2, moe_num_experts=4, moe_num_shared_experts=2,
+        moe_layer_start_index=1,
         rope_parameters=rope()), {"zero correction_bias": None, "moe_k": 3}),
     "smollm3": Family("SmolLM3Config", dict(SIZES, no_rope_layers=[1, 0], rope_parameters=rope()), {
         "no_rope_layers": [1, 1]}),
@@ -175,7 +183,8 @@ FAMILIES = {
         **GEMMA4_MATTERS, "top_k_experts": 1, "zero per_expert_scale": None, "zero router.scale": None}),
     "gemma4_dense": Family("Gemma4TextConfig", SIZES | GEMMA4, GEMMA4_MATTERS),
     "glm4_moe_lite": Family("Glm4MoeLiteConfig", dict(
-        SIZES | LATENT, q_lora_rank=32, n_group=4, topk_group=2, routed_scaling_factor=1.8, num_nextn_predict_layers=0,
+        SIZES | LATENT, q_lora_rank=32, n_group=4, topk_group=2, routed_scaling_factor=1.8,
+        num_nextn_predict_layers=0,
         rope_parameters=rope(), **EXPERTS), {
         "n_group": 2, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "zero correction_bias": None}),
     "mistral4": Family("Mistral4Config", dict(

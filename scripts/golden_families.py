@@ -56,11 +56,14 @@ def random_weights(model, name, family):
         tensor.copy_(value if key.endswith("correction_bias") else value.to(torch.bfloat16).float())
 
 
+def class_of(family):
+    return getattr(transformers, family.model or family.config.replace("Config", "ForCausalLM").replace("Text", ""))
+
+
 def build(family, options):
     config = getattr(transformers, family.config)(**options)
     config._attn_implementation = config._experts_implementation = "eager"
-    model_class = family.model or family.config.replace("Config", "ForCausalLM").replace("Text", "")
-    return getattr(transformers, model_class)._from_config(config, dtype=torch.float32).eval()
+    return class_of(family)._from_config(config, dtype=torch.float32).eval()
 
 
 def logits_of(model, ids):
@@ -104,6 +107,14 @@ def save(folder, model, family):
         path.write_text(json.dumps(spelled, indent=2) + "\n")
 
 
+def check_saved(folder, family, ids, logits):
+    """What lies on disk, read as any user reads it, has these logits to the last bit."""
+    saved = class_of(family).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+    if not torch.equal(logits_of(saved, ids), logits):
+        sys.exit(f"{folder} has other logits once saved")
+
+
 @torch.no_grad()
 def write(folder, name, family):
     model = build(family, family.options)
@@ -116,6 +127,7 @@ def write(folder, name, family):
     model.float()
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, model, family)
+    check_saved(folder, family, ids, logits)
     save_file({"ids": ids[0].int(), "logits": logits.contiguous()}, folder.with_suffix(".safetensors"))
     size = sum(file.stat().st_size for file in [*folder.iterdir(), folder.with_suffix(".safetensors")])
     print(f"{name}: logits {logits.min():.2f} .. {logits.max():.2f}, F64 differs by {difference:.1e}, {size} bytes")
