@@ -101,7 +101,7 @@ pub fn matrices(plan: &Plan) -> Vec<(TensorId, Option<(Scheme, Activations)>)> {
     matrices
         .map(|step| match step.action {
             Action::Keep(_) => (step.id, None),
-            Action::Quantize(scheme) => (step.id, Some((scheme, plan.recipe.activations(step.id)))),
+            Action::Quantize(scheme) => (step.id, Some((scheme, step.inputs))),
         })
         .collect()
 }

@@ -197,7 +197,7 @@ fn has_fp8(output: &Output) -> bool {
 
 fn has_w8a8(output: &Output) -> bool {
     stores(output, |_, activations| {
-        matches!(activations, Activations::Int8PerToken | Activations::Int8PerTensor)
+        matches!(activations, Activations::Int8PerToken | Activations::Int8PerTensor(()))
     })
 }
 
@@ -276,7 +276,7 @@ mod tests {
         let mxfp4 = layer(MXFP4, Activations::Full);
         let int8 = layer(INT8, Activations::Full);
         let w8a8 = layer(INT8, Activations::Int8PerToken);
-        let fixed = layer(INT8, Activations::Int8PerTensor);
+        let fixed = layer(INT8, Activations::Int8PerTensor(()));
         let q4_k = layer(Q4_K, Activations::Full);
         for (dialect, loader, tensors, loads, mentions) in [
             (CT, "vLLM", &mxfp4, If, "8.0"),

@@ -262,7 +262,7 @@ impl SchemeRecord {
                 Activations::Full => None,
                 Activations::Int8PerToken => Some("int8 per token".into()),
                 Activations::Fp8PerToken => Some("e4m3 per token".into()),
-                Activations::Int8PerTensor => Some("int8 per tensor".into()),
+                Activations::Int8PerTensor(()) => Some("int8 per tensor".into()),
             },
         }
     }

@@ -10,8 +10,9 @@ use crate::container::{Storage, TensorSpec};
 use crate::dialect::compressed_tensors::{INPUT_SCALE, KV_SCALES};
 use crate::names::{Part, TensorId};
 use crate::recipe::Recipe;
-use crate::scheme::Scheme;
-use crate::scheme::mix::{self, ModelShape};
+use crate::recipe::formats::fallback;
+use crate::recipe::rules::{self, Rule};
+use crate::scheme::{Activations, Choice, Scheme};
 use crate::tensor::Dtype;
 
 /// What happens to one tensor.
@@ -32,6 +33,8 @@ pub struct Step {
     pub shape: Vec<usize>,
     /// What happens to it.
     pub action: Action,
+    /// What engines do to the inputs of its linear.
+    pub inputs: Activations,
     /// Why it is not what the format asks for.
     pub fallback: Option<String>,
     /// How the output orders rows, see [`Dialect::row_order`](crate::dialect::Dialect::row_order).
@@ -74,7 +77,7 @@ impl Plan {
         let mut plan =
             Plan { recipe: *recipe, steps: Vec::new(), outputs: Vec::new(), losses, fp8_cache: false };
         let config = &source.config;
-        let model = ModelShape { layers: config.num_hidden_layers, tied: config.tie_word_embeddings };
+        let rules = recipe.rules(config);
         for (&id, info) in &source.tensors {
             let stored = match info.stored {
                 Stored::Dense(dtype) => dtype,
@@ -87,9 +90,9 @@ impl Plan {
                 // What the tensor would be if a mix keeps it dense.
                 Stored::Quantized(..) => Dtype::BF16,
             };
-            let (action, fallback) = decide(recipe, id, &info.shape, stored, model)?;
+            let (action, inputs, fallback) = decide(recipe, &rules, id, &info.shape, stored)?;
             let row_order = recipe.dialect.row_order(id, config);
-            plan.push(Step { fallback, row_order, ..Step::new(id, info.shape.clone(), action) })?;
+            plan.push(Step { inputs, fallback, row_order, ..Step::new(id, info.shape.clone(), action) })?;
         }
         for (id, values) in recipe.dialect.computed_tensors(config) {
             let step = Step::new(id, vec![values.len()], Action::Keep(Dtype::F32));
@@ -110,8 +113,7 @@ impl Plan {
                 self.outputs.push(Output { spec, fixed: None });
             }
             Action::Quantize(scheme) => {
-                let activations = self.recipe.activations(step.id);
-                for part in dialect.parts(&scheme, activations, step.rows(), step.cols())? {
+                for part in dialect.parts(&scheme, step.inputs, step.rows(), step.cols())? {
                     let name = dialect.tensor_name(step.id, part.suffix);
                     let spec = TensorSpec { name, storage: part.storage, shape: part.shape };
                     self.outputs.push(Output { spec, fixed: part.fixed });
@@ -119,7 +121,7 @@ impl Plan {
             }
         }
         step.parts = first..self.outputs.len();
-        if matches!(step.action, Action::Quantize(_)) && self.recipe.activations(step.id).is_static() {
+        if step.inputs.is_static() {
             let name = dialect.tensor_name(step.id, INPUT_SCALE);
             let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
             step.input_scale = Some(self.outputs.len());
@@ -152,6 +154,11 @@ impl Plan {
         self.steps.iter().filter_map(|step| Some((step, step.fallback.as_deref()?)))
     }
 
+    /// Whether engines round the inputs of any linear.
+    pub fn rounds_inputs(&self) -> bool {
+        self.steps.iter().any(|step| step.inputs != Activations::Full)
+    }
+
     /// Returns the number of weights.
     pub fn weights(&self) -> u64 {
         self.steps.iter().map(|s| (s.rows() * s.cols()) as u64).sum()
@@ -166,18 +173,21 @@ impl Plan {
 /// Returns what happens to a tensor, and why if it is not what the format asks for.
 fn decide(
     recipe: &Recipe,
+    rules: &[Rule],
     id: TensorId,
     shape: &[usize],
     stored: Dtype,
-    model: ModelShape,
-) -> Result<(Action, Option<String>)> {
+) -> Result<(Action, Activations, Option<String>)> {
     let keep = Action::Keep(recipe.dialect.kept_dtype(id, shape, stored));
-    let wanted = recipe.format.scheme_for(id, recipe.dialect.name(), model, recipe.pure);
-    let (Some(wanted), &[_, cols]) = (wanted, shape) else { return Ok((keep, None)) };
-    let got = mix::fallback(wanted, cols);
+    let (Some(Choice { scheme: wanted, inputs }), &[_, cols]) = (rules::choose(rules, id), shape) else {
+        return Ok((keep, Activations::Full, None));
+    };
+    let got = fallback(wanted, cols);
     if got == Some(wanted) {
-        return Ok((Action::Quantize(wanted), None));
+        return Ok((Action::Quantize(wanted), inputs, None));
     }
+    // A linear that stays as it is has its inputs left alone too.
+    let inputs = if got.is_some() { inputs } else { Activations::Full };
     let action = got.map_or(keep, Action::Quantize);
     let note = format!(
         "rows of {cols} columns are no multiple of {}: {} instead of {}",
@@ -188,13 +198,23 @@ fn decide(
     if recipe.no_fallback {
         bail!("`{id}`: {note}; drop `--no-fallback` to accept it, or choose a format with smaller blocks");
     }
-    Ok((action, Some(note)))
+    Ok((action, inputs, Some(note)))
 }
 
 impl Step {
     fn new(id: TensorId, shape: Vec<usize>, action: Action) -> Self {
         let (fallback, row_order, values) = (None, None, None);
-        Step { id, shape, action, fallback, row_order, values, parts: 0..0, input_scale: None }
+        Step {
+            id,
+            shape,
+            action,
+            inputs: Activations::Full,
+            fallback,
+            row_order,
+            values,
+            parts: 0..0,
+            input_scale: None,
+        }
     }
 
     /// Returns the rows; a vector is a column of one-element rows, so that its elements can be reordered like rows.

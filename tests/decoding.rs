@@ -12,7 +12,7 @@ use quant::checkpoint::Checkpoint;
 use quant::generate::{Draw, Finish, Generate, Request, Sampling, Stop, generate};
 use quant::model::Model;
 use quant::model::tokenizer::Tokenizer;
-use quant::scheme::Rounding;
+use quant::scheme::Activations;
 
 fn golden(name: &str) -> Model<Cpu> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/logits").join(name);
@@ -30,7 +30,7 @@ fn tiny_llama() -> (Model<Cpu>, Tokenizer) {
 fn full(model: &Model<Cpu>, ids: &[u32]) -> Vec<f32> {
     let batch = Batch { sequences: 1, tokens: ids.len() };
     let hidden = model.hidden_at(&Cpu, ids, batch, &[ids.len() - 1]).unwrap();
-    Cpu.read(&Cpu.linear(&hidden, model.head(), None, Rounding::None).unwrap()).unwrap()
+    Cpu.read(&Cpu.linear(&hidden, model.head(), None, Activations::Full).unwrap()).unwrap()
 }
 
 fn ids(count: usize, seed: u32) -> Vec<u32> {

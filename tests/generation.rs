@@ -18,14 +18,14 @@ use quant::model::config::Config;
 use quant::model::{Model, TensorSource};
 use quant::names::{Part, Role, TensorId};
 use quant::scheme::fit::{ScaleRule, fit};
-use quant::scheme::{Rounding, Scheme, schemes};
+use quant::scheme::{Activations, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};
 
 /// A model of noise; linears and tables are rounded to a scheme.
 struct Noise {
     config: Config,
     scheme: Option<Scheme>,
-    rounding: Rounding,
+    rounding: Activations<f32>,
     /// Sinks of the first layer's heads.
     sinks: Option<[f32; 8]>,
     /// In place of the configuration's.
@@ -52,7 +52,7 @@ impl Noise {
         Noise {
             config: Config::from_json(&config).unwrap(),
             scheme,
-            rounding: Rounding::None,
+            rounding: Activations::Full,
             sinks: None,
             rope: None,
         }
@@ -101,8 +101,8 @@ impl TensorSource for Noise {
         }
     }
 
-    fn rounding(&self, id: TensorId) -> Rounding {
-        if id.role.is_linear() { self.rounding } else { Rounding::None }
+    fn rounding(&self, id: TensorId) -> Activations<f32> {
+        if id.role.is_linear() { self.rounding } else { Activations::Full }
     }
 }
 
@@ -113,7 +113,7 @@ fn logits_on_cpu(model: &Model<Cpu>, sequences: &[Vec<u32>]) -> Vec<f32> {
     let hidden = model.hidden(&Cpu, &sequences.concat(), batch).unwrap();
     let last: Vec<usize> = (1..=sequences.len()).map(|sequence| sequence * tokens - 1).collect();
     let last = Cpu.select_rows(&hidden, &last).unwrap();
-    Cpu.read(&Cpu.linear(&last, model.head(), None, Rounding::None).unwrap()).unwrap()
+    Cpu.read(&Cpu.linear(&last, model.head(), None, Activations::Full).unwrap()).unwrap()
 }
 
 fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
@@ -231,7 +231,7 @@ fn every_step_turns_as_the_cpu_does() {
 fn quantized_inputs_are_quantized_in_every_step() {
     let Some(cuda) = gpu(Precision::F16) else { return };
     // The noise's inputs are some units large.
-    for rounding in [Rounding::Int8PerToken, Rounding::Int8PerTensor(1.0 / 32.0)] {
+    for rounding in [Activations::Int8PerToken, Activations::Int8PerTensor(1.0 / 32.0)] {
         let source = Noise { rounding, ..Noise::new(true, Some(schemes::INT8)) };
         for shape in [[1, 20], [5, 20]] {
             // The last bits of inputs turn steps of 1/127 now and then, and these turn more: .017 was seen.

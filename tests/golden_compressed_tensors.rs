@@ -109,7 +109,7 @@ fn int8_with_quantized_activations_equals_the_library() {
 
 #[test]
 fn int8_with_inputs_of_a_fixed_scale_equals_the_library() {
-    check("int8_w8a8_static", schemes::INT8, Activations::Int8PerTensor);
+    check("int8_w8a8_static", schemes::INT8, Activations::Int8PerTensor(()));
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn inputs_of_a_fixed_scale_are_rounded_as_the_library_rounds_them() {
     };
     let inputs = floats("inputs");
     let scale = floats(INPUT_SCALE)[0];
-    let rounding = activations.rounding(|| Ok(scale)).unwrap();
+    let rounding = activations.with_scale(|| Ok(scale)).unwrap();
     let x = Cpu.tensor(inputs.len() / 64, 64, &inputs).unwrap();
     let found = Cpu.read(&Cpu.round_inputs(&x, rounding).unwrap()).unwrap();
     assert_eq!(found, floats("inputs_rounded"));

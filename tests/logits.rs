@@ -7,7 +7,7 @@ use quant::backend::cpu::Cpu;
 use quant::backend::{Backend, Batch};
 use quant::checkpoint::Checkpoint;
 use quant::model::Model;
-use quant::scheme::Rounding;
+use quant::scheme::Activations;
 use quant::tensor::{Dtype, floats_from_bytes};
 use safetensors::SafeTensors;
 
@@ -57,7 +57,7 @@ fn reference(name: &str) -> (Vec<u32>, Vec<f32>) {
 
 fn logits(model: &Model<Cpu>, ids: &[u32], batch: Batch) -> Vec<f32> {
     let hidden = model.hidden(&Cpu, ids, batch).unwrap();
-    Cpu.read(&Cpu.linear(&hidden, model.head(), None, Rounding::None).unwrap()).unwrap()
+    Cpu.read(&Cpu.linear(&hidden, model.head(), None, Activations::Full).unwrap()).unwrap()
 }
 
 fn max_difference(a: &[f32], b: &[f32]) -> f32 {
@@ -145,7 +145,7 @@ fn int8_inputs_move_the_logits_a_little() {
     for layer in &mut model.layers {
         for linear in [&mut layer.q, &mut layer.k, &mut layer.v, &mut layer.o, &mut layer.gate, &mut layer.up]
         {
-            linear.rounding = Rounding::Int8PerToken;
+            linear.rounding = Activations::Int8PerToken;
         }
     }
     let difference =

@@ -15,9 +15,10 @@ use quant::embedded;
 use quant::model::tokenizer::Tokenizer;
 use quant::model::{Model, TensorSource};
 use quant::names::TensorId;
+use quant::recipe::Recipe;
+use quant::recipe::rules::choose;
 use quant::scheme::fit::{ScaleRule, fit};
-use quant::scheme::mix::{self, ModelShape};
-use quant::scheme::{Activations, QTensor, Rounding, Scheme};
+use quant::scheme::{Activations, Choice, QTensor};
 use quant::tensor::Matrix;
 
 /// Enough text for calibration to win clearly, little enough for a test.
@@ -37,8 +38,8 @@ impl TensorSource for Replaced<'_> {
         }
     }
 
-    fn rounding(&self, _: TensorId) -> Rounding {
-        Rounding::None
+    fn rounding(&self, _: TensorId) -> Activations<f32> {
+        Activations::Full
     }
 }
 
@@ -47,11 +48,9 @@ fn open() -> (Checkpoint, Tokenizer) {
     (Checkpoint::open(&folder).unwrap(), Tokenizer::open(&folder).unwrap())
 }
 
-fn scheme_of(source: &Checkpoint, format: &str) -> impl Fn(TensorId) -> Option<Scheme> + Sync {
-    let format = mix::by_name(format).unwrap();
-    let shape =
-        ModelShape { layers: source.config.num_hidden_layers, tied: source.config.tie_word_embeddings };
-    move |id| format.scheme_for(id, format.dialects[0], shape, false)
+fn choice_of(source: &Checkpoint, format: &str) -> impl Fn(TensorId) -> Option<Choice> + Sync {
+    let rules = Recipe::new(format, None, None).unwrap().rules(&source.config);
+    move |id| choose(&rules, id)
 }
 
 /// Calibrates and returns the tensors, in the order they came, with the divergence on held-out windows.
@@ -64,8 +63,8 @@ fn calibrated(format: &str, held_out: usize, room: Option<u64>) -> (Vec<(TensorI
         windows: &windows,
         energies: &[],
         held_out,
-        scheme: &scheme_of(&source, format),
-        activations: Activations::Full,
+        choice: &choice_of(&source, format),
+        rounds_inputs: false,
         settings: Settings::default(),
         finished: None,
         room,
@@ -100,11 +99,11 @@ fn divergence(tensors: impl IntoIterator<Item = (TensorId, QTensor)>) -> f64 {
 
 fn nearest(format: &str) -> Vec<(TensorId, QTensor)> {
     let (source, _) = open();
-    let scheme = scheme_of(&source, format);
+    let choice = choice_of(&source, format);
     let quantized = source.tensors.iter().filter_map(|(&id, info)| {
         let weights = TensorSource::read(&source, id).unwrap().to_f32();
         let [rows, cols] = info.shape[..] else { return None };
-        Some((id, fit(scheme(id)?, &weights, rows, cols, None, ScaleRule::Search)))
+        Some((id, fit(choice(id)?.scheme, &weights, rows, cols, None, ScaleRule::Search)))
     });
     quantized.collect()
 }

@@ -12,8 +12,10 @@ use quant::model::Model;
 use quant::model::block::{Layer, LayerConstants, Linear};
 use quant::model::config::Config;
 use quant::names::{Role, TensorId};
-use quant::scheme::mix::{self, Format, ModelShape, fallback};
-use quant::scheme::{Rounding, Scheme};
+use quant::recipe::Recipe;
+use quant::recipe::formats::fallback;
+use quant::recipe::rules::{self, Rule};
+use quant::scheme::{Activations, Scheme};
 
 fn show(rate: &Rate) {
     let share = rate.share.map_or(String::new(), |share| format!("{:.1} %", 100.0 * share));
@@ -25,7 +27,9 @@ fn tokens_per_second(what: String, value: f64) {
 }
 
 fn model(cuda: &Cuda, config: &Config, format: &str) -> Model<Cuda> {
-    random_model(cuda, config.clone(), mix::by_name(format).as_ref()).unwrap()
+    // bf16 is no format yet: no rules.
+    let rules = Recipe::new(format, Some("gguf"), None).map(|recipe| recipe.rules(config));
+    random_model(cuda, config.clone(), &rules.unwrap_or_default()).unwrap()
 }
 
 #[test]
@@ -119,16 +123,15 @@ fn llama([hidden, ffn, layers, heads, kv_heads, head_dim, vocab]: [usize; 7]) ->
     }))
 }
 
-/// Returns a model of noise as llama.cpp would store it in a format, or in bf16. Weights of one shape and scheme are shared
+/// Returns a model of noise as llama.cpp would store it under these rules, else in bf16. Weights of one shape and scheme are shared
 /// by all layers; one layer fits no cache, so that it is made fast and still read as a real one is.
-fn random_model(cuda: &Cuda, config: Config, format: Option<&Format>) -> Result<Model<Cuda>> {
+fn random_model(cuda: &Cuda, config: Config, rules: &[Rule]) -> Result<Model<Cuda>> {
     let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
     let (q_width, kv_width) =
         (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    let shape = ModelShape { layers: config.num_hidden_layers, tied: false };
     let mut made: Vec<(Option<Scheme>, Role, Weight)> = Vec::new();
     let mut weight = |id: TensorId, rows: usize, cols: usize| -> Result<Weight> {
-        let scheme = format.and_then(|format| format.scheme_for(id, "gguf", shape, false));
+        let scheme = rules::choose(rules, id).map(|choice| choice.scheme);
         let scheme = scheme.and_then(|scheme| fallback(scheme, cols));
         if let Some((.., weight)) = made.iter().find(|(of, role, _)| (*of, *role) == (scheme, id.role)) {
             return Ok(weight.clone());
@@ -142,7 +145,7 @@ fn random_model(cuda: &Cuda, config: Config, format: Option<&Format>) -> Result<
     for layer in 0..config.num_hidden_layers {
         let mut linear = |role, rows, cols| -> Result<Linear<Cuda>> {
             let weight = weight(TensorId::in_layer(layer, role), rows, cols)?;
-            Ok(Linear { weight, bias: None, rounding: Rounding::None })
+            Ok(Linear { weight, bias: None, rounding: Activations::Full })
         };
         layers.push(Layer {
             attn_norm: gain.clone(),

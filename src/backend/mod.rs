@@ -18,7 +18,7 @@ use self::kv_cache::KvCache;
 pub use self::rotation::{LongAngles, Pairing, Rope};
 // Choosing codes is an operation of a device too: the contract is the method's, devices implement it.
 use crate::method::solve::{Knobs, Solve};
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 /// Equally long token sequences, one after another: row `s · tokens + t` is token `t` of sequence `s`.
@@ -133,7 +133,7 @@ pub trait Backend: Sync {
         x: &Self::Tensor,
         weight: &Self::Weight,
         bias: Option<&Self::Tensor>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<Self::Tensor>;
 
     /// Returns what linears, one at least, make of one input: [`Backend::linear`] of each.
@@ -153,7 +153,7 @@ pub trait Backend: Sync {
         input: &Self::Tensor,
         weight: &Self::Weight,
         bias: Option<&Self::Tensor>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<()> {
         let y = self.linear(input, weight, bias, rounding)?;
         self.add(x, &y)
@@ -211,7 +211,7 @@ pub struct Affine<'a, B: Backend + ?Sized> {
     /// `[out_features]`
     pub bias: Option<&'a B::Tensor>,
     /// What happens to the inputs first.
-    pub rounding: Rounding,
+    pub rounding: Activations<f32>,
 }
 
 // Derived implementations would ask for backends that can be copied.
@@ -263,7 +263,7 @@ pub trait SecondMoments: Gradients {
     fn subtract(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
     /// Returns inputs as an engine's product sees them.
-    fn round_inputs(&self, x: &Self::Tensor, rounding: Rounding) -> Result<Self::Tensor>;
+    fn round_inputs(&self, x: &Self::Tensor, rounding: Activations<f32>) -> Result<Self::Tensor>;
 
     /// maxima\[j\] = max(maxima\[j\], |x\[i, j\]|) over all i; `maxima` is `[1, cols]`. A NaN stays.
     fn add_maxima(&self, maxima: &mut Self::Tensor, x: &Self::Tensor) -> Result<()>;

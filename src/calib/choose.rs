@@ -14,7 +14,6 @@ use super::settings::Settings;
 use crate::backend::SecondMoments;
 use crate::model::TensorSource;
 use crate::model::config::Config;
-use crate::scheme::Activations;
 
 /// How much time choosing may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +47,7 @@ pub struct Trial {
 
 /// The settings found, and all that were tried.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Choice {
+pub struct Chosen {
     /// The best.
     pub settings: Settings,
     /// In the order they were tried.
@@ -91,25 +90,27 @@ pub struct Search<'a> {
 
 impl Effort {
     /// Returns how many settings are tried at most, the first ones included.
-    pub fn trials(self, activations: Activations) -> usize {
-        match self.candidates(activations).iter().map(|group| group.changes.len()).sum() {
+    pub fn trials(self, rounds_inputs: bool) -> usize {
+        match self.candidates(rounds_inputs).iter().map(|group| group.changes.len()).sum() {
             0 => 0,
             changes => 1 + changes,
         }
     }
 
     /// Returns the candidates, grouped by setting.
-    fn candidates(self, activations: Activations) -> Vec<Group> {
+    fn candidates(self, rounds_inputs: bool) -> Vec<Group> {
         let any = |changes| Group { changes, opposite: false };
         let opposite = |changes| Group { changes, opposite: true };
-        match (self, activations) {
+        match (self, rounds_inputs) {
             (Effort::Fast, _) => vec![],
-            (Effort::Balanced, Activations::Full) => vec![opposite(&STRENGTHS)],
-            (Effort::Balanced, _) => vec![opposite(&INPUT_SMOOTHING)],
-            (Effort::Best, Activations::Full) => {
+            (Effort::Balanced, false) => vec![opposite(&STRENGTHS)],
+            (Effort::Balanced, true) => vec![opposite(&INPUT_SMOOTHING)],
+            (Effort::Best, false) => {
                 vec![any(&SMOOTHING), opposite(&STRENGTHS), opposite(&DAMPING)]
             }
-            (Effort::Best, _) => vec![opposite(&INPUT_SMOOTHING), opposite(&STRENGTHS), opposite(&DAMPING)],
+            (Effort::Best, true) => {
+                vec![opposite(&INPUT_SMOOTHING), opposite(&STRENGTHS), opposite(&DAMPING)]
+            }
         }
     }
 }
@@ -132,11 +133,11 @@ pub fn choose<B: SecondMoments>(
     source: &impl TensorSource,
     request: &Request,
     search: &Search,
-) -> Result<Choice> {
-    let mut choice = Choice { settings: request.settings, trials: Vec::new() };
+) -> Result<Chosen> {
+    let mut choice = Chosen { settings: request.settings, trials: Vec::new() };
     let (counted, held_out) = TRIAL_WINDOWS;
     let available = request.windows.len();
-    let candidates = search.effort.candidates(request.activations);
+    let candidates = search.effort.candidates(request.rounds_inputs);
     if candidates.is_empty() || available < 2 * held_out {
         return Ok(choice);
     }
@@ -155,13 +156,13 @@ pub fn choose<B: SecondMoments>(
             return Ok(trial.clone());
         }
         let trial = Settings { sweeps: settings.sweeps.min(1), ..settings };
-        let (scheme, finished) = (request.scheme, None);
+        let (choice, finished) = (request.choice, None);
         let request = Request {
             windows: &windows,
             energies: &energies,
             held_out,
             settings: trial,
-            scheme,
+            choice,
             finished,
             ..*request
         };
@@ -201,7 +202,7 @@ pub fn choose<B: SecondMoments>(
     Ok(choice)
 }
 
-impl Choice {
+impl Chosen {
     /// Returns what the manifest says of it.
     pub fn record(&self) -> Value {
         let trials = self.trials.iter().map(|trial| json!({ "tried": trial.change, "kld": trial.kld }));

@@ -31,7 +31,7 @@ use crate::model::config::Config;
 use crate::model::layers::{Layers, Streamed};
 use crate::names::{Role, TensorId};
 use crate::scheme::fit::{self, fit};
-use crate::scheme::{Activations, QTensor, Rounding, Scheme};
+use crate::scheme::{Activations, Choice, QTensor};
 use crate::tensor::Matrix;
 
 /// What to calibrate, and on what.
@@ -42,10 +42,10 @@ pub struct Request<'a> {
     pub energies: &'a [TokenEnergies],
     /// How many of the windows, the last ones, stay out of the statistics.
     pub held_out: usize,
-    /// The scheme of each weight, `None` for those kept as they are.
-    pub scheme: &'a (dyn Fn(TensorId) -> Option<Scheme> + Sync),
-    /// What the engine will do to the inputs of quantized linears.
-    pub activations: Activations,
+    /// What each weight becomes, `None` for those kept as they are.
+    pub choice: &'a (dyn Fn(TensorId) -> Option<Choice> + Sync),
+    /// Whether engines will round the inputs of any linear.
+    pub rounds_inputs: bool,
     /// How codes are chosen.
     pub settings: Settings,
     /// What an interrupted run has left.
@@ -165,7 +165,7 @@ fn quantized_embeddings<B: SecondMoments>(
     source: &impl TensorSource,
 ) -> Result<Option<QTensor>> {
     let id = TensorId::global(Role::Embed);
-    let Some(scheme) = (run.request.scheme)(id) else { return Ok(None) };
+    let Some(Choice { scheme, .. }) = (run.request.choice)(id) else { return Ok(None) };
     let weight = source.read(id)?;
     let [rows, cols] = weight.dims();
     let q = fit(scheme, &weight.to_f32(), rows, cols, None, run.request.settings.scale_rule);
@@ -253,7 +253,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         half: Half,
         full: &Layer<B>,
         quantized: &Layer<B>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
         factors: Option<&[f32]>,
     ) -> Result<Sums<'a, B>> {
         let backend = self.backend;
@@ -275,7 +275,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         half: Half,
         full: &Layer<B>,
         quantized: &Layer<B>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
         factors: Option<&[f32]>,
     ) -> Result<Sums<'a, B>> {
         let width = self.mixed_width(half);
@@ -336,7 +336,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                     let weight = backend.upload(Matrix::Quantized(done.solved.q.clone()))?;
                     let scale =
                         || done.input_scale.with_context(|| format!("`{}` has no input scale", done.id));
-                    let rounding = self.request.activations.rounding(scale)?;
+                    let choice = (self.request.choice)(done.id);
+                    let rounding =
+                        choice.map_or(Activations::Full, |choice| choice.inputs).with_scale(scale)?;
                     self.exchange(done.id, weight, rounding, quantized)?;
                 }
                 Finished::Rewritten(id, values) => {
@@ -365,7 +367,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         &self,
         id: TensorId,
         weight: B::Weight,
-        rounding: Rounding,
+        rounding: Activations<f32>,
         quantized: &mut Layer<B>,
     ) -> Result<()> {
         let linear =
@@ -381,9 +383,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     }
 
     /// Returns the weights of a layer's linears of these roles with their schemes, those that are quantized.
-    fn wanted(&self, layer: usize, roles: &[Role]) -> Vec<(TensorId, Scheme)> {
+    fn wanted(&self, layer: usize, roles: &[Role]) -> Vec<(TensorId, Choice)> {
         let ids = roles.iter().map(|&role| TensorId::in_layer(layer, role));
-        ids.filter_map(|id| Some((id, (self.request.scheme)(id)?))).collect()
+        ids.filter_map(|id| Some((id, (self.request.choice)(id)?))).collect()
     }
 
     /// Quantizes linears that share an input, emits them and exchanges them in the quantized layer. `inner` moves size
@@ -391,7 +393,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     fn stage(
         &mut self,
         source: &impl TensorSource,
-        wanted: Vec<(TensorId, Scheme)>,
+        wanted: Vec<(TensorId, Choice)>,
         sums: Sums<B>,
         prepared: &Prepared,
         inner: Option<&Factors>,
@@ -410,12 +412,12 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         let knobs = self.request.settings.knobs(first.role);
         let solver = self.backend.solver(moments, knobs).with_context(|| format!("{first}"))?;
         // What engines join into one matrix gets one factor.
-        let joined = wanted.iter().any(|(_, scheme)| fit::global_scale(scheme, 1.0).is_some());
+        let joined = wanted.iter().any(|(_, choice)| fit::global_scale(&choice.scheme, 1.0).is_some());
         let mut amax = None;
         for (id, _) in wanted.iter().filter(|_| joined) {
             amax = Some(solve::amax(&weights(*id)?).max(amax.unwrap_or(0.0)));
         }
-        for (id, scheme) in wanted {
+        for (id, Choice { scheme, .. }) in wanted {
             let weights = weights(id)?;
             let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
             let (solved, weight) =
@@ -435,15 +437,15 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         let id = TensorId::global(if self.config.tie_word_embeddings { Role::Embed } else { Role::Head });
         let weight = source.read(id)?;
         let full = backend.upload(weight.clone())?;
-        let quantized = match (self.request.scheme)(id) {
+        let quantized = match (self.request.choice)(id) {
             None => None,
-            Some(scheme) if self.config.tie_word_embeddings => {
+            Some(Choice { scheme, .. }) if self.config.tie_word_embeddings => {
                 let [rows, cols] = weight.dims();
                 let rule = self.request.settings.scale_rule;
                 let q = fit(scheme, &weight.to_f32(), rows, cols, None, rule);
                 Some(backend.upload(Matrix::Quantized(q))?)
             }
-            Some(scheme) => {
+            Some(Choice { scheme, .. }) => {
                 let mut sums = Sums::new(backend, self.config.hidden_size, None)?;
                 for chunk in self.chunks.iter().filter(|chunk| chunk.counted) {
                     let [full, quantized] = self.normed(chunk, &gain)?;

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use super::smoothing::divide_columns;
 use crate::backend::SecondMoments;
 use crate::num::Codec;
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 /// Tokens whose inputs are looked at closely. They are spread over all of the text, since its parts differ in kind: smoothing
@@ -86,13 +86,13 @@ impl<'a, B: SecondMoments> Inputs<'a, B> {
                 weights.iter().map(|w| self.backend.read(&self.backend.linear(&inputs, w, None, rounding)?));
             outputs.collect()
         };
-        let wanted = outputs(Rounding::None)?;
+        let wanted = outputs(Activations::Full)?;
         let tokens = sample.len() / self.cols;
         let mut best = (f64::INFINITY, 1.0);
         for clip in CLIPS {
             let scale = clip * unclipped_scale(largest);
             let scale = Codec::BF16.decode(Codec::BF16.encode(scale));
-            let found = outputs(Rounding::Int8PerTensor(scale))?;
+            let found = outputs(Activations::Int8PerTensor(scale))?;
             let pairs = found.iter().zip(&wanted);
             let error: f64 = pairs.map(|(found, wanted)| relative_error(found, wanted, tokens)).sum();
             if error < best.0 {

@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 use crate::method::mismatch::Strength;
 use crate::method::solve::Knobs;
 use crate::names::Role;
-use crate::scheme::Activations;
 use crate::scheme::fit::ScaleRule;
 
 /// How a model is calibrated.
@@ -50,14 +49,14 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Returns the settings to start from for linears whose inputs an engine treats so.
+    /// Returns the settings to start from for linears whose inputs engines round or leave alone.
     ///
     /// Rounding down's inputs costs four fifths of what rounding all inputs does (small-qwen3, INT8 per token: KLD .0043 of
     /// .0054), and moving size from them to up takes 7 % of the whole away at this strength, 4 % at .4 (simulated with nearest codes). Rounded inputs differ
     /// from the full model's more than quantized weights explain, so less of that is corrected (5 % of the KLD on text kept out).
-    pub fn for_inputs(activations: Activations) -> Self {
+    pub fn for_inputs(rounded: bool) -> Self {
         let plain = Settings::default();
-        if activations == Activations::Full {
+        if !rounded {
             return plain;
         }
         Settings {

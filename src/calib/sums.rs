@@ -3,14 +3,14 @@
 use anyhow::Result;
 
 use crate::backend::{MomentSums, SecondMoments};
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 
 /// Moments while they are summed, with the backend.
 pub(super) struct Sums<'a, B: SecondMoments> {
     backend: &'a B,
     pub(super) moments: MomentSums<B::Tensor>,
     /// What the engine does to X̃ before it multiplies.
-    rounding: Rounding,
+    rounding: Activations<f32>,
 }
 
 impl<'a, B: SecondMoments> Sums<'a, B> {
@@ -19,11 +19,11 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
         let zeros = |rows: usize| backend.zeros(rows, cols);
         let drift = hidden.map(zeros).transpose()?;
         let moments = MomentSums { cols, tokens: 0, hessian: zeros(cols)?, cross: zeros(cols)?, drift };
-        Ok(Sums { backend, moments, rounding: Rounding::None })
+        Ok(Sums { backend, moments, rounding: Activations::Full })
     }
 
     /// Returns sums over inputs as the engine rounds them: what the linear's weights really meet.
-    pub(super) fn with_rounding(self, rounding: Rounding) -> Self {
+    pub(super) fn with_rounding(self, rounding: Activations<f32>) -> Self {
         Sums { rounding, ..self }
     }
 
@@ -38,7 +38,7 @@ impl<'a, B: SecondMoments> Sums<'a, B> {
         factors: Option<&[f32]>,
     ) -> Result<()> {
         let rounded = match self.rounding {
-            Rounding::None => None,
+            Activations::Full => None,
             rounding => Some(self.backend.round_inputs(quantized, rounding)?),
         };
         let scaled = |x: &B::Tensor| factors.map(|factors| self.backend.scale_rows(x, factors)).transpose();

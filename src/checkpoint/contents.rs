@@ -14,7 +14,7 @@ use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::names::{Part, Role, TensorId};
 use crate::num::Codec;
-use crate::scheme::{Activations, Rounding, Scheme};
+use crate::scheme::{Activations, Scheme};
 use crate::tensor::{Dtype, floats_from_bytes};
 
 /// The tensors of a model, and the stored parts of each that unpacking takes.
@@ -92,13 +92,17 @@ fn read_scale(opened: &OpenedFolder, tensor: &Located) -> Result<f32> {
 }
 
 /// Returns what a linear does to its inputs, by the scale that lies beside its weight, which is taken from `parts`.
-fn input_rounding(opened: &OpenedFolder, activations: Activations, parts: &mut Parts) -> Result<Rounding> {
+fn input_rounding(
+    opened: &OpenedFolder,
+    activations: Activations,
+    parts: &mut Parts,
+) -> Result<Activations<f32>> {
     let scale = parts.remove(INPUT_SCALE);
     ensure!(
         activations.is_static() || scale.is_none(),
         "there is an `input_scale`, but `input_activations` do not ask for one"
     );
-    activations.rounding(|| {
+    activations.with_scale(|| {
         let wanted = "`input_scale` is missing; `input_activations` with `dynamic` false ask for it";
         read_scale(opened, &scale.context(wanted)?)
     })
@@ -123,7 +127,7 @@ pub(super) fn of_gguf(config: &Config, gguf: &Gguf) -> Result<Contents> {
             .with_context(|| format!("no scheme is known for {kind:?} of `{}`", id.gguf_name()))?;
         let (stored, parts) =
             quantized(&dialect::gguf::Gguf, scheme, Activations::Full, shape, parts, &gguf.files)?;
-        Ok(Described { stored, rounding: Rounding::None, parts })
+        Ok(Described { stored, rounding: Activations::Full, parts })
     })
 }
 
@@ -166,7 +170,7 @@ fn parse_hf(name: &str, quantized: bool) -> Option<(TensorId, String)> {
 /// What is known of a tensor from its stored parts.
 struct Described {
     stored: Stored,
-    rounding: Rounding,
+    rounding: Activations<f32>,
     /// Those that unpacking takes.
     parts: Vec<Located>,
 }
@@ -227,7 +231,7 @@ fn dense(shape: &[usize], parts: Parts) -> Result<Described> {
         "found {dtype}, wanted F32, F16 or BF16; if the model is quantized, `config.json` must say so"
     );
     ensure_shape(&part, shape)?;
-    Ok(Described { stored: Stored::Dense(dtype), rounding: Rounding::None, parts: vec![part] })
+    Ok(Described { stored: Stored::Dense(dtype), rounding: Activations::Full, parts: vec![part] })
 }
 
 /// Understands a tensor that `dialect` spells in parts; `fixed` parts are compared here and not kept.
@@ -302,7 +306,9 @@ pub(super) fn main_format(tensors: &BTreeMap<TensorId, TensorInfo>) -> String {
             Stored::Quantized(scheme, Activations::Int8PerToken | Activations::Fp8PerToken) => {
                 format!("{}-w8a8", scheme.name)
             }
-            Stored::Quantized(scheme, Activations::Int8PerTensor) => format!("{}-w8a8-static", scheme.name),
+            Stored::Quantized(scheme, Activations::Int8PerTensor(())) => {
+                format!("{}-w8a8-static", scheme.name)
+            }
         };
         *weights.entry(name).or_default() += info.weights();
     }

@@ -21,7 +21,7 @@ use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
 use crate::names::TensorId;
-use crate::scheme::{Activations, Rounding, Scheme};
+use crate::scheme::{Activations, Scheme};
 use crate::tensor::{Dense, Dtype, Matrix};
 
 /// How a tensor is stored.
@@ -43,7 +43,7 @@ pub struct TensorInfo {
     /// Stored bytes of all its parts.
     pub bytes: u64,
     /// What its linear does to its inputs.
-    pub rounding: Rounding,
+    pub rounding: Activations<f32>,
 }
 
 impl TensorInfo {

@@ -6,7 +6,7 @@ use super::{Checkpoint, Stored, TensorInfo};
 use crate::backend::footprint::Footprint;
 use crate::model::TensorSource;
 use crate::names::TensorId;
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 impl TensorSource for Checkpoint {
@@ -14,8 +14,8 @@ impl TensorSource for Checkpoint {
         Checkpoint::read(self, id)
     }
 
-    fn rounding(&self, id: TensorId) -> Rounding {
-        self.tensors.get(&id).map_or(Rounding::None, |info| info.rounding)
+    fn rounding(&self, id: TensorId) -> Activations<f32> {
+        self.tensors.get(&id).map_or(Activations::Full, |info| info.rounding)
     }
 
     fn kv_scales(&self, layer: usize) -> Result<Option<[f32; 2]>> {

@@ -10,7 +10,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::footprint::Footprint;
 use crate::backend::machine::Machine;
 use crate::backend::{SecondMoments, cuda};
-use crate::calib::choose::{Choice, Effort, Search, Trial};
+use crate::calib::choose::{Chosen, Effort, Search, Trial};
 use crate::calib::corpus::{Corpus, RenderChat, WindowShape};
 use crate::calib::imatrix::Imatrix;
 use crate::calib::settings::Settings;
@@ -27,7 +27,7 @@ use crate::names::{Role, TensorId};
 use crate::output::{Printer, Unit, size};
 use crate::plan::{Action, Plan};
 use crate::recipe::Method;
-use crate::scheme::mix;
+use crate::recipe::formats;
 
 /// Weights times calibration tokens up to which `auto` calibrates on a CPU: about ten minutes on two cores.
 const AUTO_BUDGET: u64 = 10_000_000_000_000;
@@ -86,7 +86,7 @@ pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Resu
 
 /// Whether a format of that name has input scales that only calibration finds.
 fn is_static(format: &str) -> bool {
-    mix::by_name(format).is_some_and(|format| format.activations.is_static())
+    formats::by_name(format).is_some_and(|format| format.base.inputs.is_static())
 }
 
 /// Weights times calibration tokens.
@@ -259,8 +259,8 @@ impl Windows {
         printer: Printer,
     ) -> Result<Start> {
         let effort = Effort::from(args.effort);
-        let inputs = plan.recipe.format.activations;
-        let start = Settings { scale_rule: plan.recipe.scale_rule, ..Settings::for_inputs(inputs) };
+        let start =
+            Settings { scale_rule: plan.recipe.scale_rule, ..Settings::for_inputs(plan.rounds_inputs()) };
         if effort == Effort::Fast {
             let settings = Settings { sweeps: 1, token_power: 0.0, ..start };
             return Ok(Start { settings, tunes: false });
@@ -316,9 +316,9 @@ impl Windows {
         Output { plan, journal, .. }: Output,
         begin: Calibration,
         printer: Printer,
-    ) -> Result<Choice> {
+    ) -> Result<Chosen> {
         let effort = Effort::from(args.effort);
-        let trials = effort.trials(plan.recipe.format.activations);
+        let trials = effort.trials(plan.rounds_inputs());
         let bar = printer.bar((trials * source.config.num_hidden_layers) as u64, "settings", Unit::Count);
         let tell = |trial: &Trial| {
             printer.detail(format!(

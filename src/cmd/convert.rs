@@ -240,8 +240,8 @@ fn recipe_json(args: &ConvertArgs, recipe: &Recipe) -> Result<Value> {
         "method": recipe.method.to_string(),
         "scale_rule": recipe.scale_rule.to_string(),
     });
-    if let (Some(object), Span::Cols(size), "int8" | "int4") =
-        (json.as_object_mut(), recipe.format.base.group, recipe.format.name)
+    if let (Some(object), Span::Cols(size), Some(_)) =
+        (json.as_object_mut(), recipe.format.base.scheme.group, recipe.format.grouped)
     {
         object.insert("group_size".into(), size.into());
     }

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use rayon::prelude::*;
 
 use super::measure::{self, Request, WithBackend};
 use super::{ModelRef, Outcome};
@@ -13,14 +12,15 @@ use crate::cli::{GroupArg, SensitivityArgs};
 use crate::eval::sensitivity::{self, Group, Sensitivity, TensorGroup};
 use crate::eval::{Metric, Report};
 use crate::generate::Generate;
+use crate::method::solve;
 use crate::model::Model;
 use crate::names::{Role, TensorId};
 use crate::output::{self, Printer, Unit};
 use crate::plan::{Action, Plan, Step};
 use crate::recipe::Recipe;
 use crate::report;
-use crate::scheme::fit::fit;
-use crate::scheme::{QTensor, Rounding};
+use crate::scheme::Activations;
+use crate::scheme::fit;
 use crate::tensor::{Matrix, first_non_finite};
 
 /// Windows that are measured unless told otherwise: every group runs through all of them.
@@ -141,26 +141,19 @@ fn bytes_saved(source: &Checkpoint, plan: &Plan, step: &Step) -> u64 {
 }
 
 /// Returns a tensor rounded to nearest in the scheme its plan gives it.
-fn quantized(source: &Checkpoint, plan: &Plan, id: TensorId) -> Result<(Matrix, Rounding)> {
-    /// Rows that one thread fits at a time.
-    const ROWS: usize = 64;
+fn quantized(source: &Checkpoint, plan: &Plan, id: TensorId) -> Result<(Matrix, Activations<f32>)> {
     let step = plan.steps.iter().find(|step| step.id == id);
-    let Some(Action::Quantize(scheme)) = step.map(|step| step.action) else {
+    let Some(&Step { action: Action::Quantize(scheme), inputs, .. }) = step else {
         anyhow::bail!("`{id}` is not quantized by the plan");
     };
     let matrix = source.read(id)?;
-    let [rows, cols] = matrix.dims();
     let weights = matrix.to_f32();
     if let Some(at) = first_non_finite(&weights) {
         anyhow::bail!("{}: `{id}`: found {}, wanted finite weights", source.path.display(), weights[at]);
     }
-    let fitted: Vec<QTensor> = weights
-        .par_chunks(ROWS * cols)
-        .map(|part| fit(scheme, part, part.len() / cols, cols, None, plan.recipe.scale_rule))
-        .collect();
-    let mut q = QTensor::zeroed(scheme, rows, cols);
-    fitted.iter().enumerate().for_each(|(at, part)| q.set_rows(at * ROWS, part));
-    let rounding = plan.recipe.activations(id).rounding(|| {
+    let global = fit::global_scale(&scheme, fit::amax(&weights));
+    let q = solve::fit_target(&weights, matrix.dims()[1], scheme, global, None, plan.recipe.scale_rule);
+    let rounding = inputs.with_scale(|| {
         anyhow::bail!(
             "`{}` has scales that only calibration finds, which this command does without; use `--format int8-w8a8`",
             plan.recipe.format.name

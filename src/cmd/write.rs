@@ -321,7 +321,7 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
     match step.action {
         Action::Keep(dtype) => TensorRecord::kept(dtype),
         Action::Quantize(scheme) => TensorRecord::Quantized {
-            scheme: Box::new(SchemeRecord::new(&scheme, plan.recipe.activations(step.id))),
+            scheme: Box::new(SchemeRecord::new(&scheme, step.inputs)),
             scale_rule: match scheme.scale {
                 Codec::E8M0 => plan.recipe.scale_rule.to_string(),
                 _ => "search".to_string(),
@@ -332,7 +332,7 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
             input_scale: cost.input_scale,
             raised_damp: cost.deviation.raised_damp,
             kept_nearest: cost.deviation.kept_nearest,
-            fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.name.to_string()),
+            fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.scheme.name.to_string()),
         },
     }
 }

@@ -9,7 +9,7 @@ use super::journal::{FinishedLayer, FinishedTensor, Journal, Outcome};
 use super::stream::stream;
 use super::{Cost, pack, unpack, write_decided, write_rows};
 use crate::backend::SecondMoments;
-use crate::calib::choose::{Choice, Search, choose};
+use crate::calib::choose::{Chosen, Search, choose};
 use crate::calib::driver::{self, Calibrated, Finished, FinishedLayers, Request};
 use crate::calib::settings::Settings;
 use crate::calib::token_energies::TokenEnergies;
@@ -20,7 +20,7 @@ use crate::method::solve::Solved;
 use crate::model::{Model, TensorSource};
 use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
-use crate::scheme::{Rounding, Scheme};
+use crate::scheme::{Activations, Choice};
 use crate::tensor::{Dense, Matrix, bytes_from_floats, floats_from_bytes};
 
 /// Converts a plan with calibrated codes: kept tensors stream as in [`super::convert`], the others come from
@@ -38,10 +38,10 @@ pub fn convert_calibrated<B: SecondMoments>(
     let Output { plan, sink, journal } = output;
     write_decided(plan, sink)?;
     let place: BTreeMap<TensorId, usize> = plan.steps.iter().enumerate().map(|(i, s)| (s.id, i)).collect();
-    let schemes = schemes(plan);
-    let scheme = |id| schemes.get(&id).copied();
+    let choices = choices(plan);
+    let choice = |id| choices.get(&id).copied();
     let finished = Recovery { output, place: &place, broken: Cell::new(false) };
-    let request = Request { finished: Some(&finished), ..calibration.request(plan, &scheme) };
+    let request = Request { finished: Some(&finished), ..calibration.request(plan, &choice) };
     let kept = |step: &Step| matches!(step.action, Action::Keep(_)) && !request.rewrites(step.id);
     let mut costs = stream(source, plan, sink, None, &[], progress, kept)?;
     let mut layer = Vec::new();
@@ -193,30 +193,30 @@ pub fn choose_settings<B: SecondMoments>(
     plan: &Plan,
     calibration: Calibration,
     search: &Search,
-) -> Result<Choice> {
-    let schemes = schemes(plan);
-    let scheme = |id| schemes.get(&id).copied();
-    let request = calibration.request(plan, &scheme);
+) -> Result<Chosen> {
+    let choices = choices(plan);
+    let choice = |id| choices.get(&id).copied();
+    let request = calibration.request(plan, &choice);
     choose(backend, &source.config, source, &request, search)
 }
 
-/// Returns the scheme of every tensor that is quantized.
-fn schemes(plan: &Plan) -> BTreeMap<TensorId, Scheme> {
+/// Returns what every tensor that is quantized becomes.
+fn choices(plan: &Plan) -> BTreeMap<TensorId, Choice> {
     let quantized = plan.steps.iter().filter_map(|step| match step.action {
-        Action::Quantize(scheme) => Some((step.id, scheme)),
+        Action::Quantize(scheme) => Some((step.id, Choice { scheme, inputs: step.inputs })),
         Action::Keep(_) => None,
     });
     quantized.collect()
 }
 
 impl<'a> Calibration<'a> {
-    fn request(&self, plan: &Plan, scheme: &'a (dyn Fn(TensorId) -> Option<Scheme> + Sync)) -> Request<'a> {
+    fn request(&self, plan: &Plan, choice: &'a (dyn Fn(TensorId) -> Option<Choice> + Sync)) -> Request<'a> {
         Request {
             windows: self.windows,
             energies: self.energies,
             held_out: self.held_out,
-            scheme,
-            activations: plan.recipe.format.activations,
+            choice,
+            rounds_inputs: plan.rounds_inputs(),
             settings: self.settings,
             finished: None,
             room: self.room,
@@ -264,7 +264,7 @@ pub fn tune_gains<B: SecondMoments>(
     for (step, cost) in plan.steps.iter().zip(costs) {
         if let Action::Quantize(_) = step.action {
             let scale = || cost.input_scale.with_context(|| format!("`{}` has no input scale", step.id));
-            roundings.insert(step.id, plan.recipe.activations(step.id).rounding(scale)?);
+            roundings.insert(step.id, step.inputs.with_scale(scale)?);
         }
     }
     let written = Written { plan, sink: output.sink, source, place: &place, roundings };
@@ -294,7 +294,7 @@ struct Written<'a> {
     source: &'a Checkpoint,
     place: &'a BTreeMap<TensorId, &'a Step>,
     /// What happens to the inputs of quantized linears.
-    roundings: BTreeMap<TensorId, Rounding>,
+    roundings: BTreeMap<TensorId, Activations<f32>>,
 }
 
 impl TensorSource for Written<'_> {
@@ -312,7 +312,7 @@ impl TensorSource for Written<'_> {
         }
     }
 
-    fn rounding(&self, id: TensorId) -> Rounding {
+    fn rounding(&self, id: TensorId) -> Activations<f32> {
         self.roundings.get(&id).copied().unwrap_or_default()
     }
 }

@@ -57,7 +57,7 @@ fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {
 
 /// Returns the packed parts of some rows (whole runs of reordered ones) in the output's row order.
 fn pack(q: QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
-    let activations = plan.recipe.activations(step.id);
+    let activations = step.inputs;
     match &step.row_order {
         None => plan.recipe.dialect.pack(&q, activations),
         Some(order) => {
@@ -70,7 +70,7 @@ fn pack(q: QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
 
 /// Inverse of [`pack`] for all rows of a step.
 fn unpack(scheme: Scheme, parts: &[Vec<u8>], plan: &Plan, step: &Step) -> Result<QTensor> {
-    let activations = plan.recipe.activations(step.id);
+    let activations = step.inputs;
     let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     let q = plan.recipe.dialect.unpack(&scheme, activations, step.rows(), step.cols(), &parts)?;
     let Some(order) = &step.row_order else { return Ok(q) };
@@ -113,14 +113,15 @@ mod tests {
     use crate::embedded;
     use crate::plan::Action;
     use crate::recipe::Recipe;
+    use crate::recipe::formats::FORMATS;
     use crate::scheme::fit::{ScaleRule, fit};
-    use crate::scheme::mix::FORMATS;
 
     #[test]
     fn every_format_reads_back_the_tensors_that_it_packs() {
         let source = Checkpoint::open(&embedded::model_folder().unwrap()).unwrap();
         let mut reordered = 0;
-        for format in FORMATS.iter().flat_map(|format| format.dialects.iter().map(move |d| (format.name, *d)))
+        for format in
+            FORMATS.iter().flat_map(|format| format.dialects.iter().map(move |d| (format.name, d.0)))
         {
             let plan = Plan::new(&source, &Recipe::new(format.0, Some(format.1), None).unwrap()).unwrap();
             for step in plan.steps.iter().filter(|step| step.id.layer.is_none_or(|layer| layer == 0)) {

@@ -210,7 +210,7 @@ mod tests {
     use crate::model::TensorSource;
     use crate::model::layers::Streamed;
     use crate::names::TensorId;
-    use crate::scheme::Rounding;
+    use crate::scheme::Activations;
     use crate::tensor::Matrix;
 
     pub fn model(name: &str) -> Model<Cpu> {
@@ -257,7 +257,7 @@ mod tests {
                 TensorSource::read(self.0, id)
             }
 
-            fn rounding(&self, id: TensorId) -> Rounding {
+            fn rounding(&self, id: TensorId) -> Activations<f32> {
                 self.0.rounding(id)
             }
         }

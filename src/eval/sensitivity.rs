@@ -13,7 +13,7 @@ use super::{Estimate, Metric, Protocol, Text};
 use crate::backend::{Backend, Batch};
 use crate::model::Model;
 use crate::names::{Role, TensorId};
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 /// Tensors that are quantized together.
@@ -87,7 +87,7 @@ pub fn run<B: Backend>(
     model: &mut Model<B>,
     text: &Text,
     groups: &[Group],
-    quantized: &dyn Fn(TensorId) -> Result<(Matrix, Rounding)>,
+    quantized: &dyn Fn(TensorId) -> Result<(Matrix, Activations<f32>)>,
     progress: &dyn Fn(),
 ) -> Result<Vec<Estimate>> {
     super::check_fits(&model.config, text)?;
@@ -144,7 +144,7 @@ fn embark<B: Backend>(backend: &B, model: &Model<B>, text: &Text) -> Result<Vec<
 struct Replaced<B: Backend> {
     id: TensorId,
     weight: B::Weight,
-    rounding: Rounding,
+    rounding: Activations<f32>,
 }
 
 impl<B: Backend> Replaced<B> {
@@ -235,10 +235,10 @@ mod tests {
     }
 
     /// Every weight off by a quarter.
-    fn damaged(checkpoint: &Checkpoint, id: TensorId) -> (Matrix, Rounding) {
+    fn damaged(checkpoint: &Checkpoint, id: TensorId) -> (Matrix, Activations<f32>) {
         let matrix = checkpoint.read(id).unwrap();
         let values: Vec<f32> = matrix.to_f32().iter().map(|w| w * 1.25).collect();
-        (Matrix::Dense(Dense::from_f32(matrix.dims().to_vec(), &values)), Rounding::None)
+        (Matrix::Dense(Dense::from_f32(matrix.dims().to_vec(), &values)), Activations::Full)
     }
 
     /// A checkpoint with one group damaged, as a whole model sees it.
@@ -252,8 +252,8 @@ mod tests {
             }
         }
 
-        fn rounding(&self, _: TensorId) -> Rounding {
-            Rounding::None
+        fn rounding(&self, _: TensorId) -> Activations<f32> {
+            Activations::Full
         }
     }
 

@@ -96,13 +96,13 @@ pub fn fit_target(
     cols: usize,
     scheme: Scheme,
     global: Option<f32>,
-    importances: &[f32],
+    importances: Option<&[f32]>,
     rule: ScaleRule,
 ) -> QTensor {
     let rows = target.len() / cols;
     let fitted: Vec<QTensor> = target
         .par_chunks(FIT_ROWS * cols)
-        .map(|part| fit_under(global, scheme, part, part.len() / cols, cols, Some(importances), rule))
+        .map(|part| fit_under(global, scheme, part, part.len() / cols, cols, importances, rule))
         .collect();
     let mut q = QTensor::zeroed(scheme, rows, cols);
     for (i, part) in fitted.iter().enumerate() {
@@ -170,7 +170,7 @@ impl Solve for Solver {
         }
         let target = corrected_target(&weights, &self.moments, self.knobs.strength)?;
         let rule = self.knobs.scale_rule;
-        let mut q = fit_target(&target, self.moments.cols, scheme, global, &self.importances, rule);
+        let mut q = fit_target(&target, self.moments.cols, scheme, global, Some(&self.importances), rule);
         let energy = self.energy(&target, rows).max(f64::MIN_POSITIVE);
         let error_nearest = self.error(&q, &target) / energy;
         let nearest = q.clone();

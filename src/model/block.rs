@@ -7,7 +7,7 @@ use super::{TensorSource, read_vector, read_weight};
 use crate::backend::kv_cache::KvCache;
 use crate::backend::{Affine, AttentionShape, Backend, Batch, Rope};
 use crate::names::{Role, TensorId};
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 
 /// What every layer of a model shares.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,7 +70,7 @@ pub struct Linear<B: Backend> {
     /// `[out_features]`
     pub bias: Option<B::Tensor>,
     /// What the engine does to the inputs first.
-    pub rounding: Rounding,
+    pub rounding: Activations<f32>,
 }
 
 // Derived implementations would ask for backends that can be cloned.

@@ -20,7 +20,7 @@ use self::config::Config;
 use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
 use crate::names::{Role, TensorId};
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 /// Where a model's tensors come from.
@@ -29,7 +29,7 @@ pub trait TensorSource: Sync {
     fn read(&self, id: TensorId) -> Result<Matrix>;
 
     /// Returns what the engine does to the inputs of that linear.
-    fn rounding(&self, id: TensorId) -> Rounding;
+    fn rounding(&self, id: TensorId) -> Activations<f32>;
 
     /// Returns the scales of a layer's keys and values, if engines keep them in FP8.
     fn kv_scales(&self, _layer: usize) -> Result<Option<[f32; 2]>> {

@@ -6,12 +6,10 @@
 //!
 //! - [`schemes`]: the table of all schemes; a new scalar format is one row.
 //! - [`fit`]: finds the stored scales for given weights and importances.
-//! - [`mix`]: which tensor of a model gets which scheme under a format name such as `q4_k_m`.
 
 mod distortion;
 mod encode;
 pub mod fit;
-pub mod mix;
 mod qtensor;
 pub mod schemes;
 
@@ -109,9 +107,12 @@ impl Scheme {
     }
 }
 
-/// How an engine quantizes a linear's *inputs* at run time; evaluation simulates it.
+/// What an engine does to a linear's *inputs* at run time; evaluation simulates it.
+///
+/// `S` is the scale of a kind that fixes one: nothing in a recipe, which only says that there is one, and the number in a
+/// model that runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum Activations {
+pub enum Activations<S = ()> {
     /// Left in the model's precision (weight-only formats).
     #[default]
     Full,
@@ -119,51 +120,53 @@ pub enum Activations {
     Int8PerToken,
     /// FP8 E4M3, one scale per token: `scale = max|x| / 448`, values rounded to nearest even.
     Fp8PerToken,
-    /// INT8, symmetric, one scale for all tokens, found by calibration and stored beside the weight: codes `x / scale`
-    /// rounded to nearest even, clamped to -128 and 127 as compressed-tensors and vLLM do.
-    Int8PerTensor,
+    /// INT8, symmetric, one finite and positive scale for all tokens, found by calibration and stored beside the weight:
+    /// codes `x / scale` rounded to nearest even, clamped to -128 and 127 as compressed-tensors and vLLM do.
+    Int8PerTensor(S),
 }
 
-/// What happens to the inputs of one linear: [`Activations`] with the number that a fixed kind brings.
-#[derive(Clone, Copy, Debug, PartialEq, Default)]
-pub enum Rounding {
-    /// [`Activations::Full`]
-    #[default]
-    None,
-    /// [`Activations::Int8PerToken`]
-    Int8PerToken,
-    /// [`Activations::Fp8PerToken`]
-    Fp8PerToken,
-    /// [`Activations::Int8PerTensor`] with its scale, finite and positive.
-    Int8PerTensor(f32),
+impl<S> Activations<S> {
+    /// Whether each linear has a scale of its own that is fixed before run time.
+    pub fn is_static(&self) -> bool {
+        matches!(self, Activations::Int8PerTensor(_))
+    }
+
+    /// Returns the scale of a static kind.
+    pub fn scale(self) -> Option<S> {
+        match self {
+            Activations::Int8PerTensor(scale) => Some(scale),
+            _ => None,
+        }
+    }
 }
 
 impl Activations {
-    /// Whether each linear has a scale of its own that is fixed before run time.
-    pub fn is_static(self) -> bool {
-        self == Activations::Int8PerTensor
-    }
-
-    /// Returns what happens to the inputs of a linear; `scale` is asked only by kinds that are static.
+    /// Returns what happens to the inputs of one linear; only static kinds ask for `scale`.
     ///
     /// # Errors
     /// Those of `scale`.
-    pub fn rounding(self, scale: impl FnOnce() -> Result<f32>) -> Result<Rounding> {
+    pub fn with_scale(self, scale: impl FnOnce() -> Result<f32>) -> Result<Activations<f32>> {
         Ok(match self {
-            Activations::Full => Rounding::None,
-            Activations::Int8PerToken => Rounding::Int8PerToken,
-            Activations::Fp8PerToken => Rounding::Fp8PerToken,
-            Activations::Int8PerTensor => Rounding::Int8PerTensor(scale()?),
+            Activations::Full => Activations::Full,
+            Activations::Int8PerToken => Activations::Int8PerToken,
+            Activations::Fp8PerToken => Activations::Fp8PerToken,
+            Activations::Int8PerTensor(()) => Activations::Int8PerTensor(scale()?),
         })
     }
 }
 
-impl Rounding {
-    /// Returns the scale of a static kind.
-    pub fn scale(self) -> Option<f32> {
-        match self {
-            Rounding::Int8PerTensor(scale) => Some(scale),
-            _ => None,
-        }
+/// What one tensor becomes: how its numbers are stored, and what engines do to the inputs of its linear.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// How its numbers are stored.
+    pub scheme: Scheme,
+    /// What happens to its inputs.
+    pub inputs: Activations,
+}
+
+impl Choice {
+    /// Returns the choice that stores weights so and leaves inputs alone.
+    pub const fn weights(scheme: Scheme) -> Self {
+        Choice { scheme, inputs: Activations::Full }
     }
 }

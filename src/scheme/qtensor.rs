@@ -187,7 +187,12 @@ fn place_spans(
     from: &Range<usize>,
 ) {
     match span {
-        Span::Tensor => to_field.copy_from_slice(from_field),
+        Span::Tensor => {
+            // A part that was fitted under a factor of its own would change what the rows before it mean.
+            let unset = to_field.iter().all(|factor| *factor == 0.0);
+            debug_assert!(unset || *to_field == *from_field, "parts of one tensor under different factors");
+            to_field.copy_from_slice(from_field);
+        }
         Span::Row | Span::Cols(_) => place_rows(from_field, to_field, rows, to, from),
     }
 }

@@ -158,7 +158,7 @@ fn what_f16_cannot_hold_never_goes_unseen() {
         assert!(cuda.read(&mixed).unwrap()[64..].iter().any(|y| y.is_nan()), "a key of {huge}");
         let codes = QTensor::zeroed(schemes::INT8, 64, 64);
         let weight = cuda.upload(Matrix::Quantized(codes)).unwrap();
-        for rounding in [Rounding::Int8PerToken, Rounding::Int8PerTensor(0.25)] {
+        for rounding in [Activations::Int8PerToken, Activations::Int8PerTensor(0.25)] {
             let y = cuda.linear(&x, &weight, None, rounding).unwrap();
             assert!(cuda.read(&y).unwrap()[64..].iter().all(|y| y.is_nan()), "a quantized input of {huge}");
         }

@@ -4,12 +4,12 @@ use super::products::linear_on;
 use super::*;
 
 /// Values past the ends of the range, and ties between codes.
-fn inputs_for_a_fixed_scale(count: usize, random: &mut Random) -> (Vec<f32>, Rounding) {
+fn inputs_for_a_fixed_scale(count: usize, random: &mut Random) -> (Vec<f32>, Activations<f32>) {
     let x = random.normals(count).into_iter().enumerate().map(|(i, x)| match i % 3 {
         0 => (x * 32.0).round() / 64.0,
         _ => x * if i % 7 == 0 { 4.0 } else { 1.0 },
     });
-    (x.collect(), Rounding::Int8PerTensor(1.0 / 64.0))
+    (x.collect(), Activations::Int8PerTensor(1.0 / 64.0))
 }
 
 #[test]
@@ -23,7 +23,7 @@ fn linear_int8_inputs_of_a_fixed_scale_have_exact_sums() {
             let expected = linear_on(&Cpu, &x, n, q.clone(), None, fixed);
             let found = linear_on(cuda, &x, n, q.clone(), None, fixed);
             let sizes = dense(out, input, &absolute(&q.to_f32()), Dtype::F32);
-            let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, None, Rounding::None);
+            let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, None, Activations::Full);
             assert_close("int8 static", &found, &expected, |i| {
                 rounding * (expected[i].abs() + sizes[i]) + F32 * sizes[i].max(1.0)
             });
@@ -38,7 +38,7 @@ fn round_inputs() {
         let (n, cols) = (37, 264);
         let (mut x, fixed) = inputs_for_a_fixed_scale(n * cols, &mut random);
         x[..cols].fill(0.0);
-        for rounding in [Rounding::None, Rounding::Int8PerToken, Rounding::Fp8PerToken, fixed] {
+        for rounding in [Activations::Full, Activations::Int8PerToken, Activations::Fp8PerToken, fixed] {
             // What the device holds is rounded from there.
             let on_device = cuda.rounded(&cuda.tensor(n, cols, &x).unwrap()).unwrap();
             let held = cuda.read(&on_device).unwrap();

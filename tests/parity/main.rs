@@ -22,7 +22,7 @@ use quant::backend::cuda::{Cuda, Float, Precision};
 use quant::backend::kv_cache::KvCache;
 use quant::backend::{AttentionShape, Backend, Batch, LongAngles, Pairing, Rope, SecondMoments};
 use quant::num::{Codec, Element};
-use quant::scheme::{Offset, QTensor, Rounding, Scheme, schemes};
+use quant::scheme::{Activations, Offset, QTensor, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};
 
 /// Half a step of F16's 11 significant bits, relative.

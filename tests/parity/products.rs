@@ -13,12 +13,12 @@ fn linear() {
                 let w = Cpu.upload(dense(out, input, &absolute(&w), Dtype::F32)).unwrap();
                 let bias = bias.map(|bias| Cpu.tensor(1, out, &absolute(bias)).unwrap());
                 let x = Cpu.tensor(n, input, &absolute(&x)).unwrap();
-                Cpu.read(&Cpu.linear(&x, &w, bias.as_ref(), Rounding::None).unwrap()).unwrap()
+                Cpu.read(&Cpu.linear(&x, &w, bias.as_ref(), Activations::Full).unwrap()).unwrap()
             };
             for bias in [None, Some(&bias[..])] {
                 let matrix = dense(out, input, &w, Dtype::BF16);
-                let expected = linear_on(&Cpu, &x, n, matrix.clone(), bias, Rounding::None);
-                let found = linear_on(cuda, &x, n, matrix, bias, Rounding::None);
+                let expected = linear_on(&Cpu, &x, n, matrix.clone(), bias, Activations::Full);
+                let found = linear_on(cuda, &x, n, matrix, bias, Activations::Full);
                 let sizes = magnitude(bias);
                 assert_close("linear", &found, &expected, |i| rounding * expected[i].abs() + F32 * sizes[i]);
             }
@@ -32,7 +32,7 @@ pub fn linear_on<B: Backend>(
     n: usize,
     matrix: Matrix,
     bias: Option<&[f32]>,
-    rounding: Rounding,
+    rounding: Activations<f32>,
 ) -> Vec<f32> {
     let x = backend.tensor(n, x.len() / n, x).unwrap();
     let bias = bias.map(|bias| backend.tensor(1, bias.len(), bias).unwrap());
@@ -49,8 +49,8 @@ fn linear_of_every_scheme() {
         for scheme in all_schemes() {
             let q = random_weight(scheme, out, input, &mut random);
             let sizes = dense(out, input, &absolute(&q.decode()), Dtype::F32);
-            let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, None, Rounding::None);
-            for activations in [Rounding::None, Rounding::Int8PerToken] {
+            let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, None, Activations::Full);
+            for activations in [Activations::Full, Activations::Int8PerToken] {
                 let expected = linear_on(&Cpu, &x, n, Matrix::Quantized(q.clone()), None, activations);
                 let found = linear_on(cuda, &x, n, Matrix::Quantized(q.clone()), None, activations);
                 // The weights are rounded once, each by up to half a step of itself; so is the result.
@@ -70,11 +70,11 @@ fn linear_int8_sums_are_exact() {
             let q = random_weight(schemes::INT8, out, input, &mut random);
             for bias in [None, Some(&bias[..])] {
                 let expected =
-                    linear_on(&Cpu, &x, n, Matrix::Quantized(q.clone()), bias, Rounding::Int8PerToken);
+                    linear_on(&Cpu, &x, n, Matrix::Quantized(q.clone()), bias, Activations::Int8PerToken);
                 let found =
-                    linear_on(cuda, &x, n, Matrix::Quantized(q.clone()), bias, Rounding::Int8PerToken);
+                    linear_on(cuda, &x, n, Matrix::Quantized(q.clone()), bias, Activations::Int8PerToken);
                 let sizes = dense(out, input, &absolute(&q.decode()), Dtype::F32);
-                let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, bias, Rounding::None);
+                let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, bias, Activations::Full);
                 assert_close("int8", &found, &expected, |i| {
                     rounding * expected[i].abs() + F32 * sizes[i].abs().max(1.0)
                 });
@@ -90,10 +90,10 @@ fn linear_fp8_inputs_are_those_of_the_definition() {
         for (n, out, input) in [(1, 64, 64), (50, 1000, 1024)] {
             let x = random.normals(n * input);
             let q = Matrix::Quantized(random_weight(schemes::FP8, out, input, &mut random));
-            let expected = linear_on(&Cpu, &x, n, q.clone(), None, Rounding::Fp8PerToken);
-            let found = linear_on(cuda, &x, n, q.clone(), None, Rounding::Fp8PerToken);
+            let expected = linear_on(&Cpu, &x, n, q.clone(), None, Activations::Fp8PerToken);
+            let found = linear_on(cuda, &x, n, q.clone(), None, Activations::Fp8PerToken);
             let sizes = dense(out, input, &absolute(&q.to_f32()), Dtype::F32);
-            let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, None, Rounding::None);
+            let sizes = linear_on(&Cpu, &absolute(&x), n, sizes, None, Activations::Full);
             // Weights are rounded to F16 before they multiply, the result after.
             assert_close("fp8", &found, &expected, |i| {
                 rounding * (expected[i].abs() + sizes[i]) + F32 * sizes[i].max(1.0)
@@ -119,7 +119,7 @@ fn linear_add() {
             let mut y = backend.tensor(n, residual.len() / n, residual).unwrap();
             let before = y.clone();
             let x = backend.tensor(n, x.len() / n, x).unwrap();
-            backend.linear_add(&mut y, &x, &backend.upload(w).unwrap(), None, Rounding::None).unwrap();
+            backend.linear_add(&mut y, &x, &backend.upload(w).unwrap(), None, Activations::Full).unwrap();
             (backend.read(&y).unwrap(), backend.read(&before).unwrap())
         }
         let matrix = dense(out, input, &w, Dtype::BF16);

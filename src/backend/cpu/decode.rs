@@ -13,7 +13,7 @@ use crate::backend::{Backend, Batch};
 use crate::generate::{Decoder, Draw, Generate};
 use crate::model::Model;
 use crate::model::block::LayerConstants;
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 
 /// Rows of one register tile of a product, four times: past it the time per token hardly falls.
 const SEQUENCES: usize = 32;
@@ -182,7 +182,7 @@ impl CpuDecoder<'_> {
     fn keep_logits(&mut self, x: &Array2<f32>, running: &[usize]) -> Result<()> {
         let model = self.model;
         let hidden = Cpu.rms_norm(x, &model.output_norm, model.constants.eps)?;
-        let logits = Cpu.linear(&hidden, model.head(), None, Rounding::None)?;
+        let logits = Cpu.linear(&hidden, model.head(), None, Activations::Full)?;
         for (row, &sequence) in running.iter().enumerate() {
             self.logits.row_mut(sequence).assign(&logits.row(row));
         }

@@ -186,7 +186,7 @@ fn probabilities_and_gradient(
 mod tests {
     use super::*;
     use crate::backend::Backend;
-    use crate::scheme::Rounding;
+    use crate::scheme::Activations;
     use crate::tensor::Dense;
 
     fn noise(rows: usize, cols: usize, seed: u32) -> Array2<f32> {
@@ -228,7 +228,7 @@ mod tests {
         let rows = 521; // more than are decoded at a time
         let (x, w, dy) = (noise(5, 24, 1), matrix(&noise(rows, 24, 2)), noise(5, rows, 3));
         let dx = Cpu.linear_gradient(&dy, &w).unwrap();
-        check(&x, &dx, &dy, |x| Cpu.linear(x, &w, None, Rounding::None).unwrap());
+        check(&x, &dx, &dy, |x| Cpu.linear(x, &w, None, Activations::Full).unwrap());
     }
 
     #[test]

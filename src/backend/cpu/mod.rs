@@ -22,7 +22,7 @@ use crate::backend::kv_cache::KvCache;
 use crate::linalg::product::{self, Left, Previous, Wanted, multiply_transposed};
 use crate::method::solve::{Knobs, Solver};
 use crate::method::statistics::Moments;
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 /// The CPU, using the threads of the current `rayon` pool.
@@ -88,7 +88,7 @@ impl Backend for Cpu {
         x: &Array2<f32>,
         weight: &Matrix,
         bias: Option<&Array2<f32>>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<Array2<f32>> {
         self.linears(x, [Affine { weight, bias, rounding }]).map(|[y]| y)
     }
@@ -116,7 +116,7 @@ impl Backend for Cpu {
         input: &Array2<f32>,
         weight: &Matrix,
         bias: Option<&Array2<f32>>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<()> {
         multiply(input, rounding, vec![(weight, x)], Previous::Kept)?;
         if let Some(bias) = bias {
@@ -217,7 +217,7 @@ impl SecondMoments for Cpu {
         Ok(())
     }
 
-    fn round_inputs(&self, x: &Array2<f32>, rounding: Rounding) -> Result<Array2<f32>> {
+    fn round_inputs(&self, x: &Array2<f32>, rounding: Activations<f32>) -> Result<Array2<f32>> {
         let mut y = x.clone();
         round_inputs(&mut y, rounding)?;
         Ok(y)
@@ -259,12 +259,12 @@ impl SecondMoments for Cpu {
 }
 
 /// Replaces inputs by what an engine's product sees of them.
-fn round_inputs(x: &mut Array2<f32>, rounding: Rounding) -> Result<()> {
+fn round_inputs(x: &mut Array2<f32>, rounding: Activations<f32>) -> Result<()> {
     let round: &(dyn Fn(&mut [f32]) + Sync) = match rounding {
-        Rounding::None => return Ok(()),
-        Rounding::Int8PerToken => &elementwise::quantize_int8,
-        Rounding::Fp8PerToken => &elementwise::quantize_fp8,
-        Rounding::Int8PerTensor(scale) => &move |row| elementwise::quantize_int8_by(scale, row),
+        Activations::Full => return Ok(()),
+        Activations::Int8PerToken => &elementwise::quantize_int8,
+        Activations::Fp8PerToken => &elementwise::quantize_fp8,
+        Activations::Int8PerTensor(scale) => &move |row| elementwise::quantize_int8_by(scale, row),
     };
     let width = x.ncols().max(1);
     slice_mut(x)?.par_chunks_mut(width).for_each(round);
@@ -274,7 +274,7 @@ fn round_inputs(x: &mut Array2<f32>, rounding: Rounding) -> Result<()> {
 /// y (+)= x · weightᵀ for each weight and its y, with `x` as the engine would quantize it.
 fn multiply(
     x: &Array2<f32>,
-    rounding: Rounding,
+    rounding: Activations<f32>,
     mut products: Vec<(&Matrix, &mut Array2<f32>)>,
     previous: Previous,
 ) -> Result<()> {
@@ -288,7 +288,7 @@ fn multiply(
         );
     }
     let rounded = match rounding {
-        Rounding::None => None,
+        Activations::Full => None,
         _ => Some(Cpu.round_inputs(x, rounding)?),
     };
     let left = Left::rows_of(rounded.as_ref().unwrap_or(x).view());

@@ -20,7 +20,7 @@ use crate::backend::{Backend, Batch};
 use crate::generate::{Decoder, Draw, Generate, Sampling};
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants, Linear};
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 
 /// Blocks of `attend` that keep an H100 busy.
 const ATTENTION_BLOCKS: usize = 264;
@@ -267,14 +267,14 @@ impl<'a> CudaDecoder<'a> {
             self.product(From::Values(&state.gated), &[(&layer.down, &state.x)], Output::Add)?;
         }
         let head = [Part { weight: model.head(), bias: None, y: self.chooser.logits_of(0) }];
-        self.cuda.matvec(self.normed(&model.output_norm, Rounding::None)?, &head, Output::F32)?;
+        self.cuda.matvec(self.normed(&model.output_norm, Activations::Full)?, &head, Output::F32)?;
         self.chooser.choose(&self.cuda.device, 0, self.lengths.len())
     }
 
     /// Returns norm(residual stream) · gain as a product reads it: a lone sequence's is worked out by the product itself.
-    fn normed<'b>(&'b self, gain: &'b Tensor, rounding: Rounding) -> Result<Input<'b>> {
+    fn normed<'b>(&'b self, gain: &'b Tensor, rounding: Activations<f32>) -> Result<Input<'b>> {
         let (state, eps, tokens) = (&self.state, self.model.constants.eps, self.lengths.len());
-        if tokens == 1 && rounding == Rounding::None && gain.count() <= WIDEST_NORM {
+        if tokens == 1 && rounding == Activations::Full && gain.count() <= WIDEST_NORM {
             return Ok(Input { x: state.x.at(), norm: Some((gain, eps)), scales: None, tokens });
         }
         let (x, y) = ((state.x.at(), Float::F32), (state.normed.at(), Float::F16));
@@ -283,9 +283,9 @@ impl<'a> CudaDecoder<'a> {
     }
 
     /// Returns F16 values `[sequences, cols]` as a product reads them, quantized first where the engine does that.
-    fn input<'b>(&'b self, x: &'b Buffer, cols: usize, rounding: Rounding) -> Result<Input<'b>> {
+    fn input<'b>(&'b self, x: &'b Buffer, cols: usize, rounding: Activations<f32>) -> Result<Input<'b>> {
         let (state, tokens) = (&self.state, self.lengths.len());
-        if rounding == Rounding::None {
+        if rounding == Activations::Full {
             return Ok(Input { x: x.at(), norm: None, scales: None, tokens });
         }
         let to = ("f16", rounding);

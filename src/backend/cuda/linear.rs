@@ -11,7 +11,7 @@ use super::device::{Arg, Buffer, Geometry};
 use super::gemm::{Form, Product, Types};
 use super::{Cuda, Float, Stored, Tensor, Weight, macro_of};
 use crate::backend::Backend;
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Dtype;
 
 impl Cuda {
@@ -21,10 +21,10 @@ impl Cuda {
         x: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<Tensor> {
         check(x, weight)?;
-        if rounding != Rounding::None {
+        if rounding != Activations::Full {
             return self.quantized_product(x, weight, bias, rounding);
         }
         let x = self.rounded(x)?;
@@ -46,12 +46,12 @@ impl Cuda {
         input: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<()> {
         check(input, weight)?;
         ensure!(x.rows == input.rows && x.cols == weight.rows, "the sum of differing shapes");
         ensure!(x.float == Float::F32, "only the residual stream, which is F32, is added to");
-        if bias.is_some() || rounding != Rounding::None {
+        if bias.is_some() || rounding != Activations::Full {
             let y = self.product(input, weight, bias, rounding)?;
             return self.add(x, &y);
         }
@@ -94,7 +94,7 @@ impl Cuda {
     pub(super) fn quantize_rows(
         &self,
         x: (u64, Float),
-        (code, rounding): (&str, Rounding),
+        (code, rounding): (&str, Activations<f32>),
         codes: &Buffer,
         scales: &Buffer,
         shape: [usize; 2],
@@ -103,7 +103,7 @@ impl Cuda {
     }
 
     /// Returns the values that quantized products see of `x`.
-    pub(super) fn quantized_values(&self, x: &Tensor, rounding: Rounding) -> Result<Tensor> {
+    pub(super) fn quantized_values(&self, x: &Tensor, rounding: Activations<f32>) -> Result<Tensor> {
         let y = Tensor::empty(&self.device, x.rows, x.cols, self.float)?;
         let code = if self.float == Float::F32 { "float" } else { "f16" };
         let kind = ("KEEP=VALUES", code, rounding);
@@ -114,16 +114,16 @@ impl Cuda {
     fn launch_quantize_rows(
         &self,
         (x, float): (u64, Float),
-        (keep, code, rounding): (&str, &str, Rounding),
+        (keep, code, rounding): (&str, &str, Activations<f32>),
         to: u64,
         scales: u64,
         [rows, cols]: [usize; 2],
     ) -> Result<()> {
         let (grid, given) = match rounding {
-            Rounding::None => bail!("inputs that stay as they are have no codes"),
-            Rounding::Int8PerToken => ("TO=INT8", 0.0),
-            Rounding::Fp8PerToken => ("TO=E4M3", 0.0),
-            Rounding::Int8PerTensor(scale) => ("TO=INT8", scale),
+            Activations::Full => bail!("inputs that stay as they are have no codes"),
+            Activations::Int8PerToken => ("TO=INT8", 0.0),
+            Activations::Fp8PerToken => ("TO=E4M3", 0.0),
+            Activations::Int8PerTensor(scale) => ("TO=INT8", scale),
         };
         self.device.launch(
             Kernel::new("quantize_rows", &[&macro_of("X", float), &format!("C={code}"), grid, keep]),
@@ -144,12 +144,12 @@ impl Cuda {
         x: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<Tensor> {
         // Integer matrix units want rows of a multiple of 16 bytes; other shapes and schemes multiply the same numbers
         // as floats, which hold them exactly.
         let whole = weight.cols.is_multiple_of(16) && weight.rows.is_multiple_of(4);
-        let row_scales = weight.row_scales().filter(|_| whole && rounding != Rounding::Fp8PerToken);
+        let row_scales = weight.row_scales().filter(|_| whole && rounding != Activations::Fp8PerToken);
         let (code, code_bytes, sum, types) = match (row_scales, self.float) {
             (Some(_), _) => ("i8", 1, "int", Types::Int8),
             (None, Float::F32) => ("float", 4, "float", Types::F32),

@@ -66,7 +66,7 @@ pub use self::weight::{Stored, Weight, scheme_defines};
 use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
 use crate::backend::kv_cache::KvCache;
 use crate::method::solve::Knobs;
-use crate::scheme::Rounding;
+use crate::scheme::Activations;
 use crate::tensor::Matrix;
 
 /// Number type of activations between operations.
@@ -212,9 +212,9 @@ impl SecondMoments for Cuda {
         self.add_signed(x, y, "SIGN=-1.0f")
     }
 
-    fn round_inputs(&self, x: &Tensor, rounding: Rounding) -> Result<Tensor> {
+    fn round_inputs(&self, x: &Tensor, rounding: Activations<f32>) -> Result<Tensor> {
         match rounding {
-            Rounding::None => Ok(x.clone()),
+            Activations::Full => Ok(x.clone()),
             _ => self.quantized_values(x, rounding),
         }
     }
@@ -393,7 +393,7 @@ impl Backend for Cuda {
         x: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<Tensor> {
         self.product(x, weight, bias, rounding)
     }
@@ -404,7 +404,7 @@ impl Backend for Cuda {
         input: &Tensor,
         weight: &Weight,
         bias: Option<&Tensor>,
-        rounding: Rounding,
+        rounding: Activations<f32>,
     ) -> Result<()> {
         self.add_product(x, input, weight, bias, rounding)
     }

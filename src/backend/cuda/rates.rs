@@ -11,7 +11,7 @@ use super::choose::Chooser;
 use super::{Cuda, Float, Tensor, Weight};
 use crate::backend::{AttentionShape, Backend, Batch};
 use crate::generate::Sampling;
-use crate::scheme::{QTensor, Rounding, Scheme, schemes};
+use crate::scheme::{Activations, QTensor, Scheme, schemes};
 use crate::tensor::{Dense, Dtype, Matrix};
 
 /// A measured rate.
@@ -95,8 +95,8 @@ pub fn matrix_rate(cuda: &Cuda) -> Result<f64> {
     let n = 8192;
     let weight = random_weight(cuda, None, n, n)?;
     let x = cuda.embed(&weight, &(0..n as u32).collect::<Vec<_>>())?;
-    let x = cuda.linear(&x, &weight, None, Rounding::None)?;
-    let time = seconds(cuda, 9, 4, || cuda.linear(&x, &weight, None, Rounding::None).map(|_| ()))?;
+    let x = cuda.linear(&x, &weight, None, Activations::Full)?;
+    let time = seconds(cuda, 9, 4, || cuda.linear(&x, &weight, None, Activations::Full).map(|_| ()))?;
     Ok(2.0 * (n as f64).powi(3) / time)
 }
 

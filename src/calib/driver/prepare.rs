@@ -1,7 +1,7 @@
 //! What is done about the inputs of a stage before its linears are quantized: smoothing factors are found and folded, and
 //! the scale of static inputs is fixed.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::{Layer, Run};
 use crate::backend::SecondMoments;
@@ -10,7 +10,7 @@ use crate::calib::smoothing::{Factors, divide_rows, multiply_columns};
 use crate::model::TensorSource;
 use crate::model::block::Half;
 use crate::names::{Role, TensorId};
-use crate::scheme::{Rounding, Scheme};
+use crate::scheme::{Activations, Choice};
 use crate::tensor::{Dense, Matrix};
 
 /// What the linears of a stage are quantized for.
@@ -19,7 +19,22 @@ pub(super) struct Prepared {
     /// What the channels of their input are divided by.
     pub(super) factors: Option<Factors>,
     /// What the engine does to their input.
-    pub(super) rounding: Rounding,
+    pub(super) rounding: Activations<f32>,
+}
+
+/// Returns what engines do to the one input that all these linears read; nothing where there are none.
+///
+/// # Errors
+/// If they differ: an input is prepared, and its moments are summed, once.
+fn inputs_of(wanted: &[(TensorId, Choice)]) -> Result<Activations> {
+    let Some((first, Choice { inputs, .. })) = wanted.first() else { return Ok(Activations::Full) };
+    for (other, choice) in wanted {
+        ensure!(
+            choice.inputs == *inputs,
+            "`{first}` and `{other}` read one input, but it is rounded differently for each; give both the same format"
+        );
+    }
+    Ok(*inputs)
 }
 
 /// Reads a weight whose input channels are divided by `columns`, and whose outputs by `rows`.
@@ -52,8 +67,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         half: Half,
         quantized: &mut Layer<B>,
     ) -> Result<Prepared> {
-        let (roles, activations) = (half.inputs(), self.request.activations);
+        let roles = half.inputs();
         let wanted = self.wanted(layer, roles);
+        let activations = inputs_of(&wanted)?;
         let role = if half == Half::Attention { Role::AttnNorm } else { Role::FfnNorm };
         let norm = TensorId::in_layer(layer, role);
         let mut smooth = self.request.rewrites(norm);
@@ -66,7 +82,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             return Ok(Prepared::default());
         }
         if !smooth && !activations.is_static() {
-            let rounding = activations.rounding(|| bail!("no scale was searched"))?;
+            let rounding = activations.with_scale(|| bail!("no scale was searched"))?;
             return Ok(Prepared { factors: None, rounding });
         }
         let inputs = self.normed_inputs(half, quantized)?;
@@ -87,7 +103,8 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         inner: Option<&Factors>,
         quantized: &Layer<B>,
     ) -> Result<Prepared> {
-        let (wanted, activations) = (self.wanted(layer, &[half.output()]), self.request.activations);
+        let wanted = self.wanted(layer, &[half.output()]);
+        let activations = inputs_of(&wanted)?;
         if wanted.is_empty() {
             return Ok(Prepared::default());
         }
@@ -97,7 +114,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 let inputs = self.mixed_inputs(half, quantized)?;
                 self.rounding(source, &inputs, factors.as_ref(), false, &wanted)?
             }
-            false => activations.rounding(|| bail!("no scale was searched"))?,
+            false => activations.with_scale(|| bail!("no scale was searched"))?,
         };
         Ok(Prepared { factors, rounding })
     }
@@ -110,9 +127,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         inputs: &Inputs<B>,
         factors: Option<&Factors>,
         divide: bool,
-        wanted: &[(TensorId, Scheme)],
-    ) -> Result<Rounding> {
-        self.request.activations.rounding(|| {
+        wanted: &[(TensorId, Choice)],
+    ) -> Result<Activations<f32>> {
+        inputs_of(wanted)?.with_scale(|| {
             let weights = wanted.iter().map(|&(id, _)| rescaled(source, id, factors, None));
             let weights = weights.collect::<Result<Vec<_>>>()?;
             let divisors = factors.filter(|_| divide).map(|factors| &factors.scales[..]);
@@ -155,7 +172,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     /// quantized; `None` without smoothing, or where up has a bias, which would have to follow.
     pub(super) fn inner_factors(&self, layer: usize, quantized: &Layer<B>) -> Result<Option<Factors>> {
         let (strength, wanted) = (self.request.settings.inner_smoothing, self.wanted(layer, &[Role::Down]));
-        let up = (self.request.scheme)(TensorId::in_layer(layer, Role::Up));
+        let up = (self.request.choice)(TensorId::in_layer(layer, Role::Up));
         if strength == 0.0 || wanted.is_empty() || up.is_none() || self.config.mlp_bias {
             return Ok(None);
         }

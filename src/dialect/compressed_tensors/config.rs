@@ -253,7 +253,7 @@ fn activations_json(activations: Activations) -> Value {
         Activations::Full => return Value::Null,
         Activations::Int8PerToken => ("int", "token"),
         Activations::Fp8PerToken => ("float", "token"),
-        Activations::Int8PerTensor => ("int", "tensor"),
+        Activations::Int8PerTensor(()) => ("int", "tensor"),
     };
     let dynamic = strategy == "token";
     json!({"num_bits": 8, "type": kind, "symmetric": true, "strategy": strategy, "dynamic": dynamic})
@@ -385,7 +385,7 @@ impl ArgsJson {
         match (self.kind.as_str(), self.num_bits, self.strategy()) {
             ("int", 8, "token") if dynamic => Ok(Activations::Int8PerToken),
             ("float", 8, "token") if dynamic => Ok(Activations::Fp8PerToken),
-            ("int", 8, "tensor") if is_static(&self.dynamic) => Ok(Activations::Int8PerTensor),
+            ("int", 8, "tensor") if is_static(&self.dynamic) => Ok(Activations::Int8PerTensor(())),
             (kind, bits, strategy) => bail!(
                 "`input_activations`: {bits}-bit `{kind}`, strategy `{strategy}`, dynamic {} is not supported; 8 bits with \
                  strategy `token` and dynamic true are, and 8-bit `int` with strategy `tensor` and dynamic false",
@@ -433,7 +433,7 @@ mod tests {
         let grouped = Some((int8_grouped(128), Activations::Full));
         let mxfp4 = Some((MXFP4, Activations::Full));
         let nvfp4 = Some((NVFP4, Activations::Full));
-        let w8a8_static = Some((INT8, Activations::Int8PerTensor));
+        let w8a8_static = Some((INT8, Activations::Int8PerTensor(())));
         let fp8 = Some((FP8, Activations::Fp8PerToken));
         let int4 = Some((int4_grouped(64), Activations::Full));
         for (up, down) in [

@@ -75,7 +75,7 @@ impl Format {
             {
                 Ok(Format::FloatQuantized)
             }
-            (Element::Int(8), Activations::Int8PerToken | Activations::Int8PerTensor)
+            (Element::Int(8), Activations::Int8PerToken | Activations::Int8PerTensor(()))
                 if plain && float_scale =>
             {
                 ensure!(
@@ -85,7 +85,7 @@ impl Format {
                 );
                 Ok(Format::IntQuantized)
             }
-            (_, Activations::Int8PerToken | Activations::Int8PerTensor) => {
+            (_, Activations::Int8PerToken | Activations::Int8PerTensor(())) => {
                 bail!("8-bit activations need 8-bit integer weights, not `{}`", scheme.name)
             }
             (_, Activations::Fp8PerToken) => bail!("FP8 activations need FP8 weights, not `{}`", scheme.name),
@@ -336,7 +336,7 @@ mod tests {
         (INT8, Activations::Full),
         (int8_grouped(32), Activations::Full),
         (INT8, Activations::Int8PerToken),
-        (INT8, Activations::Int8PerTensor),
+        (INT8, Activations::Int8PerTensor(())),
     ];
 
     /// Every code and every finite stored scale of the scheme, in as many rows as that takes.

@@ -313,7 +313,10 @@ impl<'a> CudaSolver<'a> {
         let mut q = QTensor::zeroed(scheme, rows, cols);
         let piece = (FIT_PIECE / cols).max(1) * cols;
         device.read_pieces(target, rows * cols, piece, &mut |first, values| {
-            q.set_rows(first / cols, &fit_target(values, cols, scheme, global, &self.importances, rule));
+            q.set_rows(
+                first / cols,
+                &fit_target(values, cols, scheme, global, Some(&self.importances), rule),
+            );
             Ok(())
         })?;
         Grids::upload(device, &q)

@@ -1,15 +1,20 @@
-//! What was asked for: a format, who will read it, and how codes are chosen.
+//! What was asked for: which tensor becomes what ([`rules`]), who will read it, and how codes are chosen.
+//!
+//! A format is a name for a function that returns rules ([`formats`]).
+
+pub mod formats;
+pub mod rules;
 
 use std::fmt;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde::Serialize;
 
+use self::formats::{FORMATS, Format, Mix};
+use self::rules::Rule;
 use crate::dialect::{self, Dialect};
-use crate::names::TensorId;
+use crate::model::config::Config;
 use crate::scheme::fit::ScaleRule;
-use crate::scheme::mix::{self, FORMATS, Format};
-use crate::scheme::{Activations, schemes};
 
 /// How codes are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -35,6 +40,8 @@ impl fmt::Display for Method {
 pub struct Recipe {
     /// The format, its base scheme adjusted to the group size.
     pub format: Format,
+    /// What the tensors become.
+    pub mix: Mix,
     /// Who will read the result.
     pub dialect: &'static dyn Dialect,
     /// How codes are chosen.
@@ -52,34 +59,40 @@ pub struct Recipe {
 impl Recipe {
     /// Resolves names. Errors name the flag, what it was given and what it takes.
     pub fn new(format: &str, dialect: Option<&str>, group_size: Option<u32>) -> Result<Self> {
-        let Some(mut format) = mix::by_name(format) else {
+        let Some(mut format) = formats::by_name(format) else {
             let known: Vec<_> = FORMATS.iter().map(|f| f.name).collect();
             bail!("`--format {format}` is not known; formats: {}", known.join(", "));
         };
-        let name = dialect.unwrap_or(format.dialects[0]);
-        if !format.dialects.contains(&name) {
-            let alternatives = FORMATS.iter().filter(|f| f.dialects.contains(&name)).map(|f| f.name);
+        let name = dialect.unwrap_or(format.dialects[0].0);
+        let Some(&(_, mix)) = format.dialects.iter().find(|row| row.0 == name) else {
+            let spelled = |format: &&Format| format.dialects.iter().any(|row| row.0 == name);
             bail!(
                 "dialect `{name}` has no spelling for `{}`; its dialects: {}; formats of `{name}`: {}",
                 format.name,
-                format.dialects.join(", "),
-                alternatives.collect::<Vec<_>>().join(", "),
+                format.dialects.iter().map(|row| row.0).collect::<Vec<_>>().join(", "),
+                FORMATS.iter().filter(spelled).map(|f| f.name).collect::<Vec<_>>().join(", "),
             );
-        }
+        };
         let Some(dialect) = dialect::by_name(name) else { bail!("`--dialect {name}` is not known") };
-        match (group_size, format.name) {
-            (None, _) => {}
-            (Some(size @ (32 | 64 | 128)), "int8") => format.base = schemes::int8_grouped(size),
-            (Some(size @ (32 | 64 | 128)), "int4") => format.base = schemes::int4_grouped(size),
-            (Some(size), "int8" | "int4") => {
-                bail!("`--group-size {size}`: engines read groups of 32, 64 or 128")
-            }
-            (Some(_), name) => {
-                bail!("`--group-size` belongs to `--format int8` and `int4`; `{name}` has a fixed block")
-            }
+        if let Some(size) = group_size {
+            let Some(grouped) = format.grouped else {
+                let takes: Vec<_> =
+                    FORMATS.iter().filter(|f| f.grouped.is_some()).map(|f| format!("`{}`", f.name)).collect();
+                bail!(
+                    "`--group-size` belongs to `--format` {}; `{}` has a fixed block",
+                    takes.join(" and "),
+                    format.name
+                )
+            };
+            ensure!(
+                matches!(size, 32 | 64 | 128),
+                "`--group-size {size}`: engines read groups of 32, 64 or 128"
+            );
+            format.base.scheme = grouped(size);
         }
         Ok(Recipe {
             format,
+            mix,
             dialect,
             method: Method::Rtn,
             scale_rule: ScaleRule::default(),
@@ -89,9 +102,13 @@ impl Recipe {
         })
     }
 
-    /// Returns what the linear of a quantized weight does to its inputs.
-    pub fn activations(&self, id: TensorId) -> Activations {
-        if id.role.is_linear() { self.format.activations } else { Activations::Full }
+    /// Returns which tensor of a model becomes what.
+    pub fn rules(&self, config: &Config) -> Vec<Rule> {
+        let mut rules = (self.mix)(self.format.base, config);
+        if self.pure {
+            rules.iter_mut().for_each(|rule| rule.choice = rule.choice.map(|_| self.format.base));
+        }
+        rules
     }
 }
 
@@ -108,13 +125,13 @@ mod tests {
     fn contradictions_are_refused_by_name() {
         assert!(error("q9_9", None, None).contains("`--format q9_9` is not known"));
         assert!(error("int8", Some("gguf"), None).contains("dialect `gguf` has no spelling for `int8`"));
-        assert!(error("q4_k_m", None, Some(64)).contains("belongs to `--format int8`"));
+        assert!(error("q4_k_m", None, Some(64)).contains("belongs to `--format` `int4` and `int8`"));
         assert!(error("int8", None, Some(48)).contains("32, 64 or 128"));
     }
 
     #[test]
     fn the_group_size_becomes_part_of_the_scheme() {
         let recipe = Recipe::new("int8", None, Some(64)).unwrap();
-        assert_eq!(recipe.format.base.group, Span::Cols(64));
+        assert_eq!(recipe.format.base.scheme.group, Span::Cols(64));
     }
 }
