@@ -126,9 +126,10 @@ fn folder_files(plan: &Plan, source: &Checkpoint) -> Result<Vec<(String, Vec<u8>
         Quantization::of_plan(&linears)?.with_fp8_cache(plan.fp8_cache).to_json(),
     );
     let mut files = vec![("config.json".to_string(), format!("{:#}\n", Value::Object(config)).into_bytes())];
-    for path in source.side_files()? {
+    for name in source.side_files()? {
+        let path = source.folder().unwrap_or(&source.path).join(&name);
         let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
-        files.push((file_name(&path), bytes));
+        files.push((name, bytes));
     }
     Ok(files)
 }

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
+use crate::container::output::temporary_in;
+
 /// Name of the embedded model.
 pub const MODEL_NAME: &str = "tiny-llama";
 
@@ -45,7 +47,7 @@ pub fn model_folder() -> Result<PathBuf> {
     fs::create_dir_all(&folder).with_context(context)?;
     for (name, bytes) in FILES {
         // Written beside and renamed, so that a second process never reads half a file.
-        let mut file = tempfile::NamedTempFile::new_in(&folder).with_context(context)?;
+        let mut file = temporary_in(&folder).with_context(context)?;
         std::io::Write::write_all(&mut file, bytes).with_context(context)?;
         file.persist(folder.join(name)).with_context(context)?;
     }

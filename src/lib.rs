@@ -30,6 +30,7 @@ pub mod dialect;
 pub mod embedded;
 pub mod eval;
 pub mod generate;
+mod guard;
 pub mod hub;
 pub mod linalg;
 pub mod loaders;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::container::FileHash;
+use crate::container::output::temporary_in;
 use crate::num::{Codec, Element};
 use crate::scheme::{Activations, Offset, Scheme, Span};
 use crate::tensor::Dtype;
@@ -198,7 +199,7 @@ impl Manifest {
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(FILE_NAME);
         let failed = || format!("{}: cannot be written", path.display());
-        let mut file = tempfile::NamedTempFile::new_in(folder).with_context(failed)?;
+        let mut file = temporary_in(folder).with_context(failed)?;
         file.write_all(self.to_json()?.as_bytes()).with_context(failed)?;
         file.persist(&path).with_context(failed)?;
         Ok(())
@@ -286,15 +287,24 @@ pub fn hash_files(folder: &Path, names: &[String]) -> Result<Hashes> {
 
 /// Returns the hash of every file of an artifact folder but `quant.json`.
 pub fn hash_folder(folder: &Path) -> Result<Hashes> {
-    let failed = || format!("{}: cannot be listed", folder.display());
     let mut names = Vec::new();
+    list(folder, "", &mut names)?;
+    names.retain(|name| name != FILE_NAME);
+    hash_files(folder, &names)
+}
+
+/// Adds the names of all files below a folder, its own name before each.
+fn list(folder: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
+    let failed = || format!("{}: cannot be listed", folder.display());
     for entry in fs::read_dir(folder).with_context(failed)? {
         let entry = entry.with_context(failed)?;
-        if entry.path().is_file() && entry.file_name() != FILE_NAME {
-            names.push(entry.file_name().to_string_lossy().into_owned());
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        match entry.path().is_dir() {
+            true => list(&entry.path(), &format!("{name}/"), names)?,
+            false => names.push(name),
         }
     }
-    hash_files(folder, &names)
+    Ok(())
 }
 
 /// Returns the hash of a file, `blake3:` and lower-case hexadecimal; its blocks are hashed in parallel.

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -87,6 +87,34 @@ pub fn write_report(path: &Path, text: &str, printer: Printer) -> Result<()> {
         return printer.result(text);
     }
     fs::write(path, text).with_context(|| format!("{}: cannot write the report", path.display()))
+}
+
+/// Refuses reports that could not be written, or that would write over each other, before any work is done for them.
+pub fn check_reports<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    let mut seen = Vec::new();
+    for path in paths {
+        ensure!(
+            !seen.contains(&path),
+            "{}: two reports want this file; name another for one",
+            path.display()
+        );
+        seen.push(path);
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let file = if path.exists() { path } else { folder };
+        if path == Path::new("-") {
+            continue;
+        }
+        ensure!(!path.is_dir(), "{}: found a folder, wanted to write a report; name a file", path.display());
+        ensure!(
+            folder.is_dir(),
+            "{}: cannot write the report: there is no folder `{}`; create it",
+            path.display(),
+            folder.display()
+        );
+        rustix::fs::access(file, rustix::fs::Access::WRITE_OK)
+            .with_context(|| format!("{}: cannot write the report", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Returns a borderless table with that header; numbers are right-aligned by [`right_align`].

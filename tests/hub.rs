@@ -216,7 +216,7 @@ fn damaged_downloads_are_refused_and_not_kept() {
     let blob = fs::canonicalize(found.path.join(name)).unwrap();
     fs::remove_file(found.path.join(name)).unwrap();
     fs::remove_file(&blob).unwrap();
-    fs::write(blob.with_extension("part"), [9; 100]).unwrap();
+    fs::write(blob.with_extension("incomplete"), [9; 100]).unwrap();
     let error = format!("{:#}", hub.fetch(ID, "main", quiet()).unwrap_err());
     assert!(error.contains(name) && error.contains("SHA-256") && error.contains("run again"), "{error}");
     assert!(!found.path.join(name).exists());

@@ -44,7 +44,7 @@ fn write_model(folder: &Path) {
         sink.write(at, 0, &bytes_from_floats(Dtype::F32, &values)).unwrap();
     }
     for file in source.side_files().unwrap() {
-        sink.add_file(file.file_name().unwrap().to_str().unwrap(), &fs::read(&file).unwrap()).unwrap();
+        sink.add_file(&file, &fs::read(source.folder().unwrap().join(&file)).unwrap()).unwrap();
     }
     sink.add_file("config.json", config.to_string().as_bytes()).unwrap();
     Box::new(sink).finish().unwrap();

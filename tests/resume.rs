@@ -63,7 +63,7 @@ fn write_model(folder: &Path) {
     let sink = SafetensorsSink::create(&out, Opening::default(), &specs, &[], SHARD_BYTES).unwrap();
     payload.iter().enumerate().for_each(|(i, bytes)| sink.write(i, 0, bytes).unwrap());
     for file in source.side_files().unwrap() {
-        sink.add_file(file.file_name().unwrap().to_str().unwrap(), &fs::read(&file).unwrap()).unwrap();
+        sink.add_file(&file, &fs::read(source.folder().unwrap().join(&file)).unwrap()).unwrap();
     }
     let mut config: Value = serde_json::from_str(source.config_json().unwrap()).unwrap();
     config["num_hidden_layers"] = 3.into();

@@ -12,6 +12,11 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::container::text;
+
+/// How the names of files of JSON lines end.
+const JSON_LINES: [&str; 3] = ["jsonl", "ndjson", "json"];
+
 /// A text that comes with the program; provenance in `calib-data/README.md`.
 #[derive(Clone, Copy, Debug)]
 pub struct Bundled {
@@ -93,6 +98,9 @@ impl Corpus {
             let Some((_, texts)) = MIXES.iter().find(|(mix, _)| mix == name) else {
                 let path = Path::new(name);
                 let mixes: Vec<_> = MIXES.iter().map(|(mix, _)| *mix).collect();
+                if path.is_dir() {
+                    bail!("`--calib {name}`: found a folder, wanted text files; name the files in it");
+                }
                 if !path.is_file() {
                     bail!("`--calib {name}`: no such file, and no mix; mixes: {}", mixes.join(", "));
                 }
@@ -183,20 +191,20 @@ impl Part {
         }
     }
 
-    /// Reads a text file, or JSON lines where the name ends in `.jsonl`. Conversations need the model's chat template.
+    /// Reads a text file, or JSON lines where the name ends in `.jsonl`, `.ndjson` or `.json`. Conversations need the model's chat template.
     ///
     /// # Errors
     /// If the file cannot be read, is empty or not UTF-8, or a line is not a JSON object with `text` or `messages`.
     pub fn open(path: &Path, render: Option<RenderChat>) -> Result<Self> {
         let shown = path.display().to_string();
-        let bytes = std::fs::read(path).with_context(|| format!("{shown}: cannot read calibration text"))?;
+        let bytes = std::fs::read(path).with_context(|| format!("{shown}: cannot be read"))?;
         let sha256 = hash(&bytes);
-        let text =
-            String::from_utf8(bytes).with_context(|| format!("{shown}: calibration text must be UTF-8"))?;
-        let lines = path.extension().is_some_and(|extension| extension == "jsonl");
+        let text = text::decode(path, bytes)?;
+        let is_lines = |end: &std::ffi::OsStr| JSON_LINES.iter().any(|name| end.eq_ignore_ascii_case(name));
+        let lines = path.extension().is_some_and(is_lines);
         let text = if lines { documents(&text, &shown, render)?.join("\n\n") } else { text };
         if text.trim().is_empty() {
-            bail!("{shown}: the calibration text is empty");
+            bail!("{shown}: the text is empty");
         }
         let name = path.file_name().map_or(shown, |name| name.to_string_lossy().into_owned());
         Ok(Part { name, sha256, licence: None, text })
@@ -218,7 +226,8 @@ fn documents(text: &str, name: &str, render: Option<RenderChat>) -> Result<Vec<S
     let mut out = Vec::new();
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let at = || format!("{name}: line {}", index + 1);
-        let value: Value = serde_json::from_str(line).with_context(at)?;
+        let value: Value = serde_json::from_str(line)
+            .with_context(|| format!("{}: wanted a JSON object with `text` or `messages`", at()))?;
         if let Some(text) = value.get("text").and_then(Value::as_str) {
             out.push(text.to_string());
         } else if let Some(messages) = value.get("messages") {

@@ -15,7 +15,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::container::gguf::{Gguf, GgufSink, Kind, Metadata, Value};
+use crate::container::gguf::{Array, Gguf, GgufSink, Metadata, Value};
 use crate::container::{Opening, Sink, Storage, TensorSpec};
 use crate::names::TensorId;
 use crate::tensor::{Dtype, bytes_from_floats, floats_from_bytes};
@@ -62,9 +62,7 @@ impl Imatrix {
         ensure!(kind == Some("imatrix"), "`general.type` is {kind:?}, wanted `imatrix`");
         let number = |key: &str| gguf.metadata.get(key).and_then(Value::as_u64).unwrap_or(0) as u32;
         let datasets = match gguf.metadata.get("imatrix.datasets") {
-            Some(Value::Array(_, items)) => {
-                items.iter().filter_map(Value::as_str).map(str::to_string).collect()
-            }
+            Some(Value::Array(Array::String(names))) => names.clone(),
             _ => vec![],
         };
         let mut tensors: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
@@ -123,8 +121,7 @@ impl Imatrix {
     pub fn write(&self, path: &Path, force: bool) -> Result<()> {
         let mut metadata = Metadata::default();
         metadata.set("general.type", "imatrix");
-        let datasets = self.datasets.iter().cloned().map(Value::String).collect();
-        metadata.set("imatrix.datasets", Value::Array(Kind::String, datasets));
+        metadata.set("imatrix.datasets", self.datasets.clone());
         metadata.set("imatrix.chunk_count", Value::U32(self.chunks));
         metadata.set("imatrix.chunk_size", Value::U32(self.chunk_size));
         let tokens = self.chunks as f32 * self.chunk_size as f32;

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::folder::{OpenedFolder, some_of};
+use super::foreign;
 use super::{Stored, TensorInfo};
 use crate::container::gguf::Gguf;
 use crate::container::{InputFile, Located, Storage};
@@ -140,10 +141,14 @@ fn sort(
     for tensor in tensors {
         match parse(&tensor.spec.name) {
             Some((id, suffix)) => {
-                found.entry(id).or_default().insert(suffix, tensor.clone());
+                let before = found.entry(id).or_default().insert(suffix, tensor.clone());
+                ensure!(before.is_none(), "`{}`: `{id}` is there under another name too", tensor.spec.name);
             }
             None => unknown.push(&tensor.spec.name),
         }
+    }
+    if let Some(refusal) = foreign::quantized_by(unknown.iter().map(|name| name.as_str())) {
+        bail!(refusal);
     }
     ensure!(
         unknown.is_empty(),
@@ -194,16 +199,17 @@ fn assign(
         contents.parts.insert(id, parts);
     }
     ensure!(
+        missing != [TensorId::global(Role::Head).to_string()],
+        "`{}` is missing; if the model's head is its embedding table, set `tie_word_embeddings` to true in `config.json`",
+        missing[0]
+    );
+    ensure!(
         missing.is_empty(),
         "{} tensors that the configuration asks for are missing: {}; download the model again, or correct \
          `config.json` if it belongs to another model",
         missing.len(),
         some_of(&missing)
     );
-    if config.tie_word_embeddings {
-        // Some tools save the head although it is the embedding table.
-        found.remove(&TensorId::global(Role::Head));
-    }
     let surplus: Vec<_> = found.keys().map(TensorId::to_string).collect();
     ensure!(
         surplus.is_empty(),

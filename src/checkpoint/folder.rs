@@ -8,8 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::container::safetensors::Safetensors;
-use crate::container::{InputFile, Located};
+use super::foreign;
+use crate::container::gguf::is_gguf;
+use crate::container::safetensors::{Safetensors, is_safetensors};
+use crate::container::{InputFile, Located, text};
 use crate::dialect::compressed_tensors::config::Quantization;
 use crate::model::config::Config;
 
@@ -17,17 +19,31 @@ use crate::model::config::Config;
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Side files by exact name; see also [`is_side_file`].
-const SIDE_FILES: [&str; 9] = [
+const SIDE_FILES: [&str; 18] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
 ];
+/// The folder of further chat templates, `NAME.jinja` each (transformers' `CHAT_TEMPLATE_DIR`).
+const TEMPLATES: &str = "additional_chat_templates";
+
+/// How names begin that were saved from the bare decoder, without `model.`; transformers adds it.
+const BARE: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
 
 /// What a path holds.
 pub(super) enum Kind {
@@ -46,15 +62,18 @@ pub(super) fn kind_of(path: &Path) -> Result<Kind> {
     if metadata.is_dir() {
         return Ok(Kind::Folder { folder: path.to_path_buf(), weights: None });
     }
-    match path.extension().and_then(|extension| extension.to_str()) {
-        Some("gguf") => Ok(Kind::Gguf),
-        Some("safetensors") => {
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-            let folder = parent.unwrap_or(Path::new(".")).to_path_buf();
-            Ok(Kind::Folder { folder, weights: Some(path.to_path_buf()) })
-        }
-        _ => bail!("{shown}: wanted a folder, a `.safetensors` or a `.gguf` file"),
+    if is_gguf(path) {
+        return Ok(Kind::Gguf);
     }
+    if is_safetensors(path) {
+        return Ok(Kind::Folder { folder: parent_of(path).to_path_buf(), weights: Some(path.to_path_buf()) });
+    }
+    // Ollama and the hub's cache store files under their hashes.
+    let file = InputFile::open(path)?;
+    if file.read(0, file.len.min(4))? == *b"GGUF" {
+        return Ok(Kind::Gguf);
+    }
+    bail!("{shown}: wanted a folder, a `.safetensors` or a GGUF file")
 }
 
 /// An opened folder, tensors not yet understood.
@@ -70,33 +89,24 @@ pub(super) struct OpenedFolder {
 /// Opens a folder: its configuration, and the header of every weight file (or only of `weights`).
 pub(super) fn open(folder: &Path, weights: Option<PathBuf>) -> Result<OpenedFolder> {
     let config_path = folder.join("config.json");
-    let config_json = match fs::read_to_string(&config_path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(no_config(folder)),
-        read => read.with_context(|| format!("{}: cannot be read", config_path.display()))?,
+    foreign::refuse_adapter(folder)?;
+    foreign::refuse_dangling(folder, "config.json")?;
+    let Some(json) = text::read_json(&config_path)? else {
+        bail!(foreign::no_config(folder, &list(folder).unwrap_or_default()))
     };
-    let json: Value = serde_json::from_str(&config_json)
-        .with_context(|| format!("{}: no valid JSON; download it again", config_path.display()))?;
+    let config_json = text::read(&config_path)?;
+    foreign::refuse_quantized(&json).with_context(|| format!("{}", config_path.display()))?;
     let config = Config::from_json(&json).with_context(|| format!("{}", config_path.display()))?;
     let quantization = match json.get("quantization_config") {
         None | Some(Value::Null) => None,
         Some(json) => Some(Quantization::parse(json).with_context(|| format!("{}", config_path.display()))?),
     };
-    let (paths, index) = match weights {
-        Some(path) => (vec![path], None),
+    let paths = match weights {
+        Some(path) => shards_with(path)?,
         None => weight_files(folder)?,
     };
-    let (files, tensors) = open_files(&paths, index.as_ref())?;
+    let (files, tensors) = open_files(&paths)?;
     Ok(OpenedFolder { config, config_json, quantization, files, tensors })
-}
-
-fn no_config(folder: &Path) -> String {
-    let shown = folder.display();
-    match list(folder).unwrap_or_default().iter().find(|name| name.ends_with(".gguf")) {
-        Some(name) => {
-            format!("{shown}: a GGUF model is named by its file: `{}`", folder.join(name).display())
-        }
-        None => format!("{shown}: there is no `config.json`; copy it from the model's repository"),
-    }
 }
 
 /// Which weight files of a repository make the model.
@@ -108,8 +118,8 @@ pub(crate) enum Weights {
 }
 
 impl Weights {
-    /// Chooses among the names of a repository's files as transformers does: `model.safetensors`, else what the index
-    /// says; without an index, all shards of one numbering, else all safetensors files.
+    /// Chooses among the names of a repository's files as transformers does: `model.safetensors`, else what
+    /// the index says; without an index, all shards of one numbering, else all safetensors files.
     pub(crate) fn among(names: &[String]) -> Result<Self> {
         if names.iter().any(|name| name == "model.safetensors") {
             return Ok(Weights::Files(vec!["model.safetensors".to_string()]));
@@ -125,8 +135,10 @@ impl Weights {
                 None => bail!("there is no `.safetensors` file; name a folder that holds the weights"),
             }
         }
-        refuse_missing(expected_shards(&found), names)?;
-        Ok(Weights::Files(found))
+        // Files beside a numbering, such as `consolidated.safetensors`, hold the same model once more.
+        let numbered = expected_shards(&found);
+        refuse_missing(numbered.clone(), names)?;
+        Ok(Weights::Files(if numbered.is_empty() { found } else { numbered }))
     }
 }
 
@@ -139,8 +151,7 @@ pub(crate) struct Index {
 impl Index {
     /// Reads an index file.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
-        let index = serde_json::from_str(&text);
+        let index = serde_json::from_str(&text::read(path)?);
         index.with_context(|| format!("{}: no valid index; download it again", path.display()))
     }
 
@@ -156,34 +167,29 @@ impl Index {
         refuse_missing(shards.clone(), names)?;
         Ok(shards)
     }
-
-    /// Checks that each tensor is in the file it names; `holders` says which of `paths` holds a tensor.
-    fn check(&self, holders: &BTreeMap<String, usize>, paths: &[PathBuf]) -> Result<()> {
-        let holds = |name: &str, file: &str| holders.get(name).is_some_and(|&i| paths[i].ends_with(file));
-        let absent = self.weight_map.iter().filter(|(name, file)| !is_buffer(name) && !holds(name, file));
-        let absent: Vec<_> = absent.map(|(name, file)| format!("{name} (in {file})")).collect();
-        ensure!(
-            absent.is_empty(),
-            "{INDEX} names {} tensors that the files do not hold: {}; download index and files again",
-            absent.len(),
-            some_of(&absent)
-        );
-        Ok(())
-    }
 }
 
-/// Returns the weight files of a folder, and the index if that names them.
-fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, Option<Index>)> {
+/// Returns the weight files of a folder.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let names = list(folder)?;
     let shown = || format!("{}", folder.display());
-    let (files, index) = match Weights::among(&names).with_context(shown)? {
-        Weights::Files(files) => (files, None),
-        Weights::Indexed => {
-            let index = Index::read(&folder.join(INDEX))?;
-            (index.shards(&names).with_context(shown)?, Some(index))
-        }
+    let files = match Weights::among(&names).with_context(shown)? {
+        Weights::Files(files) => files,
+        Weights::Indexed => Index::read(&folder.join(INDEX))?.shards(&names).with_context(shown)?,
     };
-    Ok((files.into_iter().map(|name| folder.join(name)).collect(), index))
+    files.iter().try_for_each(|name| foreign::refuse_dangling(folder, name))?;
+    Ok(files.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// Returns a weight file, and the others of its numbering: as with GGUF, any part of a model names all of it.
+fn shards_with(path: PathBuf) -> Result<Vec<PathBuf>> {
+    let folder = parent_of(&path);
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let shards = expected_shards(&name.into_iter().collect::<Vec<_>>());
+    refuse_missing(shards.clone(), &list(folder)?)
+        .with_context(|| format!("{}: one shard of {}", path.display(), shards.len()))?;
+    let all = shards.iter().map(|name| folder.join(name)).collect();
+    Ok(if shards.is_empty() { vec![path] } else { all })
 }
 
 /// Returns all names of the numbering `NAME-00001-of-00003.safetensors` that some file follows.
@@ -199,6 +205,11 @@ fn expected_shards(found: &[String]) -> Vec<String> {
     (1..=count).map(|number| format!("{stem}-{number:0width$}-of-{text}.safetensors")).collect()
 }
 
+/// Returns the folder a file is in.
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 fn refuse_missing(mut wanted: Vec<String>, names: &[String]) -> Result<()> {
     wanted.retain(|name| !names.contains(name));
     ensure!(
@@ -210,26 +221,54 @@ fn refuse_missing(mut wanted: Vec<String>, names: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Opens weight files; with an index, each tensor must be where it says.
-fn open_files(paths: &[PathBuf], index: Option<&Index>) -> Result<(Vec<InputFile>, Vec<Located>)> {
-    let (mut files, mut tensors) = (Vec::new(), Vec::new());
-    let mut holders: BTreeMap<String, usize> = BTreeMap::new();
+/// Opens weight files. An index says which files there are, not what they hold: a tensor counts wherever it
+/// is, as in transformers, and one that an index names in vain is missed only if the model needs it.
+fn open_files(paths: &[PathBuf]) -> Result<(Vec<InputFile>, Vec<Located>)> {
+    let (mut files, mut tensors) = (Vec::new(), Vec::<Located>::new());
+    let mut known: BTreeMap<String, usize> = BTreeMap::new();
     for (number, path) in paths.iter().enumerate() {
         let opened = Safetensors::open(path, is_buffer)?;
-        for tensor in opened.tensors {
-            let name = tensor.spec.name.clone();
-            if let Some(&other) = holders.get(&name) {
-                bail!("{}: `{name}` is in `{}` too; remove one", path.display(), paths[other].display());
-            }
-            holders.insert(name, number);
-            tensors.push(Located { file: number, ..tensor });
-        }
         files.push(opened.file);
-    }
-    if let Some(index) = index {
-        index.check(&holders, paths)?;
+        for tensor in opened.tensors {
+            let mut tensor = Located { file: number, ..tensor };
+            if BARE.iter().any(|start| tensor.spec.name.starts_with(start)) {
+                tensor.spec.name.insert_str(0, "model.");
+            }
+            match known.get(&tensor.spec.name) {
+                None => {
+                    known.insert(tensor.spec.name.clone(), tensors.len());
+                    tensors.push(tensor);
+                }
+                Some(&other) => {
+                    let other = &tensors[other];
+                    ensure!(
+                        same_bytes(&files, &tensor, other)?,
+                        "{}: `{}` is in `{}` too, with other values; remove one",
+                        path.display(),
+                        tensor.spec.name,
+                        paths[other.file].display()
+                    );
+                }
+            }
+        }
     }
     Ok((files, tensors))
+}
+
+/// Whether two tensors have the same type, shape and bytes.
+pub(super) fn same_bytes(files: &[InputFile], a: &Located, b: &Located) -> Result<bool> {
+    const PIECE: u64 = 1 << 22;
+    let bytes = a.spec.bytes();
+    if (a.spec.storage, &a.spec.shape) != (b.spec.storage, &b.spec.shape) {
+        return Ok(false);
+    }
+    for at in (0..bytes).step_by(PIECE as usize) {
+        let read = |tensor: &Located| files[tensor.file].read(tensor.start + at, PIECE.min(bytes - at));
+        if read(a)? != read(b)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether a tensor is no weight but a table that old checkpoints saved along.
@@ -237,17 +276,30 @@ fn is_buffer(name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq") || name.ends_with(".masked_bias") || name.ends_with(".attn.bias")
 }
 
-/// Returns the paths of a folder's side files, sorted.
-pub(super) fn side_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let names = list(folder)?;
-    Ok(names.iter().filter(|name| is_side_file(name)).map(|name| folder.join(name)).collect())
+/// Returns the names of a folder's side files, sorted, those of chat templates in a folder of their own with
+/// its name.
+pub(super) fn side_files(folder: &Path) -> Result<Vec<String>> {
+    let mut names = list(folder)?;
+    let templates = folder.join(TEMPLATES);
+    if templates.is_dir() {
+        names.extend(list(&templates)?.into_iter().map(|name| format!("{TEMPLATES}/{name}")));
+    }
+    names.retain(|name| is_side_file(name));
+    names.iter().try_for_each(|name| foreign::refuse_dangling(folder, name))?;
+    names.sort();
+    Ok(names)
 }
 
-/// Whether a converted model takes that file along unchanged.
+/// Whether a converted model takes that file along unchanged: what defines the tokenizer, processors, chat
+/// templates and generation, and licences.
 pub(crate) fn is_side_file(name: &str) -> bool {
+    if let Some((folder, file)) = name.split_once('/') {
+        return folder == TEMPLATES && file.ends_with(".jinja") && !file.contains('/');
+    }
     let upper = name.to_ascii_uppercase();
     SIDE_FILES.contains(&name)
         || name.starts_with("chat_template.")
+        || name.ends_with(".tiktoken")
         || ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"]
             .iter()
             .any(|start| upper.starts_with(start))
@@ -259,7 +311,9 @@ fn list(folder: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("{shown}: cannot be listed"))? {
         let path = entry.with_context(|| format!("{shown}: cannot be listed"))?.path();
-        if let (true, Some(name)) = (path.is_file(), path.file_name().and_then(|name| name.to_str())) {
+        // A link that leads nowhere is a file that is missing, not a name that is not there.
+        let listed = path.is_file() || !path.exists();
+        if let (true, Some(name)) = (listed, path.file_name().and_then(|name| name.to_str())) {
             names.push(name.to_string());
         }
     }

@@ -5,7 +5,9 @@
 
 mod contents;
 pub(crate) mod folder;
+mod foreign;
 mod source;
+mod tied;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +21,7 @@ use crate::container::gguf::{Gguf, Metadata};
 use crate::container::{InputFile, Located};
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
-use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
+use crate::model::tokenizer::{NO_TOKENIZER, Tokenizer, TokenizerFiles};
 use crate::names::TensorId;
 use crate::scheme::{Activations, Scheme};
 use crate::tensor::{Dense, Dtype, Matrix};
@@ -59,6 +61,8 @@ pub struct Checkpoint {
     pub path: PathBuf,
     /// The model's shape and constants.
     pub config: Config,
+    /// Where its files disagree with one another, and what was made of that.
+    pub notes: Vec<String>,
     /// What it holds, in the order of a forward pass.
     pub tensors: BTreeMap<TensorId, TensorInfo>,
     /// The stored parts of each tensor, those that [`Dialect::unpack`] takes.
@@ -94,11 +98,14 @@ impl Checkpoint {
     }
 
     fn open_folder(path: &Path, folder: PathBuf, weights: Option<PathBuf>) -> Result<Self> {
-        let opened = folder::open(&folder, weights)?;
-        let contents = contents::of_folder(&opened).with_context(|| format!("{}", path.display()))?;
+        let shown = || format!("{}", path.display());
+        let mut opened = folder::open(&folder, weights)?;
+        let note = tied::settle(&mut opened).with_context(shown)?;
+        let contents = contents::of_folder(&opened).with_context(shown)?;
         Ok(Checkpoint {
             path: path.to_path_buf(),
             config: opened.config,
+            notes: note.into_iter().collect(),
             tensors: contents.tensors,
             parts: contents.parts,
             kv_scales: contents.kv_scales,
@@ -117,6 +124,7 @@ impl Checkpoint {
         Ok(Checkpoint {
             path: path.to_path_buf(),
             config,
+            notes: Vec::new(),
             tensors: contents.tensors,
             parts: contents.parts,
             kv_scales: contents.kv_scales,
@@ -218,13 +226,7 @@ impl Checkpoint {
                 .with_context(|| format!("{}", self.path.display()));
         }
         let folder = self.folder().unwrap_or(&self.path);
-        TokenizerFiles::read(folder)?.with_context(|| {
-            format!(
-                "{}: found no tokenizer.json, wanted one beside the model; save it there \
-                 (`AutoTokenizer.from_pretrained(…).save_pretrained(…)`)",
-                folder.display()
-            )
-        })
+        TokenizerFiles::read(folder)?.with_context(|| format!("{}: {}", folder.display(), NO_TOKENIZER))
     }
 
     /// Returns the tokenizer. Errors as [`Checkpoint::tokenizer_files`], and if the files are not valid.
@@ -232,9 +234,20 @@ impl Checkpoint {
         Tokenizer::from_files(&self.tokenizer_files()?).with_context(|| format!("{}", self.path.display()))
     }
 
+    /// Returns every file that conversion reads.
+    pub fn read_files(&self) -> Result<Vec<PathBuf>> {
+        let mut files: Vec<_> = self.weight_files().map(Path::to_path_buf).collect();
+        files.push(self.path.clone());
+        files.extend(self.folder().map(|folder| folder.join("config.json")));
+        if let Some(folder) = self.folder() {
+            files.extend(self.side_files()?.iter().map(|name| folder.join(name)));
+        }
+        Ok(files)
+    }
+
     /// Returns the files a converted model takes along: tokenizer, chat template, generation configuration, licence.
-    /// Sorted by name; empty for GGUF files.
-    pub fn side_files(&self) -> Result<Vec<PathBuf>> {
+    /// Names within [`Checkpoint::folder`], sorted; empty for GGUF files.
+    pub fn side_files(&self) -> Result<Vec<String>> {
         self.folder().map_or(Ok(Vec::new()), folder::side_files)
     }
 
@@ -381,7 +394,8 @@ mod tests {
         let mut tensors = dense_tensors(&config_json());
         let table = "model.layers.0.self_attn.rotary_emb.inv_freq".to_string();
         tensors.push((table, Dtype::F32, vec![4], vec![0; 16]));
-        tensors.push(("lm_head.weight".to_string(), Dtype::F32, vec![10, 32], vec![0; 1280]));
+        let (_, dtype, shape, bytes) = tensors[0].clone();
+        tensors.push(("lm_head.weight".to_string(), dtype, shape, bytes));
         write(&folder, &config_json(), &tensors, SHARD_BYTES);
         let checkpoint = Checkpoint::open(&folder).unwrap();
         assert!(!checkpoint.tensors.contains_key(&TensorId::global(Role::Head)));

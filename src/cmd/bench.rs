@@ -24,8 +24,9 @@ const REPEATS: usize = 5;
 
 /// Prints prompt and generation rates, time to the first token and memory, with shares of the machine's own rates.
 pub fn run(args: &BenchArgs, printer: Printer) -> Result<Outcome> {
+    output::check_reports(args.json.as_deref())?;
     let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
-    let checkpoint = Checkpoint::open(&model.path)?;
+    let checkpoint = model.open(printer)?;
     let needed = args.prompt as usize + args.tokens as usize + WARM_UP;
     ensure!(
         needed <= checkpoint.config.max_position_embeddings,

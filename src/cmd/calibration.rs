@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
 use crate::artifact::file_name;
@@ -22,7 +22,7 @@ use crate::convert::{Calibration, Output, choose_settings};
 use crate::manifest::{self, CalibrationText};
 use crate::memory::{Budget, Limits};
 use crate::model::Model;
-use crate::model::chat_template::{Chat, ChatTemplate};
+use crate::model::chat_template::ChatTemplate;
 use crate::names::{Role, TensorId};
 use crate::output::{Printer, Unit, size};
 use crate::plan::{Action, Plan};
@@ -123,10 +123,7 @@ impl Windows {
     pub fn new(args: &CalibrationArgs, source: &Checkpoint, printer: Printer) -> Result<Self> {
         let template = ChatTemplate::new(&source.tokenizer_files()?)?;
         let render = |messages: &Value| match &template {
-            Some(template) => {
-                let messages = messages.as_array().cloned().context("`messages` is no list")?;
-                template.render(&Chat { messages, tools: vec![] }, false)
-            }
+            Some(template) => template.render_messages(messages),
             None => bail!("this model has no chat template"),
         };
         let render: Option<RenderChat> = template.is_some().then_some(&render);

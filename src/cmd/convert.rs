@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::calibration::{self, Windows};
@@ -17,7 +17,11 @@ use crate::calib::imatrix::Imatrix;
 use crate::calib::kv_cache::fp8_scales;
 use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
-use crate::container::FileHash;
+use crate::container::apart::ensure_apart;
+use crate::container::gguf::is_gguf;
+use crate::container::output::{check_file, check_folder};
+use crate::container::safetensors::is_safetensors;
+use crate::container::{FileHash, leftovers};
 use crate::convert::journal::Journal;
 use crate::eval::{Metric, Report, Row};
 use crate::manifest::{self, Evaluation, Hashes, Manifest, Source};
@@ -28,8 +32,9 @@ use crate::scheme::Span;
 
 /// Runs the whole pipeline for every format.
 pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
+    output::check_reports(args.json.as_deref())?;
     let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
-    let source = Checkpoint::open(&model.path)?;
+    let source = model.open(printer)?;
     let method = calibration::method(args, &source, printer)?;
     let windows = match method {
         Method::Rtn => None,
@@ -45,6 +50,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
         record.files = source_hashes(&source, &hashes)?;
     }
     let mut tasks = tasks(args, &model, &source, record, windows.as_ref(), kv_scales.as_deref())?;
+    check_outputs(args, &source, &tasks)?;
     report_losses(&tasks, printer);
     if args.dry_run {
         return dry_run(args, &source, &tasks, windows.as_ref(), printer);
@@ -64,7 +70,11 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
     }
     let artifacts = tasks.iter().map(|task| Checkpoint::open(&task.out)).collect::<Result<Vec<_>>>()?;
     let measured = request
-        .map(|request| measure::run(&request, Some(&source), &artifacts.iter().collect::<Vec<_>>(), printer))
+        .map(|request| {
+            let artifacts: Vec<_> = artifacts.iter().collect();
+            request.partings(&source, &artifacts, printer)?;
+            measure::run(&request, Some(&source), &artifacts, printer)
+        })
         .transpose()?;
     for (i, task) in tasks.iter_mut().enumerate() {
         // The first row is the source's own.
@@ -111,6 +121,34 @@ fn tasks(
     Ok(tasks)
 }
 
+/// Refuses outputs that could not be written, would write over each other, or would destroy what is read.
+fn check_outputs(args: &ConvertArgs, source: &Checkpoint, tasks: &[Task]) -> Result<()> {
+    let texts = args.protocol.text.iter().chain(&args.imatrix).cloned();
+    let calibration = args.calibration.calib.iter().map(PathBuf::from).filter(|path| path.exists());
+    let read: Vec<PathBuf> = source.read_files()?.into_iter().chain(texts).chain(calibration).collect();
+    for (i, task) in tasks.iter().enumerate() {
+        let out = &task.out;
+        if let Some(other) = tasks[..i].iter().position(|other| other.out == *out) {
+            bail!(
+                "`--format {},{}` writes {} twice; name it once",
+                args.format[other],
+                args.format[i],
+                out.display()
+            );
+        }
+        ensure_apart(out, read.iter().map(PathBuf::as_path))?;
+        // What an interrupted run has finished may stand there.
+        if args.dry_run || leftovers::of(out)?.iter().any(|left| left.key.is_some()) {
+            continue;
+        }
+        match is_gguf(out) {
+            true => check_file(out, args.force)?,
+            false => check_folder(out, args.force)?,
+        }
+    }
+    Ok(())
+}
+
 fn recipe(args: &ConvertArgs, format: &str, method: Method) -> Result<Recipe> {
     Ok(Recipe {
         method,
@@ -153,10 +191,6 @@ fn kv_scales(
     Ok(Some(scales))
 }
 
-fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
-}
-
 /// Returns where a format goes: `--out` itself, or `MODEL-FORMAT` in it when several formats or GGUF files go into one
 /// folder.
 fn out_path(args: &ConvertArgs, model: &ModelRef, recipe: &Recipe) -> Result<PathBuf> {
@@ -174,6 +208,10 @@ fn out_path(args: &ConvertArgs, model: &ModelRef, recipe: &Recipe) -> Result<Pat
             );
             Ok(out.to_path_buf())
         }
+        Some(out) if is_safetensors(out) && !out.is_dir() => bail!(
+            "`--out {}` names a safetensors file, but a folder is written; name the folder",
+            out.display()
+        ),
         Some(out) if args.format.len() > 1 || gguf => Ok(out.join(name)),
         Some(out) => Ok(out.to_path_buf()),
     }
@@ -267,8 +305,7 @@ fn finish_manifest(
     if !task.out.is_dir() {
         return Ok(());
     }
-    let copied: BTreeSet<String> =
-        source.side_files()?.iter().map(|path| artifact::file_name(path)).collect();
+    let copied: BTreeSet<String> = source.side_files()?.into_iter().collect();
     let mut hashes = std::mem::take(&mut task.hashes);
     task.manifest.side_files = hashes.extract_if(.., |name, _| copied.contains(name)).collect();
     task.manifest.outputs = hashes;

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use super::measure::{self, Request};
 use super::questions::Questions;
 use super::{ModelRef, Outcome, show};
+use crate::artifact::file_name;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{EvalArgs, GateArgs, OutputArgs};
 use crate::eval::Report;
@@ -16,11 +17,13 @@ use crate::eval::gate::{self, Gate};
 use crate::eval::report::Bench;
 use crate::eval::sensitivity::Sensitivity;
 use crate::eval::slices;
+use crate::eval::tokenization::Parting;
 use crate::output::{self, Printer};
 use crate::report;
 
 /// Measures every model on the same token ids, prints a row for each, and judges them.
 pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
+    output::check_reports(files(&args.outputs).into_iter().map(|(_, file, _)| file))?;
     let on_stdout = takes_stdout(&args.outputs)?;
     let gates = gates(&args.gates)?;
     ensure!(
@@ -34,7 +37,7 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     let benches = args.outputs.bench.iter().map(|file| read_json::<Bench>(file, "bench"));
     let speed = benches.collect::<Result<Vec<_>>>()?.into_iter().flat_map(Bench::rows).collect();
     let open = |model: Option<&str>| -> Result<Checkpoint> {
-        Checkpoint::open(&ModelRef::resolve(model, args.source.revision.as_deref(), printer)?.path)
+        ModelRef::resolve(model, args.source.revision.as_deref(), printer)?.open(printer)
     };
     let baseline = args.baseline.as_deref().map(|model| open(Some(model))).transpose()?;
     let models = match args.models.as_slice() {
@@ -56,8 +59,13 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     let models: Vec<&Checkpoint> = models.iter().collect();
     request.add_kv_caches(&args.kv_cache, reference)?;
     request.ask(Questions::new(&args.questions, reference, &models)?);
+    let partings = request.partings(reference, &models, printer)?;
     let mut report = measure::run(&request, baseline.as_ref(), &models, printer)?;
     report.gates = gate::judge(&gates, &report)?;
+    if !gates.is_empty() {
+        let verdict = |(at, parting): &(usize, Parting)| parting.verdict(&file_name(&models[*at].path));
+        report.gates.extend(partings.iter().map(verdict));
+    }
     if !args.kld && !gates.iter().any(Gate::needs_divergence) {
         report.without_divergence();
     }

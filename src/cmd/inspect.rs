@@ -13,8 +13,9 @@ use crate::output::{self, Printer};
 
 /// Prints tensors, schemes, bits per weight and sizes.
 pub fn run(args: &InspectArgs, printer: Printer) -> Result<Outcome> {
+    output::check_reports(args.json.as_deref())?;
     let model = ModelRef::resolve(args.model.as_deref(), args.revision.as_deref(), printer)?;
-    let checkpoint = Checkpoint::open(&model.path)?;
+    let checkpoint = model.open(printer)?;
     if let Some(file) = &args.json {
         output::write_report(file, &format!("{:#}\n", describe(&checkpoint)), printer)?;
     }

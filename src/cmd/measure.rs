@@ -1,10 +1,10 @@
 //! Runs an evaluation on the device that was asked for.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
+use serde_json::Value;
 
 use super::questions::Questions;
 use super::subject::{about, kinds, load, subject, variants};
@@ -13,6 +13,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Precision};
 use crate::backend::kv_cache::KvCache;
 use crate::backend::machine::Machine;
+use crate::calib::corpus;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
@@ -21,6 +22,7 @@ use crate::eval::report::{self, Part, Report, Timed};
 use crate::eval::residency::{self, Residency};
 use crate::eval::samples::Samples;
 use crate::eval::slices::{self, Slice};
+use crate::eval::tokenization::{Parting, parting};
 use crate::eval::{self, About, Protocol, Schedule, Scored, Subject, Text};
 use crate::manifest;
 use crate::memory::{Budget, Limits};
@@ -55,8 +57,7 @@ impl Request {
     pub fn new(args: &ProtocolArgs, device: &str, reference: &Checkpoint) -> Result<Self> {
         let text = match &args.text {
             None => embedded::EVAL_TEXT.to_string(),
-            Some(path) => fs::read_to_string(path)
-                .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))?,
+            Some(path) => read_text(path, reference)?,
         };
         let tokenizer = reference.tokenizer()?;
         let bos = tokenizer.bos();
@@ -93,6 +94,34 @@ impl Request {
     /// Returns the main text as it was read.
     pub fn content(&self) -> &str {
         &self.content
+    }
+
+    /// Returns where each model's own tokenizer parts from that of `reference`, by the model's index, and tells of it; a
+    /// tokenizer that cannot be read is told of, too.
+    pub fn partings(
+        &self,
+        reference: &Checkpoint,
+        models: &[&Checkpoint],
+        printer: Printer,
+    ) -> Result<Vec<(usize, Parting)>> {
+        let baseline = reference.tokenizer()?;
+        let count = self.text.protocol.windows.saturating_mul(self.text.protocol.n_ctx);
+        let mut found = Vec::new();
+        for (at, model) in models.iter().enumerate().filter(|(_, model)| model.path != reference.path) {
+            let shown = model.path.display();
+            let own = model.tokenizer().and_then(|own| parting(&baseline, &own, &self.content, count));
+            match own {
+                Err(error) => {
+                    printer.note(format!("note: {shown}: its own tokenizer cannot be compared: {error:#}"))
+                }
+                Ok(None) => {}
+                Ok(Some(parting)) => {
+                    printer.failure(format!("warning: {shown}: {}", parting.sentence()));
+                    found.push((at, parting));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Returns the main text.
@@ -165,6 +194,18 @@ impl Request {
         protocol.windows = protocol.windows.min(affordable);
         self
     }
+}
+
+/// Reads an evaluation text as calibration reads its own: JSON lines are the documents in them.
+fn read_text(path: &Path, reference: &Checkpoint) -> Result<String> {
+    ensure!(!path.is_dir(), "{}: found a folder, wanted a text file; name a file in it", path.display());
+    let render = |messages: &Value| {
+        let template = ChatTemplate::new(&reference.tokenizer_files()?)?;
+        template
+            .context("`messages` need a chat template, and this model has none")?
+            .render_messages(messages)
+    };
+    Ok(corpus::Part::open(path, Some(&render))?.text)
 }
 
 /// Work that runs on whichever device there is.

@@ -15,12 +15,15 @@ mod show;
 mod subject;
 mod write;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
 use crate::artifact;
+use crate::checkpoint::Checkpoint;
 use crate::cli::{Cli, Command};
+use crate::container::gguf::is_gguf;
+use crate::container::safetensors::is_safetensors;
 use crate::embedded;
 use crate::hub;
 use crate::memory;
@@ -87,10 +90,21 @@ impl ModelRef {
         Ok(ModelRef { path, name, revision: commit })
     }
 
+    /// Opens it, and tells where its files disagree.
+    fn open(&self, printer: Printer) -> Result<Checkpoint> {
+        let checkpoint = Checkpoint::open(&self.path)?;
+        checkpoint
+            .notes
+            .iter()
+            .for_each(|note| printer.note(format!("note: {}: {note}", self.path.display())));
+        Ok(checkpoint)
+    }
+
     /// Returns the name without its owner and file ending: what outputs are called after.
     fn short_name(&self) -> String {
         let name = self.name.rsplit('/').next().unwrap_or(&self.name);
-        let name = name.strip_suffix(".gguf").or_else(|| name.strip_suffix(".safetensors")).unwrap_or(name);
-        name.to_string()
+        let path = Path::new(name);
+        let name = if is_gguf(path) || is_safetensors(path) { path.file_stem() } else { path.file_name() };
+        name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
     }
 }

@@ -28,8 +28,11 @@ const DEFAULT_WINDOWS: u32 = 16;
 
 /// Quantizes one group at a time and ranks them.
 pub fn run(args: &SensitivityArgs, printer: Printer) -> Result<Outcome> {
+    output::check_reports(
+        [&args.json, &args.csv, &args.html].into_iter().filter_map(|file| file.as_deref()),
+    )?;
     let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
-    let source = Checkpoint::open(&model.path)?;
+    let source = model.open(printer)?;
     let recipe = Recipe::new(&args.format, args.dialect.as_deref(), args.group_size)?;
     let plan = Plan::new(&source, &recipe)?;
     let groups = groups(&plan, args.by);

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use memmap2::{Advice, MmapOptions};
 use rayon::prelude::*;
 
-use super::TensorSpec;
+use super::{TensorSpec, text};
 
 /// Bytes above which several threads read: most of the time goes into memory that is touched for the first time.
 const LARGE: u64 = 16 << 20;
@@ -38,6 +38,10 @@ impl InputFile {
             bail!("{}: found a folder, wanted a file", path.display());
         }
         ensure!(metadata.len() > 0, "{}: the file is empty; download it again", path.display());
+        let mut start = [0; 64];
+        let read =
+            file.read_at(&mut start, 0).with_context(|| format!("{}: cannot be read", path.display()))?;
+        text::refuse_pointer(path, &start[..read])?;
         Ok(InputFile { path: path.to_path_buf(), len: metadata.len(), file })
     }
 

@@ -1,6 +1,7 @@
 //! Files: safetensors and GGUF headers, validated before use; payload by positioned reads; outputs under a temporary
 //! name, renamed when complete.
 
+pub mod apart;
 mod flush;
 pub mod gguf;
 mod hash;
@@ -8,6 +9,7 @@ mod input;
 pub mod leftovers;
 pub(crate) mod output;
 pub mod safetensors;
+pub mod text;
 
 use std::path::Path;
 

@@ -2,12 +2,13 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
+use tempfile::NamedTempFile;
 
 use super::TensorSpec;
 use super::flush::Flusher;
@@ -39,9 +40,7 @@ impl Draft {
     /// Creates a file of `len` bytes that starts with `header`; what else a kept one holds is left. An existing output is
     /// an error unless it is to be replaced; so are a parent that cannot be written and too little space.
     pub(super) fn file(target: &Path, opening: Opening, header: &[u8], len: u64) -> Result<(Self, File)> {
-        if target.is_dir() {
-            bail!("{}: found a folder, wanted to write a file; choose another name", target.display());
-        }
+        check_file(target, opening.force)?;
         let mut draft = Self::prepare(target, opening, len)?;
         let file = create_file(&draft.temporary, target, header, len)?;
         draft.lock()?;
@@ -50,16 +49,7 @@ impl Draft {
 
     /// Prepares a folder, as [`Draft::file`]; `force` replaces only a folder that is empty or holds a model.
     pub(super) fn folder(target: &Path, opening: Opening, bytes: u64) -> Result<Self> {
-        if target.exists() && !target.is_dir() {
-            bail!("{}: found a file, wanted to write a folder; choose another name", target.display());
-        }
-        if target.is_dir() && !replaceable(target)? {
-            bail!(
-                "{}: holds neither `config.json` nor `quant.json`, so it is no model and is not replaced; choose \
-                 another name",
-                target.display()
-            );
-        }
+        check_folder(target, opening.force)?;
         let mut draft = Self::prepare(target, opening, bytes)?;
         fs::create_dir_all(&draft.temporary).with_context(|| cannot_create(target))?;
         draft.lock()?;
@@ -68,12 +58,6 @@ impl Draft {
 
     fn prepare(target: &Path, opening: Opening, bytes: u64) -> Result<Self> {
         let Opening { force, key } = opening;
-        if !force && target.symlink_metadata().is_ok() {
-            bail!(
-                "{}: exists already; pass `--force` to replace it, or choose another name",
-                target.display()
-            );
-        }
         let parent = parent_of(target);
         fs::create_dir_all(parent)
             .with_context(|| format!("{}: cannot create the folder for the output", parent.display()))?;
@@ -146,6 +130,38 @@ impl Drop for Draft {
             let _ = remove(&self.temporary);
         }
     }
+}
+
+/// Refuses a file that cannot be written there, before any work is done for it.
+pub(crate) fn check_file(target: &Path, force: bool) -> Result<()> {
+    if target.is_dir() {
+        bail!("{}: found a folder, wanted to write a file; choose another name", target.display());
+    }
+    check_absent(target, force)
+}
+
+/// Refuses a folder that cannot be written there; `force` replaces only one that is empty or holds a model.
+pub(crate) fn check_folder(target: &Path, force: bool) -> Result<()> {
+    if target.exists() && !target.is_dir() {
+        bail!("{}: found a file, wanted to write a folder; choose another name", target.display());
+    }
+    if target.is_dir() && !replaceable(target)? {
+        bail!(
+            "{}: holds no model (`quant.json`, or `config.json` with weights), so it is not replaced; choose another \
+             name",
+            target.display()
+        );
+    }
+    check_absent(target, force)
+}
+
+fn check_absent(target: &Path, force: bool) -> Result<()> {
+    ensure!(
+        force || target.symlink_metadata().is_err(),
+        "{}: exists already; pass `--force` to replace it, or choose another name",
+        target.display()
+    );
+    Ok(())
 }
 
 /// Where the bytes of a planned tensor go.
@@ -251,6 +267,11 @@ pub(super) fn create_file(path: &Path, shown: &Path, header: &[u8], len: u64) ->
     create().with_context(|| cannot_create(shown))
 }
 
+/// Creates a file that is to be renamed, with the rights that the umask gives: others may read what users share.
+pub(crate) fn temporary_in(folder: &Path) -> io::Result<NamedTempFile> {
+    tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o666)).tempfile_in(folder)
+}
+
 /// Makes the entries of a folder durable.
 pub(super) fn sync_folder(path: &Path) -> Result<()> {
     File::open(path)
@@ -280,14 +301,18 @@ pub(super) fn parent_of(path: &Path) -> &Path {
     }
 }
 
-/// Whether `--force` may replace a folder: an empty one, or one that a converter wrote.
+/// Whether `--force` may replace a folder: an empty one, or one that a converter wrote. `config.json` alone is also what
+/// other programs call their settings.
 fn replaceable(folder: &Path) -> Result<bool> {
-    if ["config.json", "quant.json"].iter().any(|name| folder.join(name).is_file()) {
-        return Ok(true);
-    }
-    let mut entries =
-        fs::read_dir(folder).with_context(|| format!("{}: cannot be listed", folder.display()))?;
-    Ok(entries.next().is_none())
+    let listed = || format!("{}: cannot be listed", folder.display());
+    let names = fs::read_dir(folder).with_context(listed)?.map(|entry| Ok(entry?.file_name()));
+    let names: Vec<String> = names
+        .map(|name: io::Result<_>| Ok(name?.to_string_lossy().into_owned()))
+        .collect::<io::Result<_>>()
+        .with_context(listed)?;
+    let has = |wanted: &str| names.iter().any(|name| name == wanted);
+    let weights = names.iter().any(|name| name.ends_with(".safetensors"));
+    Ok(names.is_empty() || has("quant.json") || (has("config.json") && weights))
 }
 
 fn ensure_space(folder: &Path, bytes: u64) -> Result<()> {

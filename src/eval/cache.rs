@@ -13,13 +13,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
 
 use super::samples::Samples;
 use super::walk::{Work, groups};
 use super::{Schedule, Subject, Text, check_fits};
 use crate::backend::Backend;
 use crate::backend::parked::{Parked, Room};
+use crate::container::output::temporary_in;
 use crate::model::layers::{Held, Layers};
 
 /// Most bytes that a folder of states holds: an 8B model's states for a million scored positions.
@@ -93,7 +93,7 @@ impl Cache {
         self.make_room(wanted)?;
         check_fits(baseline.model.config(), text)?;
         let context = || format!("{}: cannot be written", self.folder.display());
-        let mut out = BufWriter::new(NamedTempFile::new_in(&self.folder).with_context(context)?);
+        let mut out = BufWriter::new(temporary_in(&self.folder).with_context(context)?);
         let mut samples = Samples::new(text.protocol.scored().len(), false);
         for group in groups(schedule, text) {
             let work = Work { backend, subject: baseline, protocol: &text.protocol, group: &group };

@@ -4,7 +4,6 @@
 //! A gate fails when the whole 95 % interval lies beyond its limit, so noise does not fail a build; where a value has no
 //! interval, the value decides.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +12,7 @@ use toml::{Table, Value};
 use super::answers::SuiteScore;
 use super::metric::{Estimate, Metric};
 use super::report::{Report, Row, Verdict};
+use crate::container::text;
 
 /// A limit that can be set.
 #[derive(Debug, PartialEq)]
@@ -160,7 +160,7 @@ impl Gate {
     /// A file that cannot be read or is no TOML, unknown keys, limits that are no numbers; each names file and key.
     pub fn read(file: &Path) -> Result<Vec<Self>> {
         let name = file.display();
-        let text = fs::read_to_string(file).with_context(|| format!("{name}: cannot be read"))?;
+        let text = text::read(file)?;
         let table: Table = text.parse().with_context(|| format!("{name}: is no TOML"))?;
         Gate::from_table(&table).with_context(|| format!("{name}"))
     }

@@ -20,6 +20,7 @@ pub mod slices;
 pub mod statistics;
 pub mod suite;
 pub mod task;
+pub mod tokenization;
 pub mod walk;
 
 use anyhow::{Context, Result, bail, ensure};

@@ -2,13 +2,13 @@
 //! languages other than English break first. Provenance, licence and hashes: `eval/README.md`.
 
 use std::borrow::Cow;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::container::text;
 use crate::model::chat_template::{Chat, ChatTemplate};
 
 /// The slices inside the binary.
@@ -70,8 +70,7 @@ pub fn by_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Vec<Slic
 
 fn own(name: &str, file: &Path) -> Result<Slice> {
     ensure!(!name.is_empty(), "`--slices ={}`: wanted `NAME=FILE`", file.display());
-    let text = fs::read_to_string(file)
-        .with_context(|| format!("{}: cannot be read as UTF-8 text", file.display()))?;
+    let text = text::read(file)?;
     ensure!(!text.trim().is_empty(), "{}: the slice `{name}` is empty", file.display());
     Ok(Slice { name: name.to_string(), text })
 }

@@ -70,6 +70,12 @@ impl ChatTemplate {
         Ok(Some(ChatTemplate { environment, special_tokens: special_tokens(files) }))
     }
 
+    /// Returns the text of a conversation that stands as `messages` in a line of JSON.
+    pub fn render_messages(&self, messages: &Json) -> Result<String> {
+        let messages = messages.as_array().cloned().context("`messages` is no list")?;
+        self.render(&Chat { messages, tools: Vec::new() }, false)
+    }
+
     /// Returns the text of a conversation; `add_generation_prompt` appends what an answer starts with.
     ///
     /// A chat with tools takes the template named `tool_use` where there is one.

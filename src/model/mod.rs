@@ -2,6 +2,7 @@
 //!
 //! ids → embeddings → layers ([`block`]) → final norm; the loss head is [`Backend::score`] and [`Backend::compare`].
 
+mod added_tokens;
 pub mod backward;
 pub mod block;
 pub mod chat_template;
@@ -10,6 +11,7 @@ pub mod family;
 pub mod footprint;
 pub mod kv_cache;
 pub mod layers;
+mod older_tokenizers;
 pub mod rope;
 pub mod tokenizer;
 

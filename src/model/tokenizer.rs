@@ -7,9 +7,17 @@ use std::iter;
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rayon::prelude::*;
 use serde_json::Value;
+
+use super::{added_tokens, older_tokenizers as older};
+use crate::container::text::{self, read_json};
+use crate::guard::guarded;
+
+/// Says what a folder without a tokenizer lacks.
+pub(crate) const NO_TOKENIZER: &str = "there is no tokenizer (`tokenizer.json`, `tokenizer.model`, or `vocab.json` with \
+    `merges.txt`); copy it from the model's repository";
 
 /// The files that define a tokenizer, parsed. Absent ones are `Value::Null`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -38,33 +46,38 @@ pub struct SpecialIds {
 }
 
 impl TokenizerFiles {
-    /// Reads the tokenizer of a model folder; `None` if it has no `tokenizer.json`. Errors on files that are no JSON.
+    /// Reads the tokenizer of a model folder, with the tokens that only files beside `tokenizer.json` name; `None` if it has
+    /// no tokenizer. Errors on files that are no JSON.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
-        let tokenizer = read_json(&folder.join("tokenizer.json"))?;
-        if tokenizer.is_null() {
-            return Ok(None);
-        }
-        let tokenizer_config = read_json(&folder.join("tokenizer_config.json"))?;
+        let json = |name: &str| Ok::<_, anyhow::Error>(read_json(&folder.join(name))?.unwrap_or_default());
+        let mut tokenizer_config = json("tokenizer_config.json")?;
+        let tokenizer = match read_json(&folder.join("tokenizer.json"))? {
+            Some(tokenizer) => Some(tokenizer),
+            None => older::tokenizer_json(folder, &tokenizer_config)?,
+        };
+        let Some(mut tokenizer) = tokenizer else { return Ok(None) };
+        let (special, added) = (json("special_tokens_map.json")?, json("added_tokens.json")?);
+        added_tokens::complete(&mut tokenizer, &mut tokenizer_config, &special, &added);
         let chat_templates = chat_templates(folder, &tokenizer_config)?;
-        let config = read_json(&folder.join("config.json"))?;
-        Ok(Some(TokenizerFiles { tokenizer, tokenizer_config, config, chat_templates }))
+        Ok(Some(TokenizerFiles { tokenizer, tokenizer_config, config: json("config.json")?, chat_templates }))
     }
 
     /// Returns the ids of the special tokens: by the token's text in `tokenizer_config.json`, else by the id in
-    /// `config.json` (gguf-py's order).
+    /// `config.json` (gguf-py's order); a BOS that only the post-processor names is one, too.
     pub fn special_ids(&self) -> SpecialIds {
         let id = |name: &str| {
             let token = &self.tokenizer_config[format!("{name}_token")];
             let text = token.as_str().or_else(|| token["content"].as_str());
             let by_text = text.and_then(|text| self.token_id(text));
             let from_config = match &self.config[format!("{name}_token_id")] {
-                Value::Array(ids) => ids.first().and_then(Value::as_u64),
+                // -1 is none.
+                Value::Array(ids) => ids.iter().find_map(Value::as_u64),
                 id => id.as_u64(),
             };
-            by_text.or(from_config.map(|id| id as u32))
+            by_text.or(from_config.and_then(|id| id.try_into().ok()))
         };
         SpecialIds {
-            bos: id("bos"),
+            bos: self.template().and_then(|template| template.first).or_else(|| id("bos")),
             eos: id("eos"),
             pad: id("pad"),
             unk: id("unk"),
@@ -78,7 +91,7 @@ impl TokenizerFiles {
     pub fn token_id(&self, text: &str) -> Option<u32> {
         let added =
             self.added_tokens().iter().find(|token| token["content"] == text).map(|token| &token["id"]);
-        added.or_else(|| self.tokenizer["model"]["vocab"].get(text))?.as_u64().map(|id| id as u32)
+        added.or_else(|| self.tokenizer["model"]["vocab"].get(text))?.as_u64()?.try_into().ok()
     }
 
     /// Returns the text of a token by its id.
@@ -100,38 +113,80 @@ impl TokenizerFiles {
         self.tokenizer["added_tokens"].as_array().map_or(&[], Vec::as_slice)
     }
 
-    /// Returns whether the model wants (BOS before, EOS after) a text.
+    /// Returns the tokens that go (before, after) every text.
     ///
     /// The post-processor's template decides; without one, `add_bos_token` and `add_eos_token` of the configuration;
     /// without those, tokenizers with byte fallback (SentencePiece models) get a BOS and others nothing.
-    pub fn adds_bos_eos(&self) -> (bool, bool) {
-        if let Some(template) = template_processing(&self.tokenizer["post_processor"]) {
-            let special = |item: Option<&Value>| item.is_some_and(|item| item.get("SpecialToken").is_some());
-            return (special(template.first()), special(template.last()));
+    pub fn surrounding(&self) -> (Option<u32>, Option<u32>) {
+        if let Some(template) = self.template() {
+            return (template.first, template.last);
         }
         let configured = |name: &str| self.tokenizer_config[name].as_bool();
         let byte_fallback = self.tokenizer["model"]["byte_fallback"] == true;
-        (configured("add_bos_token").unwrap_or(byte_fallback), configured("add_eos_token").unwrap_or(false))
+        let special = self.special_ids();
+        (
+            special.bos.filter(|_| configured("add_bos_token").unwrap_or(byte_fallback)),
+            special.eos.filter(|_| configured("add_eos_token").unwrap_or(false)),
+        )
+    }
+
+    fn template(&self) -> Option<Template> {
+        let (first, last, ids) = template(&self.tokenizer["post_processor"])?;
+        // The template's own ids count, not those that the vocabulary has for its tokens.
+        let id = |token: &str| {
+            let own = ids[token]["ids"].get(0).and_then(Value::as_u64).and_then(|id| id.try_into().ok());
+            own.or_else(|| self.token_id(token))
+        };
+        Some(Template { first: first.and_then(id), last: last.and_then(id) })
+    }
+
+    /// Refuses post-processors that put several tokens before or after a text.
+    fn check_template(&self) -> Result<()> {
+        let single = single(&self.tokenizer["post_processor"]);
+        let count = single.iter().filter(|item| item.get("SpecialToken").is_some()).count();
+        let ends = [single.first(), single.last()].into_iter().flatten();
+        let at_ends = ends.filter(|item| item.get("SpecialToken").is_some()).count();
+        ensure!(
+            count <= at_ends,
+            "the post-processor puts {count} tokens around a text; at most one before and one after are supported"
+        );
+        Ok(())
     }
 }
 
-/// Returns the items of the single-sequence template, if the post-processor has one.
-fn template_processing(post_processor: &Value) -> Option<&Vec<Value>> {
+/// The tokens that a post-processor puts around a text.
+struct Template {
+    first: Option<u32>,
+    last: Option<u32>,
+}
+
+/// Returns a post-processor's (first, last) token around one text, and what it says of their ids; `None` if it adds none.
+fn template(post_processor: &Value) -> Option<(Option<&str>, Option<&str>, &Value)> {
     match post_processor["type"].as_str()? {
-        "TemplateProcessing" => post_processor["single"].as_array(),
-        "Sequence" => post_processor["processors"].as_array()?.iter().find_map(template_processing),
+        "TemplateProcessing" => {
+            let single = post_processor["single"].as_array()?;
+            fn text(item: Option<&Value>) -> Option<&str> {
+                item?["SpecialToken"]["id"].as_str()
+            }
+            Some((text(single.first()), text(single.last()), &post_processor["special_tokens"]))
+        }
+        "RobertaProcessing" | "BertProcessing" => {
+            Some((post_processor["cls"][0].as_str(), post_processor["sep"][0].as_str(), &Value::Null))
+        }
+        "Sequence" => post_processor["processors"].as_array()?.iter().find_map(template),
         _ => None,
     }
 }
 
-/// Reads one JSON file; an absent file is `Null`.
-fn read_json(path: &Path) -> Result<Value> {
-    match std::fs::read(path) {
-        Ok(bytes) => {
-            serde_json::from_slice(&bytes).with_context(|| format!("{}: not valid JSON", path.display()))
+/// Returns the items of the single-sequence template, if the post-processor has one.
+fn single(post_processor: &Value) -> &[Value] {
+    match post_processor["type"].as_str() {
+        Some("TemplateProcessing") => post_processor["single"].as_array().map_or(&[], Vec::as_slice),
+        Some("Sequence") => {
+            let steps = post_processor["processors"].as_array().into_iter().flatten();
+            steps.map(single).find(|items| !items.is_empty()).unwrap_or(&[])
         }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(e) => Err(e).with_context(|| format!("{}: cannot be read", path.display())),
+        _ => &[],
     }
 }
 
@@ -150,13 +205,12 @@ fn chat_templates(folder: &Path, tokenizer_config: &Value) -> Result<Vec<(String
     };
     let jinja = folder.join("chat_template.jinja");
     if jinja.is_file() {
-        let text = std::fs::read_to_string(&jinja)
-            .with_context(|| format!("{}: cannot be read", jinja.display()))?;
+        let text = text::read(&jinja)?;
         let mut templates = vec![("default".to_string(), text)];
         templates.extend(additional_templates(&folder.join("additional_chat_templates"))?);
         return Ok(templates);
     }
-    let json = read_json(&folder.join("chat_template.json"))?;
+    let json = read_json(&folder.join("chat_template.json"))?.unwrap_or_default();
     Ok(named(tokenizer_config).or_else(|| named(&json)).unwrap_or_default())
 }
 
@@ -167,8 +221,7 @@ fn additional_templates(folder: &Path) -> Result<Vec<(String, String)>> {
     for entry in entries {
         let path = entry.with_context(|| format!("{}: cannot be listed", folder.display()))?.path();
         if let (Some(name), true) = (path.file_stem(), path.extension().is_some_and(|e| e == "jinja")) {
-            let text = std::fs::read_to_string(&path)
-                .with_context(|| format!("{}: cannot be read", path.display()))?;
+            let text = text::read(&path)?;
             templates.push((name.to_string_lossy().into_owned(), text));
         }
     }
@@ -192,21 +245,15 @@ fn line_start(text: &str, from: usize) -> Option<usize> {
 pub struct Tokenizer {
     tokenizer: tokenizers::Tokenizer,
     special: SpecialIds,
-    add_bos: bool,
-    add_eos: bool,
+    /// What goes before and after every text.
+    surrounding: (Option<u32>, Option<u32>),
 }
 
 impl Tokenizer {
     /// Opens the tokenizer of a model folder. Errors if there is none, or it is not one `tokenizers` can load.
     pub fn open(folder: &Path) -> Result<Self> {
         let Some(files) = TokenizerFiles::read(folder)? else {
-            let cure = if folder.join("tokenizer.model").is_file() {
-                "found only `tokenizer.model`; write the JSON form with transformers: \
-                 `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`"
-            } else {
-                "copy it from the model's repository"
-            };
-            bail!("{}: no `tokenizer.json`: {cure}", folder.display());
+            bail!("{}: {}", folder.display(), NO_TOKENIZER);
         };
         Self::from_files(&files).with_context(|| folder.join("tokenizer.json").display().to_string())
     }
@@ -214,12 +261,12 @@ impl Tokenizer {
     /// Builds a tokenizer from parsed files. Errors on what the `tokenizers` library cannot load.
     pub fn from_files(files: &TokenizerFiles) -> Result<Self> {
         let json = serde_json::to_vec(&files.tokenizer)?;
-        let mut tokenizer =
-            tokenizers::Tokenizer::from_bytes(json).map_err(|e| anyhow!("not a tokenizer: {e}"))?;
+        let built = guarded("the tokenizers library", || tokenizers::Tokenizer::from_bytes(json))?;
+        let mut tokenizer = built.map_err(|e| anyhow!("not a tokenizer: {e}"))?;
         tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
         tokenizer.with_padding(None);
-        let (add_bos, add_eos) = files.adds_bos_eos();
-        Ok(Tokenizer { tokenizer, special: files.special_ids(), add_bos, add_eos })
+        files.check_template()?;
+        Ok(Tokenizer { tokenizer, special: files.special_ids(), surrounding: files.surrounding() })
     }
 
     /// Returns the ids of `text`. `add_special` puts BOS before and EOS after it where the model's convention does.
@@ -227,8 +274,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let ids: Vec<Vec<u32>> =
             self.pieces(text).into_par_iter().map(|piece| self.ids(piece)).collect::<Result<_>>()?;
-        let bos = self.bos().filter(|_| add_special);
-        let eos = self.special.eos.filter(|_| add_special && self.add_eos);
+        let (bos, eos) = if add_special { self.surrounding } else { (None, None) };
         Ok(bos.into_iter().chain(ids.into_iter().flatten()).chain(eos).collect())
     }
 
@@ -248,8 +294,8 @@ impl Tokenizer {
     }
 
     fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.tokenizer.encode_fast(text, false).map_err(|e| anyhow!("cannot tokenize: {e}"))?;
+        let encoded = guarded("the tokenizers library", || self.tokenizer.encode_fast(text, false))?;
+        let encoding = encoded.map_err(|e| anyhow!("cannot tokenize: {e}"))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -279,7 +325,20 @@ impl Tokenizer {
 
     /// Returns the text of `ids`, special tokens left out. A character cut in half decodes to U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(|e| anyhow!("cannot decode tokens: {e}"))
+        let decoded = guarded("the tokenizers library", || self.tokenizer.decode(ids, true))?;
+        decoded.map_err(|e| anyhow!("cannot decode tokens: {e}"))
+    }
+
+    /// Returns a token's text as it stands in the vocabulary; empty where the id has none.
+    pub fn piece(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
+    }
+
+    /// Returns the texts of the added tokens, by id.
+    pub fn added_tokens(&self) -> Vec<String> {
+        let mut added: Vec<_> = self.tokenizer.get_added_tokens_decoder().into_iter().collect();
+        added.sort_by_key(|(id, _)| *id);
+        added.into_iter().map(|(_, token)| token.content).collect()
     }
 
     /// Returns the number of tokens, added ones included. Embedding tables may have more rows (padding).
@@ -290,7 +349,7 @@ impl Tokenizer {
     /// Returns the BOS id if the model's convention puts one before every text, which is when evaluation starts each
     /// window with it (as llama-perplexity does).
     pub fn bos(&self) -> Option<u32> {
-        self.special.bos.filter(|_| self.add_bos)
+        self.surrounding.0
     }
 
     /// Returns the special tokens.

@@ -4,8 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{ALIGNMENT, GgmlType, Kind, MAGIC, MAX_DIMS, MAX_NAME, Metadata, VERSION, Value};
+use super::{ALIGNMENT, Array, GgmlType, Kind, MAGIC, MAX_DIMS, MAX_NAME, Metadata, READ_VERSIONS, Value};
 use crate::container::{InputFile, Located, Storage, TensorSpec};
+
+/// How files began before GGUF: ggml, ggmf, ggjt, as little-endian numbers.
+const OLD_MAGICS: [&[u8; 4]; 3] = [b"lmgg", b"fmgg", b"tjgg"];
 
 /// An opened GGUF model: one file, or all parts of a split one.
 #[derive(Debug)]
@@ -84,8 +87,12 @@ fn open_one(path: &Path) -> Result<(InputFile, Metadata, Vec<Located>)> {
     let shown = path.display();
     let mut reader = Reader { input: BufReader::new(&input.file), at: 0, len: input.len };
     let magic = reader.bytes::<4>().with_context(|| format!("{shown}"))?;
+    ensure!(
+        !OLD_MAGICS.contains(&&magic),
+        "{shown}: a ggml file from before GGUF; convert it with `convert_llama_ggml_to_gguf.py` of llama.cpp"
+    );
     ensure!(&magic == MAGIC, "{shown}: no GGUF file: it starts with {magic:02x?}, wanted `GGUF`");
-    let (metadata, tensors) = reader.header().with_context(|| format!("{shown}: damaged GGUF header"))?;
+    let (metadata, tensors) = reader.header().with_context(|| format!("{shown}: GGUF header"))?;
     Ok((input, metadata, tensors))
 }
 
@@ -100,12 +107,12 @@ impl<R: Read> Reader<R> {
     fn header(&mut self) -> Result<(Metadata, Vec<Located>)> {
         let version = u32::from_le_bytes(self.bytes()?);
         ensure!(
-            version != VERSION.swap_bytes(),
-            "the file is big-endian; convert it on the machine it is from"
+            !READ_VERSIONS.contains(&version.swap_bytes()),
+            "the file is big-endian; turn it round with `gguf_convert_endian.py` of llama.cpp's gguf-py"
         );
         ensure!(
-            version == VERSION,
-            "found version {version}, wanted {VERSION}; convert it with a newer llama.cpp"
+            READ_VERSIONS.contains(&version),
+            "found version {version}, wanted 2 or 3; convert the model with a present llama.cpp"
         );
         // A tensor takes at least 24 header bytes, a key 13.
         let tensors = self.count("tensors", 24)?;
@@ -162,11 +169,40 @@ impl<R: Read> Reader<R> {
             Kind::String => Value::String(self.string()?),
             Kind::Array => {
                 let kind = self.kind()?;
-                ensure!(kind != Kind::Array, "arrays of arrays are not allowed");
                 let count = u64::from_le_bytes(self.bytes()?);
                 self.ensure_left(count, kind.min_bytes(), "array items")?;
-                Value::Array(kind, (0..count).map(|_| self.value(kind)).collect::<Result<_>>()?)
+                Value::Array(self.array(kind, count)?)
             }
+        })
+    }
+
+    fn array(&mut self, kind: Kind, count: u64) -> Result<Array> {
+        macro_rules! items {
+            ($kind:ident) => {
+                Array::$kind(
+                    (0..count)
+                        .map(|_| match self.value(Kind::$kind)? {
+                            Value::$kind(item) => Ok(item),
+                            other => bail!("found {other:?} in an array of another kind"),
+                        })
+                        .collect::<Result<_>>()?,
+                )
+            };
+        }
+        Ok(match kind {
+            Kind::U8 => items!(U8),
+            Kind::I8 => items!(I8),
+            Kind::U16 => items!(U16),
+            Kind::I16 => items!(I16),
+            Kind::U32 => items!(U32),
+            Kind::I32 => items!(I32),
+            Kind::F32 => items!(F32),
+            Kind::Bool => items!(Bool),
+            Kind::String => items!(String),
+            Kind::U64 => items!(U64),
+            Kind::I64 => items!(I64),
+            Kind::F64 => items!(F64),
+            Kind::Array => bail!("arrays of arrays are not allowed"),
         })
     }
 
@@ -177,7 +213,7 @@ impl<R: Read> Reader<R> {
         let id = u32::from_le_bytes(self.bytes()?);
         let Some(kind) = GgmlType::from_id(id) else {
             bail!(
-                "`{name}`: tensor type {} is not supported; quantize the model anew",
+                "`{name}`: tensor type {} is not read here; make a file of another type from the original model",
                 GgmlType::unknown_name(id)
             );
         };

@@ -64,8 +64,7 @@ pub enum Value {
     F32(f32),
     Bool(bool),
     String(String),
-    /// Items of one kind, no arrays among them.
-    Array(Kind, Vec<Value>),
+    Array(Array),
     U64(u64),
     I64(i64),
     F64(f64),
@@ -84,7 +83,7 @@ impl Value {
             Value::F32(_) => Kind::F32,
             Value::Bool(_) => Kind::Bool,
             Value::String(_) => Kind::String,
-            Value::Array(..) => Kind::Array,
+            Value::Array(_) => Kind::Array,
             Value::U64(_) => Kind::U64,
             Value::I64(_) => Kind::I64,
             Value::F64(_) => Kind::F64,
@@ -131,10 +130,91 @@ impl Value {
         }
     }
 
-    /// Returns the items of an array.
-    pub fn as_array(&self) -> Option<&[Value]> {
+    /// Returns an array.
+    pub fn as_array(&self) -> Option<&Array> {
         match self {
-            Value::Array(_, items) => Some(items),
+            Value::Array(array) => Some(array),
+            _ => None,
+        }
+    }
+}
+
+/// Items of one kind, no arrays among them; they take about as much memory as in the file.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum Array {
+    U8(Vec<u8>),
+    I8(Vec<i8>),
+    U16(Vec<u16>),
+    I16(Vec<i16>),
+    U32(Vec<u32>),
+    I32(Vec<i32>),
+    F32(Vec<f32>),
+    Bool(Vec<bool>),
+    String(Vec<String>),
+    U64(Vec<u64>),
+    I64(Vec<i64>),
+    F64(Vec<f64>),
+}
+
+/// Does the same with the items of every kind.
+macro_rules! each_kind {
+    ($array:expr, $items:ident => $result:expr) => {
+        match $array {
+            Array::U8($items) => $result,
+            Array::I8($items) => $result,
+            Array::U16($items) => $result,
+            Array::I16($items) => $result,
+            Array::U32($items) => $result,
+            Array::I32($items) => $result,
+            Array::F32($items) => $result,
+            Array::Bool($items) => $result,
+            Array::String($items) => $result,
+            Array::U64($items) => $result,
+            Array::I64($items) => $result,
+            Array::F64($items) => $result,
+        }
+    };
+}
+
+impl Array {
+    /// Returns the number of items.
+    pub fn len(&self) -> usize {
+        each_kind!(self, items => items.len())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns the kind of the items.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Array::U8(_) => Kind::U8,
+            Array::I8(_) => Kind::I8,
+            Array::U16(_) => Kind::U16,
+            Array::I16(_) => Kind::I16,
+            Array::U32(_) => Kind::U32,
+            Array::I32(_) => Kind::I32,
+            Array::F32(_) => Kind::F32,
+            Array::Bool(_) => Kind::Bool,
+            Array::String(_) => Kind::String,
+            Array::U64(_) => Kind::U64,
+            Array::I64(_) => Kind::I64,
+            Array::F64(_) => Kind::F64,
+        }
+    }
+
+    /// Returns the items one by one.
+    pub fn values(&self) -> Box<dyn Iterator<Item = Value> + '_> {
+        each_kind!(self, items => Box::new(items.iter().cloned().map(Value::from)))
+    }
+
+    /// Returns strings.
+    pub fn as_strings(&self) -> Option<&[String]> {
+        match self {
+            Array::String(items) => Some(items),
             _ => None,
         }
     }
@@ -150,7 +230,7 @@ macro_rules! from_primitive {
 
         impl From<Vec<$primitive>> for Value {
             fn from(values: Vec<$primitive>) -> Self {
-                Value::Array(Kind::$kind, values.into_iter().map(Value::from).collect())
+                Value::Array(Array::$kind(values.into_iter().map(Into::into).collect()))
             }
         }
     )*};

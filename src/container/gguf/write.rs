@@ -146,11 +146,10 @@ fn push_value(out: &mut Vec<u8>, value: &Value) {
         Value::F64(v) => out.extend(v.to_le_bytes()),
         Value::Bool(v) => out.push((*v).into()),
         Value::String(v) => push_string(out, v),
-        Value::Array(kind, items) => {
-            debug_assert!(items.iter().all(|item| item.kind() == *kind));
-            out.extend((*kind as u32).to_le_bytes());
-            out.extend((items.len() as u64).to_le_bytes());
-            items.iter().for_each(|item| push_value(out, item));
+        Value::Array(array) => {
+            out.extend((array.kind() as u32).to_le_bytes());
+            out.extend((array.len() as u64).to_le_bytes());
+            array.values().for_each(|item| push_value(out, &item));
         }
     }
 }

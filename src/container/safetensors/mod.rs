@@ -13,9 +13,16 @@ mod write;
 pub use read::Safetensors;
 pub use write::{SHARD_BYTES, SafetensorsSink};
 
+use std::path::Path;
+
 use safetensors::Dtype as FileDtype;
 
 use crate::tensor::Dtype;
+
+/// Whether a path is a safetensors file by its name.
+pub fn is_safetensors(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors"))
+}
 
 /// Number types in this project and in the file.
 const DTYPES: [(Dtype, FileDtype); 8] = [

@@ -78,6 +78,7 @@ impl SafetensorsSink {
     pub fn add_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.draft.path().join(name);
         let write = || {
+            fs::create_dir_all(output::parent_of(&path))?;
             fs::write(&path, bytes)?;
             fs::File::open(&path)?.sync_all()
         };

@@ -25,6 +25,8 @@ mod token_type {
 
 /// The space of SentencePiece.
 const SPACE: &str = "\u{2581}";
+/// Bytes of the longest token of a SentencePiece model; SentencePiece's own limit is 64 characters unless it is raised.
+const LONGEST: usize = 1024;
 /// The space of byte-level BPE.
 const BYTE_SPACE: &str = "\u{120}";
 
@@ -190,9 +192,12 @@ fn adds_space_prefix(tokenizer: &Value) -> Result<bool> {
 
 fn set_special_ids(files: &TokenizerFiles, rows: usize, out: &mut Metadata) -> Result<()> {
     let special = files.special_ids();
+    // What follows a text is llama.cpp's EOS; another token that ends an answer is its EOT (gguf-py, vocab.py).
+    let last = files.surrounding().1.filter(|last| Some(*last) != special.eos);
     for (name, id) in [
         ("bos", special.bos),
-        ("eos", special.eos),
+        ("eos", last.or(special.eos)),
+        ("eot", special.eos.filter(|_| last.is_some())),
         ("unknown", special.unk),
         // The format's own spelling.
         ("seperator", special.sep),
@@ -207,9 +212,9 @@ fn set_special_ids(files: &TokenizerFiles, rows: usize, out: &mut Metadata) -> R
         );
         out.set(&format!("tokenizer.ggml.{name}_token_id"), id);
     }
-    let (add_bos, add_eos) = files.adds_bos_eos();
-    out.set("tokenizer.ggml.add_bos_token", add_bos);
-    out.set("tokenizer.ggml.add_eos_token", add_eos);
+    let (before, after) = files.surrounding();
+    out.set("tokenizer.ggml.add_bos_token", before.is_some());
+    out.set("tokenizer.ggml.add_eos_token", after.is_some());
     Ok(())
 }
 
@@ -235,7 +240,7 @@ fn set_chat_templates(templates: &[(String, String)], out: &mut Metadata) {
 pub fn read(metadata: &Metadata) -> Result<TokenizerFiles> {
     let texts: Vec<&str> = strings(metadata, "tokenizer.ggml.tokens")?;
     let types = match metadata.get("tokenizer.ggml.token_type").and_then(Gguf::as_array) {
-        Some(types) => types.iter().map(|kind| kind.as_u64().unwrap_or_default() as i32).collect(),
+        Some(types) => types.values().map(|kind| kind.as_u64().unwrap_or_default() as i32).collect(),
         None => vec![token_type::NORMAL; texts.len()],
     };
     ensure!(
@@ -276,7 +281,7 @@ pub fn read(metadata: &Metadata) -> Result<TokenizerFiles> {
 fn strings<'a>(metadata: &'a Metadata, key: &str) -> Result<Vec<&'a str>> {
     let items =
         metadata.get(key).and_then(Gguf::as_array).with_context(|| format!("GGUF key `{key}` is missing"))?;
-    let strings = items.iter().map(Gguf::as_str).collect::<Option<Vec<_>>>();
+    let strings = items.as_strings().map(|items| items.iter().map(String::as_str).collect());
     strings.with_context(|| format!("GGUF key `{key}` holds something other than strings"))
 }
 
@@ -321,7 +326,8 @@ fn byte_level_bpe(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<(Value,
 /// Returns the `tokenizer.json` of a `llama` model: its scores become merges.
 fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<Value> {
     let scores = metadata.get("tokenizer.ggml.scores").and_then(Gguf::as_array);
-    let scores: Vec<f64> = scores.into_iter().flatten().filter_map(Gguf::as_f64).collect();
+    let scores: Vec<f64> =
+        scores.map_or_else(Vec::new, |scores| scores.values().filter_map(|score| score.as_f64()).collect());
     ensure!(
         scores.len() == tokens.len(),
         "{} numbers in `tokenizer.ggml.scores`, wanted {}, one per token",
@@ -340,6 +346,9 @@ fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<Value> 
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     let unknown = tokens.iter().find(|(_, kind)| *kind == token_type::UNKNOWN).map(|(text, _)| *text);
+    // Looking for the merges of a token takes time in the square of its length.
+    let long = tokens.iter().map(|(text, _)| text.len()).find(|&len| len > LONGEST);
+    ensure!(long.is_none(), "a token has {} bytes; wanted at most {LONGEST}", long.unwrap_or_default());
     let merges = merges_by_score(tokens, &scores);
     let (vocab, added_tokens) = vocabulary(tokens);
     Ok(json!({

@@ -17,11 +17,12 @@ pub mod result;
 pub mod run;
 mod text;
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
+
+use crate::container;
 
 pub use self::prompt::Prompt;
 
@@ -85,8 +86,7 @@ impl Suite {
     }
 
     fn read(path: &Path) -> Result<Suite> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))?;
+        let text = container::text::read(path)?;
         let name = path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
         Suite::parse(&name, &text).with_context(|| path.display().to_string())
     }

@@ -12,11 +12,12 @@ mod format;
 pub mod result;
 pub mod run;
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
+
+use crate::container::text;
 
 pub use self::format::{Doc, Kind};
 
@@ -55,8 +56,7 @@ impl Task {
             .with_context(|| format!("`--tasks {spec}`: wanted NAME=FILE, such as `gsm8k=test.jsonl`"))?;
         let kind = Kind::by_name(name)?;
         let path = Path::new(file);
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))?;
+        let text = text::read(path)?;
         Task::parse(kind, path, &text, shots).with_context(|| path.display().to_string())
     }
 

@@ -133,9 +133,11 @@ fn token_ids(json: &Value, name: &str) -> Result<Vec<u32>> {
         Some(id) => Ok(id),
         None => bail!("`{name}` is `{value}`; wanted token ids"),
     };
-    match json.get(name) {
-        None | Some(Value::Null) => Ok(Vec::new()),
-        Some(Value::Array(ids)) => ids.iter().map(id).collect(),
-        Some(value) => Ok(vec![id(value)?]),
-    }
+    let given = match json.get(name) {
+        None | Some(Value::Null) => &[][..],
+        Some(Value::Array(ids)) => ids,
+        Some(value) => std::slice::from_ref(value),
+    };
+    // -1 is none, as the original LLaMA conversions and their fine-tunes have it.
+    given.iter().filter(|value| value.as_i64() != Some(-1)).map(id).collect()
 }

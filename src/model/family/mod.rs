@@ -47,7 +47,11 @@ impl Family {
         let class = json.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
         let model_type = json.get("model_type").and_then(Value::as_str);
         let found = match (class, model_type) {
-            (Some(class), _) => FAMILIES.iter().find(|family| family.class == class),
+            // A checkpoint of the bare decoder says `LlamaModel`.
+            (Some(class), _) => {
+                let bare = class.strip_suffix("Model").map(|stem| format!("{stem}ForCausalLM"));
+                FAMILIES.iter().find(|family| family.class == bare.as_deref().unwrap_or(class))
+            }
             (None, Some(model_type)) => FAMILIES.iter().find(|family| family.model_type == model_type),
             (None, None) => {
                 bail!("neither `architectures` nor `model_type` is given; is this a model's config.json?")
