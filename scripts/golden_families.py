@@ -102,7 +102,7 @@ def save(folder, model, family):
     if family.old:
         path = folder / "config.json"
         spelled = json.loads(path.read_text())
-        old_spelling(spelled)
+        old_spelling(spelled, "rope_type")
         spelled.pop("layer_types", None)
         path.write_text(json.dumps(spelled, indent=2) + "\n")
 
