@@ -11,6 +11,8 @@ class Family:
     louder: dict = field(default_factory=dict)  # part of a tensor's name: factor on its values
     model: str = ""  # where it is not CONFIG with ForCausalLM
     transposed: bool = False  # stacked experts are [in, out]
+    untouched: dict = field(default_factory=dict)  # name: shape of tensors that the class leaves alone
+    stacked: bool = False  # experts stored as one tensor, where `save_pretrained` would write them one by one
     old: bool = False  # config.json in the spelling of transformers 4, without `layer_types`
 
 
@@ -44,6 +46,14 @@ LATENT = dict(num_key_value_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_ro
               n_routed_experts=8, n_shared_experts=1)
 VISION = dict(vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
                                  patch_size=4, num_position_embeddings=4, deepstack_visual_indexes=[0]))
+# A head that predicts the token after the next: one layer of full attention and what joins it to the model.
+MTP = {f"mtp.{name}.weight": shape for name, shape in {
+    "fc": (32, 64), "norm": (32,), "pre_fc_norm_embedding": (32,), "pre_fc_norm_hidden": (32,),
+    "layers.0.input_layernorm": (32,), "layers.0.post_attention_layernorm": (32,),
+    "layers.0.mlp.gate_proj": (64, 32), "layers.0.mlp.up_proj": (64, 32), "layers.0.mlp.down_proj": (32, 64),
+    "layers.0.self_attn.q_proj": (128, 32), "layers.0.self_attn.k_proj": (32, 32),
+    "layers.0.self_attn.v_proj": (32, 32), "layers.0.self_attn.o_proj": (32, 64),
+    "layers.0.self_attn.q_norm": (32,), "layers.0.self_attn.k_norm": (32,)}.items()}
 GEMMA4 = dict(head_dim=16, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True,
               hidden_size_per_layer_input=0, sliding_window=5, final_logit_softcapping=10.0, pad_token_id=0,
               layer_types=["sliding_attention", "full_attention"], rope_parameters={
@@ -111,6 +121,14 @@ FAMILIES = {
     "qwen3_5_moe": Family("Qwen3_5MoeTextConfig", dict(
         SIZES | HYBRID, num_experts=4, shared_expert_intermediate_size=32, rope_parameters=QUARTER, **EXPERTS), {
         **HYBRID_MATTERS, "zero shared_expert_gate": None}),
+    "qwen3_5_wrapped": Family("Qwen3_5Config", dict(
+        VISION, text_config=dict(SIZES | HYBRID, tie_word_embeddings=True, mtp_num_hidden_layers=1,
+                                 rope_parameters=QUARTER)), {
+        "zero A_log": None}, model="Qwen3_5ForConditionalGeneration", untouched=MTP),
+    "qwen3_5_moe_wrapped": Family("Qwen3_5MoeConfig", dict(
+        VISION, text_config=dict(SIZES | HYBRID, vocab_size=64, num_experts=4, shared_expert_intermediate_size=32,
+                                 rope_parameters=QUARTER, **EXPERTS)), {
+        "text_config.num_experts_per_tok": 3}, model="Qwen3_5MoeForConditionalGeneration", stacked=True),
     "qwen3_next": Family("Qwen3NextConfig", dict(
         SIZES | HYBRID, num_experts=4, shared_expert_intermediate_size=32, norm_topk_prob=True,
         rope_parameters=rope(partial_rotary_factor=0.25), **EXPERTS), {

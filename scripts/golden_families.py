@@ -19,7 +19,7 @@ import torch
 import transformers
 from families import FAMILIES
 from logit_reference import TOKENS, old_spelling
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 MOVED = 0.01  # a changed option moves some logit by at least this
 
@@ -90,6 +90,17 @@ def check_options(family, model, ids, logits):
             sys.exit(f"{path}: {value} instead moves no logit by more than {moved}")
 
 
+def stack_experts(tensors):
+    """Joins `experts.N.*_proj.weight` to `experts.gate_up_proj` [experts, 2 * inner, hidden] and `experts.down_proj`."""
+    stacked = {key: tensor for key, tensor in tensors.items() if ".experts." not in key}
+    for layer in {key.partition("experts.")[0] for key in tensors if ".experts." in key}:
+        gate, up, down = (
+            torch.stack([tensors[key] for key in sorted(tensors) if key.startswith(layer + "experts.") and part in key])
+            for part in ("gate_proj", "up_proj", "down_proj"))
+        stacked |= {layer + "experts.gate_up_proj": torch.cat([gate, up], dim=1), layer + "experts.down_proj": down}
+    return stacked
+
+
 def save(folder, model, family):
     """As `save_pretrained` does it, in BF16; only the router's correction bias stays in F32, as DeepSeek stores it."""
     kept = {key: tensor.clone() for key, tensor in model.state_dict().items() if key.endswith("correction_bias")}
@@ -98,6 +109,11 @@ def save(folder, model, family):
         module, _, leaf = key.rpartition(".")
         getattr(model.get_submodule(module), leaf).data = tensor
     model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    more = {key: torch.randn(shape, generator=generator).bfloat16() for key, shape in family.untouched.items()}
+    tensors = load_file(path) | more
+    save_file(stack_experts(tensors) if family.stacked else tensors, path, metadata={"format": "pt"})
     (folder / "generation_config.json").unlink(missing_ok=True)
     if family.old:
         path = folder / "config.json"
