@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::names::{Role, TensorId};
+use crate::names::TensorId;
 use crate::num::Element;
 use crate::scheme::{Activations, Scheme, Span};
 
@@ -214,13 +214,8 @@ fn odd_group(output: &Output) -> bool {
 
 /// Whether projections that engines join into one matrix are stored differently in some layer.
 fn fused_apart(output: &Output) -> bool {
-    let fused = |role| match role {
-        Role::Q | Role::K | Role::V => Some("qkv"),
-        Role::Gate | Role::Up => Some("gate_up"),
-        _ => None,
-    };
     let members =
-        || output.tensors.iter().filter_map(|(id, stored)| Some(((id.layer, fused(id.role)?), stored)));
+        || output.tensors.iter().map(|(id, stored)| ((id.layer, id.expert, id.role.joined()), stored));
     members().any(|(key, stored)| members().any(|(other, differently)| key == other && stored != differently))
 }
 
@@ -239,6 +234,7 @@ impl fmt::Display for Loads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::Role;
     use crate::scheme::schemes::{INT8, MXFP4, Q4_K, int8_grouped};
 
     fn layer(scheme: Scheme, activations: Activations) -> Vec<(TensorId, Option<(Scheme, Activations)>)> {

@@ -58,7 +58,9 @@ fn varied(name: &str) -> Model<Cpu> {
 /// a few hundred units in the last place (2^-20 at 16) are to be expected; 1e-4 is the bound of `tests/logits.rs`.
 #[test]
 fn every_step_gives_the_logits_of_the_full_pass() {
-    for name in ["llama2", "llama3", "llama_biases", "llama_yarn", "mistral", "qwen2", "qwen3"] {
+    for name in
+        ["llama2", "llama3", "llama_biases", "llama_yarn", "mistral", "qwen2", "qwen2_windows", "qwen3"]
+    {
         let (model, mut whole) = (varied(name), varied(name));
         whole.constants = whole.constants.for_length(sequences::CAPACITY);
         let mut decoder = Cpu.decoder(&model, KvCache::Exact, 3, sequences::CAPACITY).unwrap();

@@ -11,7 +11,7 @@ use quant::scheme::Activations;
 use quant::tensor::{Dtype, floats_from_bytes};
 use safetensors::SafeTensors;
 
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 14] = [
     "llama2",
     "llama3",
     "llama3_old",
@@ -22,6 +22,7 @@ const NAMES: [&str; 13] = [
     "llama_yarn",
     "mistral",
     "qwen2",
+    "qwen2_windows",
     "qwen2_yarn_old",
     "qwen3",
     "qwen3_dynamic_old",

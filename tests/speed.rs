@@ -126,9 +126,7 @@ fn llama([hidden, ffn, layers, heads, kv_heads, head_dim, vocab]: [usize; 7]) ->
 /// Returns a model of noise as llama.cpp would store it under these rules, else in bf16. Weights of one shape and scheme are shared
 /// by all layers; one layer fits no cache, so that it is made fast and still read as a real one is.
 fn random_model(cuda: &Cuda, config: Config, rules: &[Rule]) -> Result<Model<Cuda>> {
-    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-    let (q_width, kv_width) =
-        (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+    let hidden = config.hidden_size;
     let mut made: Vec<(Option<Scheme>, Role, Weight)> = Vec::new();
     let mut weight = |id: TensorId, rows: usize, cols: usize| -> Result<Weight> {
         let scheme = rules::choose(rules, id).map(|choice| choice.scheme);
@@ -143,23 +141,25 @@ fn random_model(cuda: &Cuda, config: Config, rules: &[Rule]) -> Result<Model<Cud
     let gain = cuda.tensor(1, hidden, &vec![1.0; hidden])?;
     let mut layers = Vec::new();
     for layer in 0..config.num_hidden_layers {
-        let mut linear = |role, rows, cols| -> Result<Linear<Cuda>> {
-            let weight = weight(TensorId::in_layer(layer, role), rows, cols)?;
+        let mut linear = |role| -> Result<Linear<Cuda>> {
+            let spec = config.linears_of(layer).find(|spec| spec.id.role == role).unwrap();
+            let weight = weight(spec.id, spec.shape[0], spec.shape[1])?;
             Ok(Linear { weight, bias: None, rounding: Activations::Full })
         };
         layers.push(Layer {
+            window: None,
             attn_norm: gain.clone(),
-            q: linear(Role::Q, q_width, hidden)?,
-            k: linear(Role::K, kv_width, hidden)?,
-            v: linear(Role::V, kv_width, hidden)?,
-            o: linear(Role::O, hidden, q_width)?,
+            q: linear(Role::Q)?,
+            k: linear(Role::K)?,
+            v: linear(Role::V)?,
+            o: linear(Role::O)?,
             qk_norm: None,
             sinks: None,
             kv_scales: [1.0; 2],
             ffn_norm: gain.clone(),
-            gate: linear(Role::Gate, ffn, hidden)?,
-            up: linear(Role::Up, ffn, hidden)?,
-            down: linear(Role::Down, hidden, ffn)?,
+            gate: linear(Role::Gate)?,
+            up: linear(Role::Up)?,
+            down: linear(Role::Down)?,
         });
     }
     Ok(Model {

@@ -29,6 +29,7 @@ use crate::model::TensorSource;
 use crate::model::block::{Half, Layer, LayerConstants};
 use crate::model::config::Config;
 use crate::model::layers::{Layers, Streamed};
+use crate::model::linears::Stage;
 use crate::names::{Role, TensorId};
 use crate::scheme::fit::{self, fit};
 use crate::scheme::{Activations, Choice, QTensor};
@@ -222,29 +223,31 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         quantized: &mut Layer<B>,
     ) -> Result<()> {
         let mut inner = None;
-        for half in Half::ALL {
-            if half == Half::FeedForward {
-                inner = self.inner_factors(index, quantized)?;
+        for stage in self.config.stages(index) {
+            let factors = self.factors(&stage)?;
+            let factors = factors.as_deref();
+            if stage.reads_norm() {
+                if stage.half == Half::FeedForward {
+                    inner = self.inner_factors(index, quantized)?;
+                }
+                let prepared = self.prepare_normed(source, index, &stage, quantized)?;
+                let sums = self.sum_normed(stage.half, full, quantized, prepared.rounding, factors)?;
+                self.quantize(source, &stage, sums, &prepared, inner.as_ref(), quantized)?;
+            } else {
+                let prepared = self.prepare_mixed(source, &stage, inner.as_ref(), quantized)?;
+                let sums = self.sum_mixed(&stage, full, quantized, prepared.rounding, factors)?;
+                self.quantize(source, &stage, sums, &prepared, inner.as_ref(), quantized)?;
+                self.add_output(stage.half, quantized)?;
             }
-            let inner = inner.as_ref();
-            let prepared = self.prepare_normed(source, index, half, quantized)?;
-            let factors = self.factors(index, half.inputs()[0])?;
-            let sums = self.sum_normed(half, full, quantized, prepared.rounding, factors.as_deref())?;
-            self.stage(source, self.wanted(index, half.inputs()), sums, &prepared, inner, quantized)?;
-            let prepared = self.prepare_mixed(source, index, half, inner, quantized)?;
-            let factors = self.factors(index, half.output())?;
-            let sums = self.sum_mixed(half, full, quantized, prepared.rounding, factors.as_deref())?;
-            self.stage(source, self.wanted(index, &[half.output()]), sums, &prepared, inner, quantized)?;
-            self.add_output(half, quantized)?;
         }
         Ok(())
     }
 
-    /// Returns the factors of all tokens for what the linears like `role` read; `None` if all count alike.
-    fn factors(&self, layer: usize, role: Role) -> Result<Option<Vec<f32>>> {
+    /// Returns the factors of all tokens for what a stage reads; `None` if all count alike.
+    fn factors(&self, stage: &Stage) -> Result<Option<Vec<f32>>> {
         let Request { energies, settings, .. } = self.request;
         let counts = !energies.is_empty() && settings.token_power != 0.0;
-        counts.then(|| factors(energies, layer, role, settings.token_power)).transpose()
+        counts.then(|| factors(energies, stage, settings.token_power)).transpose()
     }
 
     /// Sums what the first linears of a half read.
@@ -272,13 +275,13 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     /// Sums what the last linear of a half reads, and carries the full-precision streams through the half.
     fn sum_mixed(
         &mut self,
-        half: Half,
+        stage: &Stage,
         full: &Layer<B>,
         quantized: &Layer<B>,
         rounding: Activations<f32>,
         factors: Option<&[f32]>,
     ) -> Result<Sums<'a, B>> {
-        let width = self.mixed_width(half);
+        let (half, width) = (stage.half, stage.cols());
         let (backend, config, constants) = (self.backend, self.config, &self.constants);
         let mut sums = Sums::new(backend, width, Some(config.hidden_size))?.with_rounding(rounding);
         let mut room = self.room;
@@ -301,14 +304,6 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             *pending = room.take(bytes as u64).then_some(mixed_q);
         }
         Ok(sums)
-    }
-
-    /// Returns the width of what the last linear of a half reads.
-    fn mixed_width(&self, half: Half) -> usize {
-        match half {
-            Half::Attention => self.config.num_attention_heads * self.config.head_dim,
-            Half::FeedForward => self.config.intermediate_size,
-        }
     }
 
     /// Carries the quantized model's streams through a half whose linears are all quantized now.
@@ -382,24 +377,25 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         self.done.drain(..).try_for_each(|done| (self.emit)(done))
     }
 
-    /// Returns the weights of a layer's linears of these roles with their schemes, those that are quantized.
-    fn wanted(&self, layer: usize, roles: &[Role]) -> Vec<(TensorId, Choice)> {
-        let ids = roles.iter().map(|&role| TensorId::in_layer(layer, role));
+    /// Returns the weights of a stage's linears with what they become, those that are quantized.
+    fn wanted(&self, stage: &Stage) -> Vec<(TensorId, Choice)> {
+        let ids = stage.linears.iter().map(|linear| linear.id);
         ids.filter_map(|id| Some((id, (self.request.choice)(id)?))).collect()
     }
 
-    /// Quantizes linears that share an input, emits them and exchanges them in the quantized layer. `inner` moves size
-    /// between up and down.
-    fn stage(
+    /// Quantizes the linears of a stage, emits them and exchanges them in the quantized layer. `inner` moves size between
+    /// up and down.
+    fn quantize(
         &mut self,
         source: &impl TensorSource,
-        wanted: Vec<(TensorId, Choice)>,
+        stage: &Stage,
         sums: Sums<B>,
         prepared: &Prepared,
         inner: Option<&Factors>,
         quantized: &mut Layer<B>,
     ) -> Result<()> {
         self.emit_done()?;
+        let wanted = self.wanted(stage);
         let Some(&(first, _)) = wanted.first() else { return Ok(()) };
         let Prepared { factors, rounding } = prepared;
         let factors = factors.as_ref();

@@ -55,9 +55,9 @@ pub fn mean_squares<B: Backend>(
         }
         let count = (windows.len() * tokens) as f64;
         let means = |sums: &Vec<f64>| -> Vec<f32> { sums.iter().map(|sum| (sum / count) as f32).collect() };
-        for role in [Role::Q, Role::K, Role::V, Role::O, Role::Gate, Role::Up, Role::Down] {
-            if let Some((_, sums)) = sums.iter().find(|(known, _)| *known == role.joined()) {
-                out.insert(TensorId::in_layer(index, role), means(sums));
+        for stage in config.stages(index) {
+            if let Some((_, sums)) = sums.iter().find(|(known, _)| *known == stage.leader().role) {
+                out.extend(stage.linears.iter().map(|linear| (linear.id, means(sums))));
             }
         }
         progress();

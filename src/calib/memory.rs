@@ -18,6 +18,7 @@ use crate::backend::footprint::Footprint;
 use crate::memory::Budget;
 use crate::model::config::Config;
 use crate::model::footprint::pass_bytes;
+use crate::model::linears::Stage;
 use crate::output::size;
 
 /// What is calibrated.
@@ -103,15 +104,10 @@ pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan>
 pub fn backward_bytes(device: &impl Footprint, work: Work, weights: u64) -> u64 {
     let Work { config, n_ctx, .. } = work;
     let tokens = device.pass_tokens().min(CHUNK_TOKENS).max(n_ctx) as u64;
-    let [hidden, ffn, layers, heads, n_ctx] = [
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        n_ctx,
-    ]
-    .map(|n| n as u64);
-    let widest = ffn.max(heads * config.head_dim as u64);
+    let [hidden, layers, heads, n_ctx] =
+        [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, n_ctx].map(|n| n as u64);
+    let widest =
+        config.linears().map(|linear| linear.shape[0].max(linear.shape[1])).max().unwrap_or(0) as u64;
     let layer = pass_bytes(device, config, tokens as usize) + 4 * 4 * tokens * (widest + hidden);
     let decoded = device.decoded_bytes(hidden * widest.max(config.vocab_size as u64));
     weights
@@ -132,23 +128,27 @@ struct Fixed {
 
 fn fixed(device: &impl Footprint, work: Work) -> Fixed {
     let Work { config, weight_bytes, n_ctx, rounds, .. } = work;
-    let [hidden, ffn, vocab] =
-        [config.hidden_size, config.intermediate_size, config.vocab_size].map(|n| n as u64);
-    let q = (config.num_attention_heads * config.head_dim) as u64;
-    let kv = (config.num_key_value_heads * config.head_dim) as u64;
-    let layer = hidden * (2 * q + 2 * kv + 3 * ffn) * weight_bytes;
-    let largest = hidden * ffn.max(q);
+    let [hidden, vocab] = [config.hidden_size, config.vocab_size].map(|n| n as u64);
+    let layers = || (0..config.layers.len()).map(|layer| config.stages(layer));
+    let weights = |stages: Vec<Stage>| -> u64 {
+        stages.iter().flat_map(|stage| &stage.linears).map(|linear| linear.weights() as u64).sum()
+    };
+    let layer = layers().map(weights).max().unwrap_or(0) * weight_bytes;
+    let largest = largest_linear(config);
+    let mixed = layers().flatten().map(|stage| stage.cols().max(stage.widest()) as u64);
+    let mixed = mixed.max().unwrap_or(hidden);
     // Full-precision, quantized, and the one that is read ahead.
-    let layers = 3 * layer + largest * weight_bytes + device.decoded_bytes(largest);
+    let held = 3 * layer + largest * weight_bytes + device.decoded_bytes(largest);
     let moments = |cols: u64| 8 * cols * cols + 4 * hidden * cols;
     let chunk_tokens = CHUNK_TOKENS.max(n_ctx);
     // Both models' halves; streams copied from the host, their difference; inputs in F32 where they are rounded or widened.
-    let chunk =
-        2 * pass_bytes(device, config, chunk_tokens) + 4 * chunk_tokens as u64 * (3 * hidden + ffn.max(q));
-    let stages = [(hidden, ffn.max(q)), (q, hidden), (ffn, hidden)];
-    let stage = |(cols, rows): (u64, u64)| (moments(cols), chunk.max(device.solver_bytes(rows, cols)));
+    let chunk = 2 * pass_bytes(device, config, chunk_tokens) + 4 * chunk_tokens as u64 * (3 * hidden + mixed);
+    let stage = |stage: Stage| {
+        let (rows, cols) = (stage.widest() as u64, stage.cols() as u64);
+        (moments(cols), chunk.max(device.solver_bytes(rows, cols)))
+    };
     let (moments_bytes, larger) =
-        stages.map(stage).into_iter().max_by_key(|(moments, larger)| moments + larger).unwrap_or((0, chunk));
+        layers().flatten().map(stage).max_by_key(|(moments, larger)| moments + larger).unwrap_or((0, chunk));
     let table = vocab * hidden;
     let embeddings =
         table * weight_bytes + device.decoded_bytes(table) + if rounds[0] { 9 * table } else { 0 };
@@ -157,15 +157,19 @@ fn fixed(device: &impl Footprint, work: Work) -> Fixed {
         + if rounds[1] { solved } else { 0 }
         + device.logits_bytes(config.vocab_size)
         + 2 * device.decoded_bytes(table);
-    Fixed { layers, moments: moments_bytes, larger, ends: embeddings.max(head) }
+    Fixed { layers: held, moments: moments_bytes, larger, ends: embeddings.max(head) }
 }
 
 /// Returns what the machine's own memory holds beside streams while a GPU calibrates: a matrix on its way, six times in
 /// F32 while its scales are fitted and its codes come back.
 fn host_bytes(work: Work) -> u64 {
     let Work { config, rounds, .. } = work;
-    let widest = if rounds[0] || rounds[1] { config.vocab_size } else { config.intermediate_size };
-    24 * (widest.max(config.intermediate_size) * config.hidden_size) as u64
+    let table = if rounds[0] || rounds[1] { config.vocab_size * config.hidden_size } else { 0 };
+    24 * largest_linear(config).max(table as u64)
+}
+
+fn largest_linear(config: &Config) -> u64 {
+    config.linears().map(|linear| linear.weights() as u64).max().unwrap_or(0)
 }
 
 #[cfg(test)]

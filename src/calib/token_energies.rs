@@ -12,6 +12,8 @@
 //! .1320 without) it was .1023 and .1289 with power ½, .1017 and .1357 with power 1, and .1043 and .1310 with the text's own
 //! next tokens as labels.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, ensure};
 
 use super::CHUNK_TOKENS;
@@ -19,34 +21,15 @@ use crate::backend::Batch;
 use crate::backend::gradients::Gradients;
 use crate::model::Model;
 use crate::model::backward::Met;
-use crate::names::Role;
+use crate::model::linears::Stage;
+use crate::names::TensorId;
 
-/// The stages of a layer, by the first linear of each: those that share an input share weights.
-const STAGES: [Role; 4] = [Role::Q, Role::O, Role::Gate, Role::Down];
 /// A token counts at most this many times the mean.
 const MOST: f32 = 30.0;
 
-/// The energies of one window.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenEnergies {
-    /// `[layers, stages, tokens]`
-    values: Vec<f32>,
-    tokens: usize,
-}
-
-impl TokenEnergies {
-    /// Returns the energies `[tokens]` in the outputs of a stage's linears.
-    fn of(&self, layer: usize, stage: usize) -> &[f32] {
-        let at = (layer * STAGES.len() + stage) * self.tokens;
-        &self.values[at..at + self.tokens]
-    }
-}
-
-/// Returns the number of a linear's stage.
-fn stage_of(role: Role) -> Result<usize> {
-    let stage = STAGES.iter().position(|&stage| stage == role.joined());
-    stage.with_context(|| format!("{role:?} is no linear of a layer"))
-}
+/// The energies of one window: first linear of a stage → those of its tokens `[tokens]`. Linears that share an input share
+/// weights.
+pub type TokenEnergies = BTreeMap<TensorId, Vec<f32>>;
 
 /// Sends a random gradient of each position back through the model, for windows of one length. `done` is told how many
 /// windows came back.
@@ -61,24 +44,26 @@ pub fn token_energies<B: Gradients>(
 ) -> Result<Vec<TokenEnergies>> {
     let tokens = windows.first().map_or(1, Vec::len);
     let together = (backend.tokens_at_once().min(CHUNK_TOKENS) / tokens).max(1);
+    let stages = (0..model.layers.len()).flat_map(|layer| model.config.stages(layer));
+    let leaders: BTreeMap<TensorId, TensorId> = stages
+        .flat_map(|stage| stage.linears.iter().map(|linear| (linear.id, stage.leader())).collect::<Vec<_>>())
+        .collect();
     let mut found = Vec::with_capacity(windows.len());
     for (chunk, windows) in windows.chunks(together).enumerate() {
         let batch = Batch { sequences: windows.len(), tokens };
-        let empty = TokenEnergies { values: vec![0.0; model.layers.len() * STAGES.len() * tokens], tokens };
-        let mut energies = vec![empty; windows.len()];
+        let mut energies = vec![TokenEnergies::new(); windows.len()];
         let fisher = |hidden: &_| backend.fisher_gradient(hidden, model.head(), chunk as u32);
         model.backward(backend, &windows.concat(), batch, fisher, &mut |id, met| {
-            let (Met::Linear(gradient), Some(layer)) = (met, id.layer) else { return Ok(()) };
-            let stage = stage_of(id.role)?;
+            let (Met::Linear(gradient), Some(stage)) = (met, leaders.get(&id)) else { return Ok(()) };
             let rows = backend.row_energies(gradient)?;
             ensure!(
                 rows.iter().all(|energy| energy.is_finite()),
                 "the gradient of `{id}` is not finite; calibrate with `--precise`, or with `--effort fast`, which does \
                  without"
             );
-            let at = (usize::from(layer) * STAGES.len() + stage) * tokens;
             for (energies, rows) in energies.iter_mut().zip(rows.chunks(tokens)) {
-                energies.values[at..at + tokens].iter_mut().zip(rows).for_each(|(sum, energy)| *sum += energy);
+                let sums = energies.entry(*stage).or_insert_with(|| vec![0.0; tokens]);
+                sums.iter_mut().zip(rows).for_each(|(sum, energy)| *sum += energy);
             }
             Ok(())
         })?;
@@ -88,16 +73,19 @@ pub fn token_energies<B: Gradients>(
     Ok(found)
 }
 
-/// Returns the factors of all windows' tokens, one window after another, for what the linears like `role` read: √w for
+/// Returns the factors of all windows' tokens, one window after another, for what a stage reads: √w for
 /// weights w = energy^power, which count at most 30 times their mean. The largest factor is 1, so that no number type
 /// overflows; moments scale alike, which changes no choice.
 ///
 /// # Errors
-/// If `role` is no linear of a layer.
-pub fn factors(energies: &[TokenEnergies], layer: usize, role: Role, power: f32) -> Result<Vec<f32>> {
-    let stage = stage_of(role)?;
-    let all = energies.iter().flat_map(|window| window.of(layer, stage));
-    let mut weights: Vec<f32> = all.map(|energy| energy.powf(power)).collect();
+/// If the stage has no energies.
+pub fn factors(energies: &[TokenEnergies], stage: &Stage, power: f32) -> Result<Vec<f32>> {
+    let mut weights = Vec::new();
+    for window in energies {
+        let energies = window.get(&stage.leader());
+        let energies = energies.with_context(|| format!("`{}` has no energies", stage.leader()))?;
+        weights.extend(energies.iter().map(|energy| energy.powf(power)));
+    }
     let mean = weights.iter().sum::<f32>() / weights.len().max(1) as f32;
     let most = weights.iter().fold(0.0, |most: f32, &w| most.max(w)).min(MOST * mean);
     if most > 0.0 {
@@ -116,6 +104,9 @@ mod tests {
     use crate::backend::Backend;
     use crate::backend::cpu::Cpu;
     use crate::checkpoint::Checkpoint;
+    use crate::model::block::Half;
+    use crate::model::linears::LinearSpec;
+    use crate::names::Role;
 
     #[test]
     fn energies_do_not_depend_on_later_windows_and_the_last_stages_see_the_fisher_gradient_itself() {
@@ -138,24 +129,26 @@ mod tests {
         let dx = Cpu.rms_norm_gradient(&x, gain, eps, &dy).unwrap();
         let wanted = Cpu.row_energies(&dx).unwrap();
         let last = model.layers.len() - 1;
-        let of_down: Vec<f32> = found.iter().flat_map(|window| window.of(last, 3).to_vec()).collect();
+        let down = TensorId::in_layer(last, Role::Down);
+        let of_down: Vec<f32> = found.iter().flat_map(|window| window[&down].clone()).collect();
         assert_eq!(of_down, wanted);
-        assert!(found.iter().all(|window| window.values.iter().all(|energy| *energy > 0.0)));
+        assert!(found.iter().all(|window| window.values().flatten().all(|energy| *energy > 0.0)));
+        assert!(found.iter().all(|window| window.len() == 4 * model.layers.len()));
     }
 
     #[test]
     fn factors_grow_with_energy_up_to_one_and_a_power_of_zero_counts_all_alike() {
-        let values = [1.0, 4.0, 9.0, 16.0];
-        let window = TokenEnergies { values: values.repeat(8), tokens: 4 };
-        assert_eq!(factors(std::slice::from_ref(&window), 1, Role::Up, 1.0).unwrap(), [0.25, 0.5, 0.75, 1.0]);
-        assert_eq!(factors(&[window.clone(), window], 0, Role::V, 0.0).unwrap(), [1.0; 8]);
+        let up = LinearSpec { id: TensorId::in_layer(1, Role::Up), shape: [8, 8], bias: false };
+        let stage = Stage { half: Half::FeedForward, linears: vec![up] };
+        let window = |values: &[f32]| TokenEnergies::from([(up.id, values.to_vec())]);
+        let some = window(&[1.0, 4.0, 9.0, 16.0]);
+        assert_eq!(factors(std::slice::from_ref(&some), &stage, 1.0).unwrap(), [0.25, 0.5, 0.75, 1.0]);
+        assert_eq!(factors(&[some.clone(), some], &stage, 0.0).unwrap(), [1.0; 8]);
         let mut values = vec![1.0; 400];
         values[0] = 1e9;
-        let found =
-            factors(&[TokenEnergies { values: values.repeat(4), tokens: 400 }], 0, Role::O, 1.0).unwrap();
+        let found = factors(&[window(&values)], &stage, 1.0).unwrap();
         assert!(found[0] == 1.0 && found[1] > 0.0);
-        let silent = TokenEnergies { values: vec![0.0; 8], tokens: 2 };
-        assert_eq!(factors(&[silent], 0, Role::Q, 0.5).unwrap(), [1.0; 2]);
-        assert!(factors(&[], 0, Role::Head, 0.5).is_err());
+        assert_eq!(factors(&[window(&[0.0; 2])], &stage, 0.5).unwrap(), [1.0; 2]);
+        assert!(factors(&[TokenEnergies::new()], &stage, 0.5).is_err());
     }
 }

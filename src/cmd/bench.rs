@@ -208,10 +208,7 @@ fn generation<B: Generate>(
 
 /// Returns the weights that every token is multiplied with: linears and head.
 fn multiplied(config: &Config) -> usize {
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    let layer = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size);
-    config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+    config.linears().map(|linear| linear.weights()).sum::<usize>() + config.vocab_size * config.hidden_size
 }
 
 /// Returns the stored bytes that a step reads: everything but a table of embeddings that is not the head.

@@ -134,7 +134,7 @@ impl<B: Gradients> Back<'_, B> {
         dx: &mut B::Tensor,
     ) -> Result<()> {
         let (backend, layer, constants) = (self.backend, self.layer, self.constants);
-        let (shape, eps, back) = (&constants.attention, constants.eps, constants.rope.reversed());
+        let (shape, eps, back) = (&layer.attention(constants), constants.eps, constants.rope.reversed());
         let (qkv, sinks) = (attended.rotated.each_ref(), layer.sinks.as_ref());
         let [mut dq, mut dk, dv] = backend.attention_gradient(qkv, sinks, dmixed, shape, self.batch)?;
         backend.rope(&mut dq, &back, self.batch)?;
@@ -215,7 +215,7 @@ mod tests {
 
     #[test]
     fn gradients_of_all_gains_are_the_derivatives_of_the_loss_of_every_architecture() {
-        for name in ["llama2", "llama3", "llama_biases", "mistral", "qwen2", "qwen3"] {
+        for name in ["llama2", "llama3", "llama_biases", "mistral", "qwen2", "qwen2_windows", "qwen3"] {
             let mut model = model(name);
             if name == "llama2" {
                 // Heads of 8, of which 6 turn, by the angles of long sequences.

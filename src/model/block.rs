@@ -1,8 +1,9 @@
 //! One decoder layer: attention and a gated feed-forward part, each behind an RMS norm and added to the residual stream.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::config::Config;
+use super::linears::LinearSpec;
 use super::{TensorSource, read_vector, read_weight};
 use crate::backend::kv_cache::KvCache;
 use crate::backend::{Affine, AttentionShape, Backend, Batch, Rope};
@@ -31,7 +32,8 @@ impl LayerConstants {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
-            window: config.sliding_window,
+            // A layer's own.
+            window: None,
             scale: (config.head_dim as f64).powf(-0.5) as f32,
         };
         LayerConstants {
@@ -83,8 +85,10 @@ impl<B: Backend> Clone for Linear<B> {
 
 impl<B: Backend> Clone for Layer<B> {
     fn clone(&self) -> Self {
-        let Layer { attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, gate, up, down } = self;
+        let Layer { window, attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, gate, up, down } =
+            self;
         Layer {
+            window: *window,
             attn_norm: attn_norm.clone(),
             q: q.clone(),
             k: k.clone(),
@@ -102,16 +106,9 @@ impl<B: Backend> Clone for Layer<B> {
 }
 
 impl<B: Backend> Linear<B> {
-    /// Reads a layer's linear and its bias, if the configuration has one.
-    fn load(
-        backend: &B,
-        source: &impl TensorSource,
-        layer: usize,
-        role: Role,
-        shape: [usize; 2],
-        bias: bool,
-    ) -> Result<Self> {
-        let id = TensorId::in_layer(layer, role);
+    /// Reads a linear and its bias, if it has one.
+    fn load(backend: &B, source: &impl TensorSource, spec: LinearSpec) -> Result<Self> {
+        let LinearSpec { id, shape, bias } = spec;
         let bias = if bias { Some(read_vector(backend, source, id.bias(), shape[0])?) } else { None };
         Ok(Linear { weight: read_weight(backend, source, id, shape)?, bias, rounding: source.rounding(id) })
     }
@@ -145,14 +142,6 @@ impl Half {
     /// Both, in the order they run.
     pub const ALL: [Half; 2] = [Half::Attention, Half::FeedForward];
 
-    /// Returns the linears that read the normed stream.
-    pub fn inputs(self) -> &'static [Role] {
-        match self {
-            Half::Attention => &[Role::Q, Role::K, Role::V],
-            Half::FeedForward => &[Role::Gate, Role::Up],
-        }
-    }
-
     /// Returns the linear that adds to the stream.
     pub fn output(self) -> Role {
         match self {
@@ -165,6 +154,8 @@ impl Half {
 /// The weights of one decoder layer. Fields are public so that calibration can exchange a linear for its quantized form.
 #[allow(missing_docs)]
 pub struct Layer<B: Backend> {
+    /// Queries see at most this many latest positions, themselves included.
+    pub window: Option<usize>,
     pub attn_norm: B::Tensor,
     pub q: Linear<B>,
     pub k: Linear<B>,
@@ -185,17 +176,20 @@ pub struct Layer<B: Backend> {
 impl<B: Backend> Layer<B> {
     /// Reads layer `layer`.
     pub fn load(backend: &B, config: &Config, source: &impl TensorSource, layer: usize) -> Result<Self> {
-        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-        let q_width = config.num_attention_heads * config.head_dim;
-        let kv_width = config.num_key_value_heads * config.head_dim;
-        let linear = |role, shape, bias| Linear::load(backend, source, layer, role, shape, bias);
+        let hidden = config.hidden_size;
+        let linear = |role| {
+            let spec = config.linears_of(layer).find(|spec| spec.id.role == role);
+            let spec = spec.with_context(|| format!("layer {layer} has no {role:?}"))?;
+            Linear::load(backend, source, spec)
+        };
         let norm = |role, len| read_vector(backend, source, TensorId::in_layer(layer, role), len);
         Ok(Layer {
+            window: config.layers[layer].window,
             attn_norm: norm(Role::AttnNorm, hidden)?,
-            q: linear(Role::Q, [q_width, hidden], config.qkv_bias)?,
-            k: linear(Role::K, [kv_width, hidden], config.qkv_bias)?,
-            v: linear(Role::V, [kv_width, hidden], config.qkv_bias)?,
-            o: linear(Role::O, [hidden, q_width], config.o_bias)?,
+            q: linear(Role::Q)?,
+            k: linear(Role::K)?,
+            v: linear(Role::V)?,
+            o: linear(Role::O)?,
             qk_norm: match config.qk_norm {
                 true => Some((norm(Role::QNorm, config.head_dim)?, norm(Role::KNorm, config.head_dim)?)),
                 false => None,
@@ -203,10 +197,15 @@ impl<B: Backend> Layer<B> {
             sinks: None,
             kv_scales: source.kv_scales(layer)?.unwrap_or([1.0; 2]),
             ffn_norm: norm(Role::FfnNorm, hidden)?,
-            gate: linear(Role::Gate, [ffn, hidden], config.mlp_bias)?,
-            up: linear(Role::Up, [ffn, hidden], config.mlp_bias)?,
-            down: linear(Role::Down, [hidden, ffn], config.mlp_bias)?,
+            gate: linear(Role::Gate)?,
+            up: linear(Role::Up)?,
+            down: linear(Role::Down)?,
         })
+    }
+
+    /// Returns the shape of its attention.
+    pub fn attention(&self, constants: &LayerConstants) -> AttentionShape {
+        AttentionShape { window: self.window, ..constants.attention }
     }
 
     /// Returns the linear of that role, `None` for other roles.
@@ -341,7 +340,7 @@ impl<B: Backend> Layer<B> {
         [q, k, v]: [&B::Tensor; 3],
         batch: Batch,
     ) -> Result<B::Tensor> {
-        backend.attention(q, k, v, self.sinks.as_ref(), &constants.attention, batch)
+        backend.attention(q, k, v, self.sinks.as_ref(), &self.attention(constants), batch)
     }
 
     /// Returns what attention takes, rotated, keys and values as a cache gives them back: queries `[n, heads · head_dim]`,

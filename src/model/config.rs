@@ -9,6 +9,7 @@ pub(in crate::model) mod json;
 use anyhow::{Result, ensure};
 
 use super::family::Family;
+use super::linears::LinearSpec;
 use super::rope::RopeParameters;
 use crate::backend::Rope;
 use crate::names::{Role, TensorId};
@@ -37,12 +38,53 @@ pub struct Config {
     pub mlp_bias: bool,
     /// RMS norms on each head of q and k (Qwen3).
     pub qk_norm: bool,
-    /// Every layer's queries see at most this many latest positions, themselves included.
-    pub sliding_window: Option<usize>,
+    /// What each layer is, first to last.
+    pub layers: Vec<LayerKind>,
     pub bos_token_id: Option<u32>,
     /// All of them, in the order given.
     pub eos_token_ids: Vec<u32>,
     pub pad_token_id: Option<u32>,
+}
+
+/// What a layer is made of, where layers of one model may differ.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerKind {
+    /// Queries see at most this many latest positions, themselves included.
+    pub window: Option<usize>,
+    /// What mixes tokens.
+    pub mixer: Mixer,
+    /// What follows.
+    pub ffn: Ffn,
+}
+
+/// What mixes the tokens of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mixer {
+    /// Grouped-query attention: q, k, v; o.
+    Attention,
+}
+
+/// The feed-forward part of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Ffn {
+    /// Gate, up; down.
+    Dense {
+        /// Values between them.
+        width: usize,
+    },
+}
+
+impl LayerKind {
+    /// Returns `count` layers of full attention and a feed-forward part of `width`.
+    ///
+    /// # Errors
+    /// If there are more than ids can number.
+    pub(crate) fn alike(count: usize, width: usize) -> Result<Vec<LayerKind>> {
+        let most = u16::MAX as usize;
+        ensure!(count <= most, "`num_hidden_layers` is {count}; at most {most} are supported");
+        let kind = LayerKind { window: None, mixer: Mixer::Attention, ffn: Ffn::Dense { width } };
+        Ok(vec![kind; count])
+    }
 }
 
 impl Config {
@@ -66,12 +108,6 @@ impl Config {
             ensure!(value <= 1 << 28, "`{name}` is {value}; no model is that large, so the file is damaged");
         }
         ensure!(
-            self.num_hidden_layers <= u16::MAX as usize,
-            "`num_hidden_layers` is {}; at most {} are supported",
-            self.num_hidden_layers,
-            u16::MAX
-        );
-        ensure!(
             self.num_attention_heads.is_multiple_of(self.num_key_value_heads),
             "`num_attention_heads` {} is not a multiple of `num_key_value_heads` {}",
             self.num_attention_heads,
@@ -80,7 +116,10 @@ impl Config {
         self.rope.validate(self.head_dim)?;
         let eps = self.rms_norm_eps;
         ensure!(eps.is_finite() && eps > 0.0, "`rms_norm_eps` is {eps}; wanted a positive number");
-        ensure!(self.sliding_window != Some(0), "`sliding_window` is 0; wanted `null` or a positive number");
+        ensure!(
+            self.layers.iter().all(|layer| layer.window != Some(0)),
+            "`sliding_window` is 0; wanted `null` or a positive number"
+        );
         Ok(self)
     }
 
@@ -99,22 +138,13 @@ impl Config {
 
     fn push_layer_tensors(&self, layer: usize, tensors: &mut Vec<(TensorId, Vec<usize>)>) {
         let hidden = self.hidden_size;
-        let q_width = self.num_attention_heads * self.head_dim;
-        let kv_width = self.num_key_value_heads * self.head_dim;
         let id = |role| TensorId::in_layer(layer, role);
-        let mut linear = |role, out_features: usize, in_features: usize, bias: bool| {
-            tensors.push((id(role), vec![out_features, in_features]));
+        for LinearSpec { id, shape, bias } in self.linears_of(layer) {
+            tensors.push((id, shape.to_vec()));
             if bias {
-                tensors.push((id(role).bias(), vec![out_features]));
+                tensors.push((id.bias(), vec![shape[0]]));
             }
-        };
-        linear(Role::Q, q_width, hidden, self.qkv_bias);
-        linear(Role::K, kv_width, hidden, self.qkv_bias);
-        linear(Role::V, kv_width, hidden, self.qkv_bias);
-        linear(Role::O, hidden, q_width, self.o_bias);
-        linear(Role::Gate, self.intermediate_size, hidden, self.mlp_bias);
-        linear(Role::Up, self.intermediate_size, hidden, self.mlp_bias);
-        linear(Role::Down, hidden, self.intermediate_size, self.mlp_bias);
+        }
         tensors.push((id(Role::AttnNorm), vec![hidden]));
         tensors.push((id(Role::FfnNorm), vec![hidden]));
         if self.qk_norm {

@@ -1,5 +1,6 @@
 //! What a forward pass takes of a device's memory beside weights.
 
+use super::block::Half;
 use super::config::Config;
 use crate::backend::footprint::Footprint;
 
@@ -7,8 +8,11 @@ use crate::backend::footprint::Footprint;
 /// in F32, and what the larger half of a layer has at once: q, k, v, their rotated or packed copies and the mixed values, or
 /// gate, up, their product and its copy.
 pub fn pass_bytes(device: &impl Footprint, config: &Config, tokens: usize) -> u64 {
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    let half = (3 * q + 2 * kv).max(4 * config.intermediate_size) as u64;
+    let half_values = |layer, half| {
+        let stages = config.stages(layer).into_iter().filter(|stage| stage.half == half);
+        stages.map(|stage| if stage.reads_norm() { stage.rows() } else { 2 * stage.cols() }).sum::<usize>()
+    };
+    let halves = (0..config.layers.len()).flat_map(|layer| Half::ALL.map(|half| half_values(layer, half)));
+    let half = halves.max().unwrap_or(0) as u64;
     tokens as u64 * (3 * 4 * config.hidden_size as u64 + half * device.activation_bytes())
 }

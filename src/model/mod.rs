@@ -11,6 +11,7 @@ pub mod family;
 pub mod footprint;
 pub mod kv_cache;
 pub mod layers;
+pub mod linears;
 mod older_tokenizers;
 pub mod rope;
 pub mod tokenizer;

@@ -159,8 +159,9 @@ impl CpuDecoder<'_> {
             keys.extend(k.row(row));
             values.extend(v.row(row));
         }
-        let shape = &self.model.constants.attention;
-        let sinks = self.model.layers[layer].sinks.as_ref();
+        let model = self.model;
+        let shape = &model.layers[layer].attention(&model.constants);
+        let sinks = model.layers[layer].sinks.as_ref();
         let mut mixed = Array2::zeros(q.dim());
         mixed.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(row, mut mixed)| {
             let (keys, values) = &self.caches[running[row]].layers[layer];

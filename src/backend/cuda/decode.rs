@@ -19,7 +19,7 @@ use crate::backend::{Backend, Batch};
 // Upwards by contract: a decoder runs the layers of a model token by token, as generating asks for it.
 use crate::generate::{Decoder, Draw, Generate, Sampling};
 use crate::model::Model;
-use crate::model::block::{Layer, LayerConstants, Linear};
+use crate::model::block::{Half, Layer, LayerConstants, Linear};
 use crate::scheme::Activations;
 
 /// Blocks of `attend` that keep an H100 busy.
@@ -123,7 +123,9 @@ impl<'a> CudaDecoder<'a> {
         let q_width = config.num_attention_heads * head_dim;
         let cache = || device.allocate(sequences * capacity * kv_width * 2);
         let floats = |width: usize, float: Float| device.allocate(sequences * width * float.bytes());
-        let widest = config.hidden_size.max(q_width).max(config.intermediate_size);
+        let widest = config.linears().map(|linear| linear.shape[1]).max().unwrap_or(config.hidden_size);
+        let ffn_width = |layer| config.output_stage(layer, Half::FeedForward).map_or(0, |stage| stage.cols());
+        let ffn = (0..config.num_hidden_layers).map(ffn_width).max().unwrap_or(0);
         let splits = splits(model, sequences, capacity);
         let state = State {
             x: floats(config.hidden_size, Float::F32)?,
@@ -132,7 +134,7 @@ impl<'a> CudaDecoder<'a> {
             k: floats(kv_width, Float::F16)?,
             v: floats(kv_width, Float::F16)?,
             mixed: floats(q_width, Float::F16)?,
-            gated: floats(config.intermediate_size, Float::F16)?,
+            gated: floats(ffn, Float::F16)?,
             codes: floats(widest, Float::F16)?,
             scales: floats(1, Float::F32)?,
             partial: device.allocate(sequences * config.num_attention_heads * splits * (head_dim + 2) * 4)?,
@@ -312,7 +314,7 @@ impl<'a> CudaDecoder<'a> {
 
     fn attend(&self, layer: &Layer<Cuda>, cache: &(Buffer, Buffer)) -> Result<()> {
         let (state, constants) = (&self.state, &self.constants);
-        let shape = &constants.attention;
+        let shape = &layer.attention(constants);
         let heads = heads_together(self.model);
         let gains = layer.qk_norm.as_ref().map_or((0, 0), |(q, k)| (q.at(), k.at()));
         let splits = splits(self.model, self.lengths.len(), self.capacity);

@@ -9,6 +9,7 @@ use crate::calib::inputs::{Inputs, rows_of_each, sampled_rows};
 use crate::calib::smoothing::{Factors, divide_rows, multiply_columns};
 use crate::model::TensorSource;
 use crate::model::block::Half;
+use crate::model::linears::Stage;
 use crate::names::{Role, TensorId};
 use crate::scheme::{Activations, Choice};
 use crate::tensor::{Dense, Matrix};
@@ -64,16 +65,16 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         &mut self,
         source: &impl TensorSource,
         layer: usize,
-        half: Half,
+        stage: &Stage,
         quantized: &mut Layer<B>,
     ) -> Result<Prepared> {
-        let roles = half.inputs();
-        let wanted = self.wanted(layer, roles);
+        let half = stage.half;
+        let wanted = self.wanted(stage);
         let activations = inputs_of(&wanted)?;
         let role = if half == Half::Attention { Role::AttnNorm } else { Role::FfnNorm };
         let norm = TensorId::in_layer(layer, role);
         let mut smooth = self.request.rewrites(norm);
-        if smooth && wanted.len() < roles.len() {
+        if smooth && wanted.len() < stage.linears.len() {
             // Something behind it stays as it is, and so does the norm.
             self.done.push(super::Finished::Rewritten(norm, source.read(norm)?.to_f32()));
             smooth = false;
@@ -98,20 +99,19 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     pub(super) fn prepare_mixed(
         &mut self,
         source: &impl TensorSource,
-        layer: usize,
-        half: Half,
+        stage: &Stage,
         inner: Option<&Factors>,
         quantized: &Layer<B>,
     ) -> Result<Prepared> {
-        let wanted = self.wanted(layer, &[half.output()]);
+        let wanted = self.wanted(stage);
         let activations = inputs_of(&wanted)?;
         if wanted.is_empty() {
             return Ok(Prepared::default());
         }
-        let factors = inner.filter(|_| half == Half::FeedForward).cloned();
+        let factors = inner.filter(|_| stage.half == Half::FeedForward).cloned();
         let rounding = match activations.is_static() {
             true => {
-                let inputs = self.mixed_inputs(half, quantized)?;
+                let inputs = self.mixed_inputs(stage, quantized)?;
                 self.rounding(source, &inputs, factors.as_ref(), false, &wanted)?
             }
             false => activations.with_scale(|| bail!("no scale was searched"))?,
@@ -151,8 +151,8 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     }
 
     /// Looks at what the last linear of a half reads, and keeps it where there is room.
-    fn mixed_inputs(&mut self, half: Half, quantized: &Layer<B>) -> Result<Inputs<'a, B>> {
-        let (backend, width) = (self.backend, self.mixed_width(half));
+    fn mixed_inputs(&mut self, stage: &Stage, quantized: &Layer<B>) -> Result<Inputs<'a, B>> {
+        let (backend, half, width) = (self.backend, stage.half, stage.cols());
         let counted = self.chunks.iter().filter(|chunk| chunk.counted).count();
         let mut inputs = Inputs::new(backend, width, counted)?;
         let mut room = self.room;
@@ -171,9 +171,13 @@ impl<'a, B: SecondMoments> Run<'a, B> {
     /// Returns the factors that move size between up and down, from what `down` of this layer sees before gate and up are
     /// quantized; `None` without smoothing, or where up has a bias, which would have to follow.
     pub(super) fn inner_factors(&self, layer: usize, quantized: &Layer<B>) -> Result<Option<Factors>> {
-        let (strength, wanted) = (self.request.settings.inner_smoothing, self.wanted(layer, &[Role::Down]));
-        let up = (self.request.choice)(TensorId::in_layer(layer, Role::Up));
-        if strength == 0.0 || wanted.is_empty() || up.is_none() || self.config.mlp_bias {
+        let strength = self.request.settings.inner_smoothing;
+        let up = self.config.linears_of(layer).find(|linear| linear.id.role == Role::Up);
+        let (Some(up), Some(down)) = (up, self.config.output_stage(layer, Half::FeedForward)) else {
+            return Ok(None);
+        };
+        let both = !self.wanted(&down).is_empty() && (self.request.choice)(up.id).is_some();
+        if strength == 0.0 || !both || up.bias {
             return Ok(None);
         }
         let counted = || self.chunks.iter().filter(|chunk| chunk.counted);
@@ -185,7 +189,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             let normed = self.backend.rms_norm(&stream, &quantized.ffn_norm, self.constants.eps)?;
             inputs.extend(self.backend.read(&quantized.gated(self.backend, &normed)?)?);
         }
-        Ok(Some(Factors::new(&inputs, self.config.intermediate_size, strength)))
+        Ok(Some(Factors::new(&inputs, down.cols(), strength)))
     }
 
     /// Folds smoothing factors for the linears behind a norm into its gain. `inputs` are rows of what they read.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{rope, tokenizer};
 use crate::container::gguf::{Gguf, Metadata, Value};
-use crate::model::config::Config;
+use crate::model::config::{Config, LayerKind};
 use crate::model::family::{FAMILIES, Family};
 use crate::model::tokenizer::TokenizerFiles;
 use crate::names::{Role, TensorId};
@@ -101,6 +101,8 @@ pub fn read(file: &Gguf) -> Result<Config> {
     let has = |id: TensorId| file.tensors.iter().any(|tensor| tensor.spec.name == id.gguf_name());
     let has_bias = |role| has(TensorId::in_layer(0, role).bias());
     let (hidden_size, heads) = (size("embedding_length")?, size("attention.head_count")?);
+    let intermediate_size = size("feed_forward_length")?;
+    let num_hidden_layers = size("block_count")?;
     let head_dim = size_or("attention.key_length", hidden_size / heads.max(1))?;
     let value_width = size_or("attention.value_length", head_dim)?;
     ensure!(
@@ -123,8 +125,8 @@ pub fn read(file: &Gguf) -> Result<Config> {
     Config {
         family,
         hidden_size,
-        intermediate_size: size("feed_forward_length")?,
-        num_hidden_layers: size("block_count")?,
+        intermediate_size,
+        num_hidden_layers,
         num_attention_heads: heads,
         num_key_value_heads: size_or("attention.head_count_kv", heads)?,
         head_dim,
@@ -137,7 +139,7 @@ pub fn read(file: &Gguf) -> Result<Config> {
         o_bias: has_bias(Role::O),
         mlp_bias: has_bias(Role::Up),
         qk_norm: has(TensorId::in_layer(0, Role::QNorm)),
-        sliding_window: None,
+        layers: LayerKind::alike(num_hidden_layers, intermediate_size)?,
         bos_token_id: token("bos"),
         eos_token_ids: token("eos").into_iter().collect(),
         pad_token_id: token("padding"),

@@ -71,10 +71,15 @@ impl Dialect for Gguf {
 
     /// llama.cpp reads no window for these architectures (`llama_model::load_hparams`): attention is always full.
     fn losses(&self, config: &Config) -> Vec<String> {
-        let window = config.sliding_window.filter(|&window| window < config.max_position_embeddings);
+        let windows = || config.layers.iter().filter_map(|layer| layer.window);
+        let window = windows().min().filter(|&window| window < config.max_position_embeddings);
+        let layers = match windows().count() {
+            all if all == config.layers.len() => String::new(),
+            some => format!(" of {some} of {} layers", config.layers.len()),
+        };
         let loss = |window| {
             format!(
-                "attention is limited to the last {window} positions, which GGUF cannot say of this architecture: \
+                "attention{layers} is limited to the last {window} positions, which GGUF cannot say of this architecture: \
                  llama.cpp attends to all, so answers differ beyond {window} tokens"
             )
         };

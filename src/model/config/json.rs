@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::Config;
+use super::{Config, LayerKind};
 use crate::model::family::Family;
 use crate::model::rope;
 
@@ -21,11 +21,13 @@ impl Config {
         let hidden_size = required(json, "hidden_size")?;
         let num_attention_heads = required(json, "num_attention_heads")?;
         ensure!(num_attention_heads > 0, "`num_attention_heads` is 0; wanted at least one head");
+        let intermediate_size = required(json, "intermediate_size")?;
+        let num_hidden_layers = required(json, "num_hidden_layers")?;
         let mut config = Config {
             family,
             hidden_size,
-            intermediate_size: required(json, "intermediate_size")?,
-            num_hidden_layers: required(json, "num_hidden_layers")?,
+            intermediate_size,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads: size(json, "num_key_value_heads")?.unwrap_or(num_attention_heads),
             head_dim: size(json, "head_dim")?.unwrap_or(hidden_size / num_attention_heads),
@@ -38,7 +40,7 @@ impl Config {
             o_bias: false,
             mlp_bias: false,
             qk_norm: false,
-            sliding_window: None,
+            layers: LayerKind::alike(num_hidden_layers, intermediate_size)?,
             bos_token_id: token_ids(json, "bos_token_id")?.first().copied(),
             eos_token_ids: token_ids(json, "eos_token_id")?,
             pad_token_id: token_ids(json, "pad_token_id")?.first().copied(),

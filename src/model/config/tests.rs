@@ -30,18 +30,18 @@ const LLAMA3: &str = r#"{"rope_type": "llama3", "factor": 32.0, "low_freq_factor
 fn families_differ_in_biases_norms_and_windows_only() {
     let qwen2 = of("Qwen2ForCausalLM", json!({"sliding_window": 8, "use_sliding_window": false}));
     assert_eq!(
-        (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.sliding_window),
-        (true, false, false, None)
+        (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, windows(&qwen2)),
+        (true, false, false, vec![None; 2])
     );
     let qwen3 = of("Qwen3ForCausalLM", json!({"attention_bias": false}));
     assert_eq!((qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim), (false, true, 128));
     let mistral = of("MistralForCausalLM", json!({"sliding_window": 8}));
-    assert_eq!((mistral.qkv_bias, mistral.sliding_window), (false, Some(8)));
+    assert_eq!((mistral.qkv_bias, windows(&mistral)), (false, vec![Some(8); 2]));
     let biased =
         of("LlamaForCausalLM", json!({"attention_bias": true, "mlp_bias": true, "sliding_window": 8}));
     assert_eq!(
-        (biased.qkv_bias, biased.o_bias, biased.mlp_bias, biased.sliding_window),
-        (true, true, true, None)
+        (biased.qkv_bias, biased.o_bias, biased.mlp_bias, windows(&biased)),
+        (true, true, true, vec![None; 2])
     );
 }
 
@@ -87,14 +87,29 @@ fn the_unknown_is_refused_by_name() {
     }
 }
 
+fn windows(config: &Config) -> Vec<Option<usize>> {
+    config.layers.iter().map(|layer| layer.window).collect()
+}
+
 #[test]
-fn a_window_in_some_layers_only_is_refused() {
-    let qwen = json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "sliding_window": 4,
-        "max_window_layers": 1});
-    assert!(refusal(qwen.clone()).contains("1 of 2 layers"));
-    let mut everywhere = with(qwen);
-    everywhere["max_window_layers"] = json!(0);
-    assert_eq!(Config::from_json(&everywhere).unwrap().sliding_window, Some(4));
+fn windows_follow_layer_types_or_begin_at_max_window_layers() {
+    let qwen = |extra: Value| {
+        let mut json = json!({"use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1});
+        json.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        json["architectures"] = json!(["Qwen2ForCausalLM"]);
+        Config::from_json(&with(json))
+    };
+    assert_eq!(windows(&qwen(json!({})).unwrap()), [None, Some(4)]);
+    assert_eq!(windows(&qwen(json!({"max_window_layers": 0})).unwrap()), [Some(4); 2]);
+    assert_eq!(windows(&qwen(json!({"max_window_layers": null})).unwrap()), [None; 2]);
+    let types = json!({"layer_types": ["sliding_attention", "full_attention"]});
+    assert_eq!(windows(&qwen(types).unwrap()), [Some(4), None]);
+    for (types, word) in
+        [(json!(["full_attention"]), "1 entries"), (json!(["linear_attention", "x"]), "linear")]
+    {
+        let message = qwen(json!({"layer_types": types})).unwrap_err().to_string();
+        assert!(message.contains(word), "{message}");
+    }
 }
 
 /// A configuration of that class, with other keys.
@@ -118,6 +133,10 @@ fn what_is_written_is_read_again_for_every_family() {
         of("Qwen2ForCausalLM", window.clone()),
         of("Qwen2ForCausalLM", json!({"rope_scaling": {"type": "linear", "factor": 1.7}})),
         of("Qwen3ForCausalLM", window),
+        of(
+            "Qwen2ForCausalLM",
+            json!({"sliding_window": 8, "use_sliding_window": true, "max_window_layers": 1}),
+        ),
         of("Qwen3ForCausalLM", json!({"attention_bias": true, "eos_token_id": 5, "pad_token_id": 7})),
     ] {
         // `to_json` itself compares.

@@ -18,10 +18,11 @@ pub const MISTRAL: Family = Family {
 };
 
 fn read(json: &Value, config: &mut Config) -> Result<()> {
-    config.sliding_window = size(json, "sliding_window")?;
+    let window = size(json, "sliding_window")?;
+    config.layers.iter_mut().for_each(|layer| layer.window = window);
     Ok(())
 }
 
 fn write(config: &Config, json: &mut Map<String, Value>) {
-    json.insert("sliding_window".into(), json!(config.sliding_window));
+    json.insert("sliding_window".into(), json!(config.layers.first().and_then(|layer| layer.window)));
 }

@@ -1,6 +1,6 @@
 //! Qwen2 and Qwen2.5: biases on q, k, v; sliding windows from some layer on (transformers `Qwen2Config`).
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use super::Family;
@@ -20,36 +20,57 @@ pub const QWEN2: Family = Family {
 
 fn read(json: &Value, config: &mut Config) -> Result<()> {
     config.qkv_bias = true;
-    config.sliding_window = window(json, config.num_hidden_layers)?;
-    Ok(())
+    read_windows(json, config)
 }
 
 fn write(config: &Config, json: &mut Map<String, Value>) {
-    write_window(config, json);
+    write_windows(config, json);
 }
 
-/// Returns the window that all layers share: only when `use_sliding_window` is set, in the layers that `layer_types` names,
-/// or from layer `max_window_layers` on.
-pub(super) fn window(json: &Value, layers: usize) -> Result<Option<usize>> {
+/// Sets the window of the layers that `layer_types` names, or of those from `max_window_layers` on; only where
+/// `use_sliding_window` is set.
+pub(super) fn read_windows(json: &Value, config: &mut Config) -> Result<()> {
     if !flag(json, "use_sliding_window")? {
-        return Ok(None);
+        return Ok(());
     }
-    let sliding = match json.get("layer_types") {
-        Some(Value::Array(types)) => types.iter().filter(|kind| *kind == "sliding_attention").count(),
-        _ => layers.saturating_sub(size(json, "max_window_layers")?.unwrap_or(28)),
+    let window = size(json, "sliding_window")?;
+    let slides: Vec<bool> = match json.get("layer_types") {
+        Some(Value::Array(types)) => types.iter().map(slides).collect::<Result<_>>()?,
+        _ => {
+            let first = size(json, "max_window_layers")?.unwrap_or(28);
+            (0..config.layers.len()).map(|layer| layer >= first).collect()
+        }
     };
-    match sliding {
-        0 => Ok(None),
-        n if n == layers => size(json, "sliding_window"),
-        n => bail!(
-            "{n} of {layers} layers use sliding-window attention; supported are all or none \
-             (set `use_sliding_window` to false to evaluate without)"
+    ensure!(
+        slides.len() == config.layers.len(),
+        "`layer_types` has {} entries for {} layers",
+        slides.len(),
+        config.layers.len()
+    );
+    for (layer, slides) in config.layers.iter_mut().zip(slides) {
+        layer.window = window.filter(|_| slides);
+    }
+    Ok(())
+}
+
+/// Whether a layer of that type has the window.
+fn slides(layer_type: &Value) -> Result<bool> {
+    match layer_type.as_str() {
+        Some("sliding_attention") => Ok(true),
+        Some("full_attention") => Ok(false),
+        _ => bail!(
+            "`layer_types` has `{layer_type}`; supported are \"sliding_attention\" and \"full_attention\""
         ),
     }
 }
 
-pub(super) fn write_window(config: &Config, json: &mut Map<String, Value>) {
-    json.insert("use_sliding_window".into(), json!(config.sliding_window.is_some()));
-    json.insert("sliding_window".into(), json!(config.sliding_window));
-    json.insert("max_window_layers".into(), json!(0));
+pub(super) fn write_windows(config: &Config, json: &mut Map<String, Value>) {
+    let window = config.layers.iter().find_map(|layer| layer.window);
+    let types = config.layers.iter().map(|layer| match layer.window {
+        Some(_) => "sliding_attention",
+        None => "full_attention",
+    });
+    json.insert("use_sliding_window".into(), json!(window.is_some()));
+    json.insert("sliding_window".into(), json!(window));
+    json.insert("layer_types".into(), types.collect());
 }

@@ -23,11 +23,10 @@ fn read(json: &Value, config: &mut Config) -> Result<()> {
     config.qkv_bias = flag(json, "attention_bias")?;
     config.o_bias = config.qkv_bias;
     config.qk_norm = true;
-    config.sliding_window = qwen2::window(json, config.num_hidden_layers)?;
-    Ok(())
+    qwen2::read_windows(json, config)
 }
 
 fn write(config: &Config, json: &mut Map<String, Value>) {
     json.insert("attention_bias".into(), json!(config.qkv_bias));
-    qwen2::write_window(config, json);
+    qwen2::write_windows(config, json);
 }
