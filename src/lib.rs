@@ -44,5 +44,6 @@ pub mod output;
 pub mod plan;
 pub mod recipe;
 pub mod report;
+pub mod rows;
 pub mod scheme;
 pub mod tensor;

@@ -3,15 +3,17 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::checkpoint::{Checkpoint, Stored};
 use crate::container::{Storage, TensorSpec};
+use crate::dialect::Part;
 use crate::dialect::compressed_tensors::{INPUT_SCALE, KV_SCALES};
-use crate::names::{Part, TensorId};
+use crate::names::TensorId;
 use crate::recipe::Recipe;
 use crate::recipe::formats::fallback;
 use crate::recipe::rules::{self, Rule};
+use crate::rows::Place;
 use crate::scheme::{Activations, Choice, Scheme};
 use crate::tensor::Dtype;
 
@@ -37,8 +39,8 @@ pub struct Step {
     pub inputs: Activations,
     /// Why it is not what the format asks for.
     pub fallback: Option<String>,
-    /// How the output orders rows, see [`Dialect::row_order`](crate::dialect::Dialect::row_order).
-    pub row_order: Option<Vec<usize>>,
+    /// Where the output keeps it.
+    pub place: Place,
     /// The content, where it does not come from the source.
     pub values: Option<Vec<f32>>,
     /// Indices into [`Plan::outputs`] of the stored tensors it becomes.
@@ -91,11 +93,12 @@ impl Plan {
                 Stored::Quantized(..) => Dtype::BF16,
             };
             let (action, inputs, fallback) = decide(recipe, &rules, id, &info.shape, stored)?;
-            let row_order = recipe.dialect.row_order(id, config);
-            plan.push(Step { inputs, fallback, row_order, ..Step::new(id, info.shape.clone(), action) })?;
+            let place = recipe.dialect.place(id, info.shape[0], config);
+            plan.push(Step { inputs, fallback, ..Step::new(id, info.shape.clone(), action, place) })?;
         }
         for (id, values) in recipe.dialect.computed_tensors(config) {
-            let step = Step::new(id, vec![values.len()], Action::Keep(Dtype::F32));
+            let place = recipe.dialect.place(id, values.len(), config);
+            let step = Step::new(id, vec![values.len()], Action::Keep(Dtype::F32), place);
             plan.push(Step { values: Some(values), ..step })?;
         }
         Ok(plan)
@@ -103,32 +106,61 @@ impl Plan {
 
     /// Appends a step and the stored tensors it becomes.
     fn push(&mut self, mut step: Step) -> Result<()> {
-        let dialect = self.recipe.dialect;
-        let first = self.outputs.len();
-        match step.action {
-            Action::Keep(dtype) => {
-                let suffix = if step.id.part == Part::Bias { "bias" } else { "weight" };
-                let name = dialect.tensor_name(step.id, suffix);
-                let spec = TensorSpec { name, storage: Storage::Plain(dtype), shape: step.shape.clone() };
-                self.outputs.push(Output { spec, fixed: None });
-            }
-            Action::Quantize(scheme) => {
-                for part in dialect.parts(&scheme, step.inputs, step.rows(), step.cols())? {
-                    let name = dialect.tensor_name(step.id, part.suffix);
-                    let spec = TensorSpec { name, storage: part.storage, shape: part.shape };
-                    self.outputs.push(Output { spec, fixed: part.fixed });
-                }
-            }
-        }
-        step.parts = first..self.outputs.len();
+        let outputs = self.outputs_of(&step)?;
+        step.parts = self.stored_already(&step, &outputs)?.unwrap_or_else(|| {
+            let first = self.outputs.len();
+            self.outputs.extend(outputs);
+            first..self.outputs.len()
+        });
         if step.inputs.is_static() {
-            let name = dialect.tensor_name(step.id, INPUT_SCALE);
+            let name = format!("{}{INPUT_SCALE}", step.place.prefix());
             let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
             step.input_scale = Some(self.outputs.len());
             self.outputs.push(Output { spec, fixed: None });
         }
         self.steps.push(step);
         Ok(())
+    }
+
+    /// Returns the stored tensors that a step becomes.
+    fn outputs_of(&self, step: &Step) -> Result<Vec<Output>> {
+        let place = &step.place;
+        let scheme = match step.action {
+            Action::Quantize(scheme) => scheme,
+            Action::Keep(dtype) => {
+                let shape = place.shape(step.shape.get(1).copied());
+                let spec = TensorSpec { name: place.name.clone(), storage: Storage::Plain(dtype), shape };
+                return Ok(vec![Output { spec, fixed: None }]);
+            }
+        };
+        let parts = self.recipe.dialect.parts(&scheme, step.inputs, place.stored_rows(), step.cols())?;
+        let output = |part: Part| {
+            let name = format!("{}{}", place.prefix(), part.suffix);
+            let spec = TensorSpec { name, storage: part.storage, shape: part.shape_at(place) };
+            Output { spec, fixed: part.fixed }
+        };
+        Ok(parts.into_iter().map(output).collect())
+    }
+
+    /// Returns the stored tensors that an earlier step shares with this one (fused q, k, v), if there are any.
+    fn stored_already(&self, step: &Step, outputs: &[Output]) -> Result<Option<Range<usize>>> {
+        if step.place == Place::whole(step.place.name.clone(), step.rows()) {
+            return Ok(None);
+        }
+        let Some(other) = self.steps.iter().find(|other| other.place.name == step.place.name) else {
+            return Ok(None);
+        };
+        ensure!(
+            self.outputs[other.parts.clone()] == *outputs,
+            "`{}` and `{}` are stored in one tensor (`{}`), but one becomes {} and the other {}; choose one format for \
+             both",
+            other.id,
+            step.id,
+            step.place.name,
+            other.action.name(),
+            step.action.name()
+        );
+        Ok(Some(other.parts.clone()))
     }
 
     /// Asks for an FP8 cache with these scales of every layer's keys and values.
@@ -202,19 +234,9 @@ fn decide(
 }
 
 impl Step {
-    fn new(id: TensorId, shape: Vec<usize>, action: Action) -> Self {
-        let (fallback, row_order, values) = (None, None, None);
-        Step {
-            id,
-            shape,
-            action,
-            inputs: Activations::Full,
-            fallback,
-            row_order,
-            values,
-            parts: 0..0,
-            input_scale: None,
-        }
+    fn new(id: TensorId, shape: Vec<usize>, action: Action, place: Place) -> Self {
+        let (inputs, fallback, values) = (Activations::Full, None, None);
+        Step { id, shape, action, inputs, fallback, place, values, parts: 0..0, input_scale: None }
     }
 
     /// Returns the rows; a vector is a column of one-element rows, so that its elements can be reordered like rows.

@@ -1,28 +1,29 @@
 //! Which tensor of the model each stored tensor is: names matched, shapes and types checked, nothing missing, nothing
 //! left over.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::folder::{OpenedFolder, some_of};
 use super::foreign;
-use super::{Stored, TensorInfo};
+use super::{Location, Stored, TensorInfo};
 use crate::container::gguf::Gguf;
 use crate::container::{InputFile, Located, Storage};
 use crate::dialect::compressed_tensors::{CompressedTensors, INPUT_SCALE, KV_SCALES};
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
-use crate::names::{Part, Role, TensorId};
+use crate::names::{Role, TensorId};
 use crate::num::Codec;
+use crate::rows::Place;
 use crate::scheme::{Activations, Scheme};
 use crate::tensor::{Dtype, floats_from_bytes};
 
-/// The tensors of a model, and the stored parts of each that unpacking takes.
+/// The tensors of a model, and where each lies.
 #[derive(Default)]
 pub(super) struct Contents {
     pub(super) tensors: BTreeMap<TensorId, TensorInfo>,
-    pub(super) parts: BTreeMap<TensorId, Vec<Located>>,
+    pub(super) locations: BTreeMap<TensorId, Location>,
     /// Scales of an FP8 cache, of every layer's keys and values; empty without one.
     pub(super) kv_scales: Vec<[f32; 2]>,
 }
@@ -37,16 +38,16 @@ pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
         opened.tensors.iter().cloned().partition(|tensor| is_kv_scale(&tensor.spec.name));
     let fp8_cache = quantization.is_some_and(|quantization| quantization.has_fp8_cache());
     let kv_scales = kv_scales(opened, &scales, fp8_cache)?;
-    let found = sort(&tensors, |name| parse_hf(name, quantization.is_some()))?;
-    let contents = assign(&opened.config, found, |id, shape, mut parts| {
-        let of_module = quantization.filter(|_| id.part == Part::Weight).and_then(|q| q.of(&id.hf_module()));
+    let contents = assign(&opened.config, &CompressedTensors, &tensors, |wanted, mut parts| {
+        let of_module =
+            quantization.filter(|_| wanted.shape.len() == 2).and_then(|q| q.of(wanted.place.module()));
         match of_module {
-            None => dense(shape, parts),
+            None => dense(wanted, parts),
             Some((scheme, activations)) => {
                 let scheme = with_stored_scale(scheme, &parts);
                 let rounding = input_rounding(opened, activations, &mut parts)?;
                 let (stored, parts) =
-                    quantized(&CompressedTensors, scheme, activations, shape, parts, &opened.files)?;
+                    quantized(&CompressedTensors, scheme, activations, wanted, parts, &opened.files)?;
                 Ok(Described { stored, rounding, parts })
             }
         }
@@ -111,65 +112,29 @@ fn input_rounding(
 
 /// Understands a GGUF file.
 pub(super) fn of_gguf(config: &Config, gguf: &Gguf) -> Result<Contents> {
-    let mut found = sort(&gguf.tensors, |name| {
-        let id = TensorId::from_gguf(name)?;
-        let suffix = if id.part == Part::Bias { "bias" } else { "weight" };
-        Some((id, suffix.to_string()))
-    })?;
-    // Part of the configuration already.
-    found.retain(|id, _| !id.role.is_rope_divisors());
-    assign(config, found, |id, shape, parts| {
+    // These are part of the configuration already.
+    let divisors = |name: &str| TensorId::from_gguf(name).is_some_and(|id| id.role.is_rope_divisors());
+    let tensors: Vec<_> =
+        gguf.tensors.iter().filter(|tensor| !divisors(&tensor.spec.name)).cloned().collect();
+    assign(config, &dialect::gguf::Gguf, &tensors, |wanted, parts| {
         let kind = parts.values().find_map(|part| match part.spec.storage {
             Storage::Ggml(kind) => Some(kind),
             Storage::Plain(_) => None,
         });
-        let Some(kind) = kind else { return dense(shape, parts) };
+        let Some(kind) = kind else { return dense(wanted, parts) };
         let scheme = dialect::gguf::scheme_of(kind)
-            .with_context(|| format!("no scheme is known for {kind:?} of `{}`", id.gguf_name()))?;
+            .with_context(|| format!("no scheme is known for {kind:?} of `{}`", wanted.place.name))?;
         let (stored, parts) =
-            quantized(&dialect::gguf::Gguf, scheme, Activations::Full, shape, parts, &gguf.files)?;
+            quantized(&dialect::gguf::Gguf, scheme, Activations::Full, wanted, parts, &gguf.files)?;
         Ok(Described { stored, rounding: Activations::Full, parts })
     })
 }
 
-/// Sorts stored tensors by the tensor they belong to; an error lists those that belong to none.
-fn sort(
-    tensors: &[Located],
-    parse: impl Fn(&str) -> Option<(TensorId, String)>,
-) -> Result<BTreeMap<TensorId, Parts>> {
-    let (mut found, mut unknown) = (BTreeMap::<_, Parts>::new(), Vec::new());
-    for tensor in tensors {
-        match parse(&tensor.spec.name) {
-            Some((id, suffix)) => {
-                let before = found.entry(id).or_default().insert(suffix, tensor.clone());
-                ensure!(before.is_none(), "`{}`: `{id}` is there under another name too", tensor.spec.name);
-            }
-            None => unknown.push(&tensor.spec.name),
-        }
-    }
-    if let Some(refusal) = foreign::quantized_by(unknown.iter().map(|name| name.as_str())) {
-        bail!(refusal);
-    }
-    ensure!(
-        unknown.is_empty(),
-        "{} tensors belong to no part of a model that is known here: {}; only text decoders of the Llama, Mistral, \
-         Qwen2 and Qwen3 families are supported",
-        unknown.len(),
-        some_of(&unknown)
-    );
-    Ok(found)
-}
-
-/// Returns the tensor a Hugging Face name belongs to, and what follows the module path. `quantized` allows parts other
-/// than weight and bias.
-fn parse_hf(name: &str, quantized: bool) -> Option<(TensorId, String)> {
-    let (module, suffix) = name.rsplit_once('.')?;
-    let id = match suffix {
-        "weight" | "bias" => TensorId::from_hf(name)?,
-        _ if quantized => TensorId::from_hf(&format!("{module}.weight"))?,
-        _ => return None,
-    };
-    Some((id, suffix.to_string()))
+/// A tensor that the configuration asks for.
+struct Wanted<'a> {
+    /// Row-major, Hugging Face orientation.
+    shape: &'a [usize],
+    place: &'a Place,
 }
 
 /// What is known of a tensor from its stored parts.
@@ -180,23 +145,31 @@ struct Described {
     parts: Vec<Located>,
 }
 
-/// Gives each tensor that the configuration promises its parts, as `describe` understands them.
+/// Finds each tensor that the configuration asks for where `dialect` keeps it, as `describe` understands its parts.
 fn assign(
     config: &Config,
-    mut found: BTreeMap<TensorId, Parts>,
-    describe: impl Fn(TensorId, &[usize], Parts) -> Result<Described>,
+    dialect: &dyn Dialect,
+    tensors: &[Located],
+    describe: impl Fn(&Wanted, Parts) -> Result<Described>,
 ) -> Result<Contents> {
-    let (mut contents, mut missing) = (Contents::default(), Vec::new());
+    let stored: BTreeMap<&str, &Located> = tensors.iter().map(|t| (t.spec.name.as_str(), t)).collect();
+    let (mut contents, mut missing, mut used) = (Contents::default(), Vec::new(), BTreeSet::new());
     for (id, shape) in config.expected_tensors() {
-        let Some(parts) = found.remove(&id) else {
+        let place = dialect.place(id, shape[0], config);
+        let parts = parts_at(&place, &stored);
+        if parts.is_empty() {
             missing.push(id.to_string());
             continue;
-        };
-        let bytes = parts.values().map(|part| part.spec.bytes()).sum();
+        }
+        used.extend(parts.values().map(|part| part.spec.name.clone()));
+        // Of a stored tensor that holds several, each counts its own rows.
+        let share = |bytes: u64| bytes * shape[0] as u64 / place.stored_rows().max(1) as u64;
+        let bytes = parts.values().map(|part| share(part.spec.bytes())).sum();
+        let wanted = Wanted { shape: &shape, place: &place };
         let Described { stored, rounding, parts } =
-            describe(id, &shape, parts).with_context(|| format!("`{id}`"))?;
+            describe(&wanted, parts).with_context(|| format!("`{id}`"))?;
         contents.tensors.insert(id, TensorInfo { shape, stored, bytes, rounding });
-        contents.parts.insert(id, parts);
+        contents.locations.insert(id, Location { place, parts });
     }
     ensure!(
         missing != [TensorId::global(Role::Head).to_string()],
@@ -210,18 +183,43 @@ fn assign(
         missing.len(),
         some_of(&missing)
     );
-    let surplus: Vec<_> = found.keys().map(TensorId::to_string).collect();
+    if config.tie_word_embeddings {
+        // Some tools save the head although it is the embedding table.
+        let head = dialect.place(TensorId::global(Role::Head), config.vocab_size, config);
+        used.extend(parts_at(&head, &stored).into_values().map(|part| part.spec.name));
+    }
+    let surplus: Vec<_> = stored.into_keys().filter(|name| !used.contains(*name)).collect();
+    if let Some(refusal) = foreign::quantized_by(surplus.iter().copied()) {
+        bail!(refusal);
+    }
     ensure!(
         surplus.is_empty(),
-        "{} tensors have no place in the configuration: {}; is `config.json` from this model?",
+        "{} tensors have no place in the configuration: {}; is `config.json` from this model, and is it a text decoder \
+         of a supported family?",
         surplus.len(),
         some_of(&surplus)
     );
     Ok(contents)
 }
 
+/// Returns what is stored at a place, by what follows the module path: the tensor itself, or the parts it became.
+fn parts_at(place: &Place, stored: &BTreeMap<&str, &Located>) -> Parts {
+    let prefix = place.prefix();
+    let named = |(&name, &tensor): (&&str, &&Located)| {
+        let suffix = match name.strip_prefix(prefix.as_str()) {
+            None => (name == place.name).then_some("weight")?,
+            Some(suffix) if suffix == "bias" || suffix.contains('.') => return None,
+            Some(suffix) => suffix,
+        };
+        Some((suffix.to_string(), tensor.clone()))
+    };
+    let whole = stored.get_key_value(place.name.as_str());
+    let parts = stored.range(prefix.as_str()..).take_while(|(name, _)| name.starts_with(&prefix));
+    whole.into_iter().chain(parts).filter_map(named).collect()
+}
+
 /// Understands a tensor of plain floats.
-fn dense(shape: &[usize], parts: Parts) -> Result<Described> {
+fn dense(wanted: &Wanted, parts: Parts) -> Result<Described> {
     let (suffixes, mut located): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     ensure!(
         located.len() == 1 && matches!(suffixes[0].as_str(), "weight" | "bias"),
@@ -236,7 +234,7 @@ fn dense(shape: &[usize], parts: Parts) -> Result<Described> {
         dtype.is_float(),
         "found {dtype}, wanted F32, F16 or BF16; if the model is quantized, `config.json` must say so"
     );
-    ensure_shape(&part, shape)?;
+    ensure_shape(&part, &wanted.place.shape(wanted.shape.get(1).copied()))?;
     Ok(Described { stored: Stored::Dense(dtype), rounding: Activations::Full, parts: vec![part] })
 }
 
@@ -245,13 +243,15 @@ fn quantized(
     dialect: &dyn Dialect,
     scheme: Scheme,
     activations: Activations,
-    shape: &[usize],
+    tensor: &Wanted,
     mut parts: Parts,
     files: &[InputFile],
 ) -> Result<(Stored, Vec<Located>)> {
-    let &[rows, cols] = shape else { bail!("found quantized parts, wanted a plain vector {shape:?}") };
+    let &[_, cols] = tensor.shape else {
+        bail!("found quantized parts, wanted a plain vector {:?}", tensor.shape)
+    };
     let mut located = Vec::new();
-    for wanted in dialect.parts(&scheme, activations, rows, cols)? {
+    for wanted in dialect.parts(&scheme, activations, tensor.place.stored_rows(), cols)? {
         let suffix = wanted.suffix;
         let part = parts.remove(suffix).with_context(|| {
             let found: Vec<_> = parts.keys().collect();
@@ -264,12 +264,17 @@ fn quantized(
             wanted.storage,
             scheme.name
         );
-        ensure_shape(&part, &wanted.shape).with_context(|| format!("`{suffix}`"))?;
+        let shape = wanted.shape_at(tensor.place);
+        ensure_shape(&part, &shape).with_context(|| format!("`{suffix}`"))?;
         match wanted.fixed {
             None => located.push(part),
             Some(bytes) => {
                 let found = files[part.file].read(part.start, part.spec.bytes())?;
-                ensure!(found == bytes, "`{suffix}` does not say {shape:?}; the checkpoint is damaged");
+                ensure!(
+                    found == bytes,
+                    "`{suffix}` does not say {:?}; the checkpoint is damaged",
+                    tensor.shape
+                );
             }
         }
     }

@@ -23,6 +23,7 @@ use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::model::tokenizer::{NO_TOKENIZER, Tokenizer, TokenizerFiles};
 use crate::names::TensorId;
+use crate::rows::Place;
 use crate::scheme::{Activations, Scheme};
 use crate::tensor::{Dense, Dtype, Matrix};
 
@@ -65,8 +66,8 @@ pub struct Checkpoint {
     pub notes: Vec<String>,
     /// What it holds, in the order of a forward pass.
     pub tensors: BTreeMap<TensorId, TensorInfo>,
-    /// The stored parts of each tensor, those that [`Dialect::unpack`] takes.
-    parts: BTreeMap<TensorId, Vec<Located>>,
+    /// Where each tensor lies.
+    locations: BTreeMap<TensorId, Location>,
     /// Scales of an FP8 cache of keys and values by layer; empty without one.
     kv_scales: Vec<[f32; 2]>,
     files: Vec<InputFile>,
@@ -76,6 +77,13 @@ pub struct Checkpoint {
     metadata: Option<Metadata>,
     /// How quantized tensors are spelled and rows ordered.
     dialect: &'static dyn Dialect,
+}
+
+/// Where a tensor lies.
+struct Location {
+    place: Place,
+    /// What [`Dialect::unpack`] takes, or the one dense tensor.
+    parts: Vec<Located>,
 }
 
 /// A Hugging Face folder.
@@ -107,7 +115,7 @@ impl Checkpoint {
             config: opened.config,
             notes: note.into_iter().collect(),
             tensors: contents.tensors,
-            parts: contents.parts,
+            locations: contents.locations,
             kv_scales: contents.kv_scales,
             files: opened.files,
             folder: Some(Folder { path: folder, config_json: opened.config_json }),
@@ -126,7 +134,7 @@ impl Checkpoint {
             config,
             notes: Vec::new(),
             tensors: contents.tensors,
-            parts: contents.parts,
+            locations: contents.locations,
             kv_scales: contents.kv_scales,
             files: gguf.files,
             folder: None,
@@ -148,34 +156,25 @@ impl Checkpoint {
             rows.end <= count && rows.start <= rows.end,
             "`{id}`: rows {rows:?} wanted, but it has {count}"
         );
-        let Some(order) = self.dialect.row_order(id, &self.config).filter(|_| self.reorders_rows()) else {
-            return self.read_stored_rows(id, rows);
-        };
-        // Whole runs are read, since a run's rows are stored in another order than they are asked for.
-        let run = order.len();
-        let first = rows.start / run * run;
-        let stored = self.read_stored_rows(id, first..rows.end.next_multiple_of(run).min(count))?;
-        let mut place = vec![0; run];
-        for (stored_row, &row) in order.iter().enumerate() {
-            place[row] = stored_row;
-        }
-        let picked: Vec<_> = rows.map(|row| row / run * run - first + place[row % run]).collect();
-        Ok(stored.select_rows(&picked))
-    }
-
-    /// Reads rows as and where they are stored.
-    fn read_stored_rows(&self, id: TensorId, rows: Range<usize>) -> Result<Matrix> {
         let info = self.info(id)?;
-        let count = info.shape.first().copied().unwrap_or(1).max(1) as u64;
+        let Location { place, parts } = &self.locations[&id];
+        let span = place.rows.span(rows.clone());
         let mut buffers = Vec::new();
-        for part in &self.parts[&id] {
+        for part in parts {
             let (file, size) = (&self.files[part.file], part.spec.bytes());
-            if part.spec.shape.len() < info.shape.len() || rows.len() as u64 == count {
+            if part.spec.shape.len() < info.shape.len() {
                 buffers.push(file.share(part.start, size)?);
                 continue;
             }
-            let row = size / count;
-            buffers.push(file.read(part.start + rows.start as u64 * row, rows.len() as u64 * row)?.into());
+            let row_bytes = size / place.stored_rows().max(1) as u64;
+            let (start, len) = (part.start + span.start as u64 * row_bytes, span.len() as u64 * row_bytes);
+            buffers.push(if !place.rows.is_contiguous() {
+                place.rows.gather(rows.clone(), row_bytes as usize, &file.read(start, len)?).into()
+            } else if rows.len() == count {
+                file.share(start, len)?
+            } else {
+                file.read(start, len)?.into()
+            });
         }
         match info.stored {
             Stored::Dense(dtype) => {
@@ -190,11 +189,6 @@ impl Checkpoint {
                 Ok(Matrix::Quantized(unpacked.with_context(|| format!("{}: `{id}`", self.path.display()))?))
             }
         }
-    }
-
-    /// Whether files of this kind store rows in the dialect's order.
-    fn reorders_rows(&self) -> bool {
-        self.metadata.is_some()
     }
 
     fn info(&self, id: TensorId) -> Result<&TensorInfo> {
@@ -253,10 +247,12 @@ impl Checkpoint {
 
     /// Returns the file, as an index into [`Checkpoint::weight_files`], and the byte in it where a row of a tensor starts;
     /// that of its first part, if it has several.
-    pub fn place(&self, id: TensorId, row: usize) -> Result<(usize, u64)> {
-        let rows = self.info(id)?.shape.first().copied().unwrap_or(1).max(1) as u64;
-        let part = &self.parts[&id][0];
-        Ok((part.file, part.start + part.spec.bytes() / rows * row as u64))
+    pub fn position(&self, id: TensorId, row: usize) -> Result<(usize, u64)> {
+        self.info(id)?;
+        let Location { place, parts } = &self.locations[&id];
+        let part = &parts[0];
+        let row_bytes = part.spec.bytes() / place.stored_rows().max(1) as u64;
+        Ok((part.file, part.start + row_bytes * place.rows.stored(row) as u64))
     }
 
     /// Returns the files that hold the weights.
@@ -434,22 +430,23 @@ mod tests {
             } else {
                 Matrix::Dense(dense)
             };
-            let stored = match gguf.row_order(id, &config) {
-                None => matrix.clone(),
-                Some(order) => {
-                    let run = order.len();
-                    let rows: Vec<_> = (0..shape[0]).map(|row| row / run * run + order[row % run]).collect();
-                    assert_ne!(rows, (0..shape[0]).collect::<Vec<_>>(), "the order does something");
-                    matrix.select_rows(&rows)
-                }
-            };
-            let (storage, bytes) = match &stored {
+            let (storage, packed) = match &matrix {
                 Matrix::Dense(dense) => (Storage::Plain(dense.dtype), dense.bytes.to_vec()),
                 Matrix::Quantized(q) => {
                     let part = &gguf.parts(&q.scheme, Activations::Full, q.rows, q.cols).unwrap()[0];
                     (part.storage, gguf.pack(q, Activations::Full).unwrap().swap_remove(0))
                 }
             };
+            let map = gguf.place(id, shape[0], &config).rows;
+            let row_bytes = packed.len() / shape[0];
+            let mut bytes = vec![0; packed.len()];
+            map.scatter(0..shape[0], row_bytes, &packed, |row, piece| {
+                bytes[row * row_bytes..row * row_bytes + piece.len()].copy_from_slice(piece);
+                Ok::<_, ()>(())
+            })
+            .unwrap();
+            let rotated = matches!(id.role, Role::Q | Role::K);
+            assert_eq!(rotated, bytes != packed, "the order does something");
             specs.push(TensorSpec { name: id.gguf_name(), storage, shape });
             payload.push(bytes);
             wanted.push((id, matrix));

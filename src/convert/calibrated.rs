@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::journal::{FinishedLayer, FinishedTensor, Journal, Outcome};
 use super::stream::stream;
-use super::{Cost, pack, unpack, write_decided, write_rows};
+use super::{Cost, pack, read_rows, unpack, write_decided, write_rows};
 use crate::backend::SecondMoments;
 use crate::calib::choose::{Chosen, Search, choose};
 use crate::calib::driver::{self, Calibrated, Finished, FinishedLayers, Request};
@@ -80,7 +80,7 @@ pub fn convert_calibrated<B: SecondMoments>(
                         Cost { error: solved.q.distortion(&weights, None).relative(), ..Cost::default() }
                     }
                 };
-                let parts = pack(solved.q, plan, step)?;
+                let parts = pack(&solved.q, plan, step)?;
                 write_rows(plan, sink, step, 0..step.rows(), &parts)?;
                 if let Some(index) = step.input_scale {
                     let scale =
@@ -114,13 +114,8 @@ pub struct Output<'a> {
 impl Output<'_> {
     /// Reads back the parts of a step that are not fixed.
     fn read(&self, step: &Step) -> Result<Vec<Vec<u8>>> {
-        read_parts(self.plan, self.sink, step)
+        read_rows(self.plan, self.sink, step)
     }
-}
-
-fn read_parts(plan: &Plan, sink: &dyn Sink, step: &Step) -> Result<Vec<Vec<u8>>> {
-    let parts = step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none());
-    parts.map(|index| sink.read(index)).collect()
 }
 
 fn hash(parts: &[Vec<u8>]) -> String {
@@ -300,7 +295,7 @@ struct Written<'a> {
 impl TensorSource for Written<'_> {
     fn read(&self, id: TensorId) -> Result<Matrix> {
         let Some(step) = self.place.get(&id) else { return self.source.read(id) };
-        let parts = || read_parts(self.plan, self.sink, step);
+        let parts = || read_rows(self.plan, self.sink, step);
         match step.action {
             Action::Quantize(scheme) => unpack(scheme, &parts()?, self.plan, step).map(Matrix::Quantized),
             Action::Keep(dtype) if id.role.is_norm() => {

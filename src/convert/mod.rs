@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::container::Sink;
 use crate::method::solve::Deviation;
 use crate::plan::{Plan, Step};
+use crate::rows::Place;
 use crate::scheme::{QTensor, Scheme};
 use crate::tensor::{Dtype, bytes_from_floats};
 
@@ -55,33 +56,20 @@ fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {
     Ok(())
 }
 
-/// Returns the packed parts of some rows (whole runs of reordered ones) in the output's row order.
-fn pack(q: QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
-    let activations = step.inputs;
-    match &step.row_order {
-        None => plan.recipe.dialect.pack(&q, activations),
-        Some(order) => {
-            let run = order.len();
-            let order: Vec<usize> = (0..q.rows).map(|row| row / run * run + order[row % run]).collect();
-            plan.recipe.dialect.pack(&q.permute_rows(&order), activations)
-        }
-    }
+/// Returns the packed parts of some rows.
+fn pack(q: &QTensor, plan: &Plan, step: &Step) -> Result<Vec<Vec<u8>>> {
+    plan.recipe.dialect.pack(q, step.inputs)
 }
 
 /// Inverse of [`pack`] for all rows of a step.
 fn unpack(scheme: Scheme, parts: &[Vec<u8>], plan: &Plan, step: &Step) -> Result<QTensor> {
     let activations = step.inputs;
     let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-    let q = plan.recipe.dialect.unpack(&scheme, activations, step.rows(), step.cols(), &parts)?;
-    let Some(order) = &step.row_order else { return Ok(q) };
-    let run = order.len();
-    let mut place = vec![0; run];
-    order.iter().enumerate().for_each(|(stored, &row)| place[row] = stored);
-    let order: Vec<usize> = (0..q.rows).map(|row| row / run * run + place[row % run]).collect();
-    Ok(q.permute_rows(&order))
+    plan.recipe.dialect.unpack(&scheme, activations, step.rows(), step.cols(), &parts)
 }
 
-/// Writes those rows of each part.
+/// Writes those rows of each part where the output keeps them. What a part says of the whole stored tensor is the same for
+/// every row, and written with the first.
 fn write_rows(
     plan: &Plan,
     sink: &dyn Sink,
@@ -89,21 +77,46 @@ fn write_rows(
     rows: Range<usize>,
     parts: &[Vec<u8>],
 ) -> Result<()> {
-    let streamed = step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none());
-    for (index, bytes) in streamed.zip(parts) {
-        let spec = &plan.outputs[index].spec;
-        if spec.shape.len() < step.shape.len() {
-            // Of the whole tensor: every chunk of rows packs the same.
-            if rows.start == 0 {
+    let Place { rows: map, .. } = &step.place;
+    for (index, bytes) in streamed(plan, step).zip(parts) {
+        let Some(row_bytes) = row_bytes(plan, step, index) else {
+            if map.stored(rows.start) == 0 {
                 sink.write(index, 0, bytes)?;
             }
             continue;
-        }
-        let row_bytes = spec.bytes() / step.rows() as u64;
-        debug_assert_eq!(bytes.len() as u64, row_bytes * rows.len() as u64);
-        sink.write(index, rows.start as u64 * row_bytes, bytes)?;
+        };
+        debug_assert_eq!(bytes.len(), row_bytes * rows.len());
+        let write = |row: usize, piece: &[u8]| sink.write(index, (row * row_bytes) as u64, piece);
+        map.scatter(rows.clone(), row_bytes, bytes, write)?;
     }
     Ok(())
+}
+
+/// Inverse of [`write_rows`] for all rows.
+fn read_rows(plan: &Plan, sink: &dyn Sink, step: &Step) -> Result<Vec<Vec<u8>>> {
+    let Place { rows: map, .. } = &step.place;
+    let read = |index| {
+        let bytes = sink.read(index)?;
+        let Some(row_bytes) = row_bytes(plan, step, index) else { return Ok(bytes) };
+        if map.is_contiguous() && step.rows() == step.place.stored_rows() {
+            return Ok(bytes);
+        }
+        let span = map.span(0..step.rows());
+        Ok(map.gather(0..step.rows(), row_bytes, &bytes[span.start * row_bytes..span.end * row_bytes]))
+    };
+    streamed(plan, step).map(read).collect()
+}
+
+/// The stored tensors of a step that are written row by row or once, not those of fixed content.
+fn streamed(plan: &Plan, step: &Step) -> impl Iterator<Item = usize> {
+    step.parts.clone().filter(|&index| plan.outputs[index].fixed.is_none())
+}
+
+/// Returns the bytes of a row; `None` where the stored tensor has one value for all rows.
+fn row_bytes(plan: &Plan, step: &Step, output: usize) -> Option<usize> {
+    let spec = &plan.outputs[output].spec;
+    let of_rows = spec.shape.len() >= step.shape.len();
+    of_rows.then(|| (spec.bytes() / step.place.stored_rows().max(1) as u64) as usize)
 }
 
 #[cfg(test)]
@@ -128,9 +141,9 @@ mod tests {
                 let Action::Quantize(scheme) = step.action else { continue };
                 let weights = source.read(step.id).unwrap().to_f32();
                 let q = fit(scheme, &weights, step.rows(), step.cols(), None, ScaleRule::Search);
-                let parts = pack(q.clone(), &plan, step).unwrap();
+                let parts = pack(&q, &plan, step).unwrap();
                 assert!(unpack(scheme, &parts, &plan, step).unwrap() == q, "{format:?}: {}", step.id);
-                reordered += usize::from(step.row_order.is_some());
+                reordered += usize::from(!step.place.rows.is_contiguous());
             }
         }
         assert!(reordered > 0);

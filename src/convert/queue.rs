@@ -51,7 +51,7 @@ pub(super) fn jobs<'a>(
     }
     for (step, content) in steps {
         for rows in chunks(content) {
-            placed.push((source.place(content.id, rows.start)?, Job::Convert { step, rows }));
+            placed.push((source.position(content.id, rows.start)?, Job::Convert { step, rows }));
         }
     }
     placed.sort_by_key(|&(place, _)| place);
@@ -60,7 +60,7 @@ pub(super) fn jobs<'a>(
 
 /// Cuts a step into chunks of whole rows, never across a run of rows that is reordered; none if its values are known.
 pub(super) fn chunks(step: &Step) -> impl Iterator<Item = Range<usize>> {
-    let run = step.row_order.as_ref().map_or(1, Vec::len);
+    let run = step.place.rows.run();
     let (rows, matrix) = (step.rows(), step.shape.len() > 1);
     let fitting = (CHUNK_WEIGHTS / step.cols().max(1)).max(1).next_multiple_of(run);
     let chunk = if matrix { fitting.min(rows.max(1)) } else { rows.max(1) };
@@ -92,7 +92,7 @@ mod tests {
                 Job::Convert { step, rows } => {
                     assert_eq!(rows.start, next[step], "rows of {step} come in order");
                     next[step] = rows.end;
-                    let (_, start) = source.place(plan.steps[step].id, rows.start).unwrap();
+                    let (_, start) = source.position(plan.steps[step].id, rows.start).unwrap();
                     let (last, coming) = (hashed.last().copied().unwrap(), wanted.get(hashed.len()));
                     assert!(last <= start && coming.is_none_or(|&coming| start < coming));
                 }

@@ -144,7 +144,7 @@ fn run(
     let (distortion, parts) = match step.action {
         Action::Keep(dtype) => {
             ensure_finite(weights, first_row, cols)?;
-            (Distortion::default(), vec![keep(&matrix, weights, dtype, step)])
+            (Distortion::default(), vec![keep(&matrix, weights, dtype)])
         }
         Action::Quantize(scheme) => {
             let (rule, importances) = (plan.recipe.scale_rule, given.importances);
@@ -154,7 +154,7 @@ fn run(
             if !distortion.power.is_finite() {
                 ensure_finite(weights, first_row, cols)?;
             }
-            (distortion, pack(q, plan, step)?)
+            (distortion, pack(&q, plan, step)?)
         }
     };
     write_rows(plan, sink, step, rows, &parts)?;
@@ -172,19 +172,10 @@ fn ensure_finite(weights: &[f32], first_row: usize, cols: usize) -> Result<()> {
     )
 }
 
-/// Returns the bytes of kept rows in the output's number type and row order.
-fn keep(matrix: &Matrix, weights: &[f32], dtype: Dtype, step: &Step) -> Vec<u8> {
-    let bytes = match matrix {
+/// Returns the bytes of kept rows in the output's number type.
+fn keep(matrix: &Matrix, weights: &[f32], dtype: Dtype) -> Vec<u8> {
+    match matrix {
         Matrix::Dense(dense) if dense.dtype == dtype => dense.bytes.to_vec(),
         _ => bytes_from_floats(dtype, weights),
-    };
-    let row_bytes = step.cols() * dtype.bytes();
-    match &step.row_order {
-        None => bytes,
-        Some(order) => bytes
-            .chunks(row_bytes * order.len())
-            .flat_map(|run| order.iter().flat_map(|&row| &run[row * row_bytes..(row + 1) * row_bytes]))
-            .copied()
-            .collect(),
     }
 }

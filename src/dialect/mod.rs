@@ -9,6 +9,7 @@ use anyhow::Result;
 use crate::container::Storage;
 use crate::model::config::Config;
 use crate::names::TensorId;
+use crate::rows::Place;
 use crate::scheme::{Activations, QTensor, Scheme};
 use crate::tensor::Dtype;
 
@@ -27,20 +28,27 @@ pub struct Part {
     pub fixed: Option<Vec<u8>>,
 }
 
+impl Part {
+    /// Returns the shape of a part that was asked for with all rows of the stored tensor at `place`.
+    pub fn shape_at(&self, place: &Place) -> Vec<usize> {
+        match (self.fixed.is_none(), self.shape.as_slice()) {
+            (true, &[_, width]) => place.shape(Some(width)),
+            _ => self.shape.clone(),
+        }
+    }
+}
+
 /// One ecosystem's spelling of a [`QTensor`].
 pub trait Dialect: Sync {
     /// Returns the name users type after `--dialect`.
     fn name(&self) -> &'static str;
 
-    /// Returns the stored name of a part of a tensor, `suffix` as in [`Part`]; `weight` or `bias` for kept tensors.
-    fn tensor_name(&self, id: TensorId, suffix: &str) -> String;
+    /// Returns where this ecosystem keeps a tensor of `rows` rows (elements of a vector): in which stored tensor, and in
+    /// which rows of it.
+    fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place;
 
     /// Returns the number type a tensor that is kept dense is written as.
     fn kept_dtype(&self, id: TensorId, shape: &[usize], stored: Dtype) -> Dtype;
-
-    /// Returns how this ecosystem orders a tensor's rows, if not as Hugging Face does: within every run of
-    /// `order.len()` rows, written row `i` is source row `order[i]`.
-    fn row_order(&self, id: TensorId, config: &Config) -> Option<Vec<usize>>;
 
     /// Returns tensors that the source does not have and this ecosystem wants (vectors, F32).
     fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)>;
@@ -70,6 +78,11 @@ pub trait Dialect: Sync {
         cols: usize,
         parts: &[&[u8]],
     ) -> Result<QTensor>;
+}
+
+/// Returns where Hugging Face checkpoints keep a tensor of `rows` rows.
+pub fn hugging_face_place(id: TensorId, rows: usize, _config: &Config) -> Place {
+    Place::whole(id.hf_name(), rows)
 }
 
 /// Returns the dialect of that name.

@@ -17,11 +17,12 @@ use anyhow::{Context, Result, bail, ensure};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Dialect, Part};
+use super::{Dialect, Part, hugging_face_place};
 use crate::container::Storage;
 use crate::model::config::Config;
 use crate::names::TensorId;
 use crate::num::{Codec, Element};
+use crate::rows::Place;
 use crate::scheme::schemes::{MXFP4, NVFP4};
 use crate::scheme::{Activations, Offset, QTensor, Scheme, Span};
 use crate::tensor::{Dtype, bytes_from_floats, floats_from_bytes};
@@ -118,16 +119,12 @@ impl Dialect for CompressedTensors {
         "compressed-tensors"
     }
 
-    fn tensor_name(&self, id: TensorId, suffix: &str) -> String {
-        format!("{}.{suffix}", id.hf_module())
+    fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {
+        hugging_face_place(id, rows, config)
     }
 
     fn kept_dtype(&self, _id: TensorId, _shape: &[usize], stored: Dtype) -> Dtype {
         stored
-    }
-
-    fn row_order(&self, _id: TensorId, _config: &Config) -> Option<Vec<usize>> {
-        None
     }
 
     fn computed_tensors(&self, _config: &Config) -> Vec<(TensorId, Vec<f32>)> {

@@ -19,6 +19,7 @@ use crate::container::Storage;
 use crate::container::gguf::GgmlType;
 use crate::model::config::Config;
 use crate::names::{Role, TensorId};
+use crate::rows::{Place, RowMap};
 use crate::scheme::{Activations, QTensor, Scheme};
 use crate::tensor::Dtype;
 
@@ -53,20 +54,20 @@ impl Dialect for Gguf {
         "gguf"
     }
 
-    fn tensor_name(&self, id: TensorId, _suffix: &str) -> String {
-        id.gguf_name()
+    fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {
+        let place = Place::whole(id.gguf_name(), rows);
+        let rotated = matches!(id.role, Role::Q | Role::K);
+        let apart = config.rope.pairing == Pairing::Halves;
+        if !(rotated && apart && config.family.gguf_neighbours) {
+            return place;
+        }
+        let order = interleaved(config.head_dim, config.rope.rotary_dim(config.head_dim));
+        Place { rows: RowMap::SAME.reordered(&order), ..place }
     }
 
     /// Vectors are F32 (norms, biases: ggml's element-wise kernels take nothing else); matrices keep their type.
     fn kept_dtype(&self, _id: TensorId, shape: &[usize], stored: Dtype) -> Dtype {
         if shape.len() == 1 { Dtype::F32 } else { stored }
-    }
-
-    fn row_order(&self, id: TensorId, config: &Config) -> Option<Vec<usize>> {
-        let rotated = matches!(id.role, Role::Q | Role::K);
-        let apart = config.rope.pairing == Pairing::Halves;
-        let (len, rotary) = (config.head_dim, config.rope.rotary_dim(config.head_dim));
-        (rotated && apart && config.family.gguf_neighbours).then(|| interleaved(len, rotary))
     }
 
     /// llama.cpp reads no window for these architectures (`llama_model::load_hparams`): attention is always full.
@@ -377,11 +378,12 @@ mod tests {
         let mut config = Config::from_json(&json).unwrap();
         for (role, wanted) in [(Role::Q, true), (Role::K, true), (Role::V, false), (Role::O, false)] {
             let id = TensorId::in_layer(0, role);
+            let order = if wanted { RowMap::SAME.reordered(&interleaved(8, 8)) } else { RowMap::SAME };
             for id in [id, id.bias()] {
-                assert_eq!(Gguf.row_order(id, &config), wanted.then(|| interleaved(8, 8)), "{id}");
+                assert_eq!(Gguf.place(id, 32, &config).rows, order, "{id}");
             }
         }
         config.family = Family::of_gguf("qwen3").unwrap();
-        assert_eq!(Gguf.row_order(TensorId::in_layer(0, Role::Q), &config), None);
+        assert_eq!(Gguf.place(TensorId::in_layer(0, Role::Q), 32, &config).rows, RowMap::SAME);
     }
 }
