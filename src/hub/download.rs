@@ -103,8 +103,7 @@ impl Client {
         let mut answer = self.get(url, Some("bytes=0-0"), false)?;
         for _ in 0..RENAMES {
             let Some(moved) = header(&answer, "location").filter(|to| to.starts_with('/')) else { break };
-            let host = url.split('/').take(3).collect::<Vec<_>>().join("/");
-            answer = self.get(&format!("{host}{moved}"), Some("bytes=0-0"), false)?;
+            answer = self.get(&format!("{}{moved}", origin(url)), Some("bytes=0-0"), false)?;
         }
         let etag = header(&answer, "x-linked-etag").or_else(|| header(&answer, "etag"));
         let etag = etag.ok_or_else(|| missing("etag"))?;
@@ -116,6 +115,10 @@ impl Client {
         }
         let linked = header(&answer, "x-linked-size").and_then(|size| size.parse().ok());
         let answer = match (linked, header(&answer, "location")) {
+            // The token is for the hub alone.
+            (None, Some(content)) if origin(&content) == origin(url) => {
+                self.get(&content, Some("bytes=0-0"), true)?
+            }
             (None, Some(content)) => self.agent.get(&content).header("Range", "bytes=0-0").call()?,
             _ => answer,
         };
@@ -227,6 +230,11 @@ impl Progress {
         self.0.set_length(bytes);
         self.0.set_position(have);
     }
+}
+
+/// Returns scheme and host of an address.
+fn origin(url: &str) -> &str {
+    url.match_indices('/').nth(2).map_or(url, |(end, _)| &url[..end])
 }
 
 fn header(answer: &Response<Body>, name: &str) -> Option<String> {
