@@ -16,6 +16,9 @@
 //          rows together, those of a piece (or of a longer group) behind each other, row by row: what a tile reads is dense
 // Twin: scheme/qtensor.rs decode_row.
 
+#if ELEMENT == TABLE
+#error "values by table lie in GPU memory as INT8: backend/cuda/widen.rs"
+#endif
 #define DENSE (ELEMENT == DENSE_F32 || ELEMENT == DENSE_F16 || ELEMENT == DENSE_BF16)
 #if DENSE
 #define BITS 16
@@ -48,7 +51,10 @@ template <int CODEC> __device__ __forceinline__ float stored(const u8 *from, u32
         return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7fffffffu : byte << 23);
     }
     case CODEC_E4M3: return e4m3_to_float(from[at]);
+    case CODEC_U4:
     case CODEC_U6: return (float)from[at];
+    case CODEC_I6: return (float)from[at] - 32.0f;
+    case CODEC_ODD_EIGHTHS: return (float)(2 * from[at] + 1) * 0.125f;
     default: return (float)(i8)from[at];
     }
 }
@@ -135,6 +141,8 @@ __device__ __forceinline__ u32 first_of(u32 s, int half) {
     return 8 * s + 4 * half;
 #elif GROUP == 16 && BITS <= 6
     return 8 * (s & ~15u) + s % 4 * 32 + 16 * half + s / 4 % 4 * 4;
+#elif GROUP == 16
+    return 8 * (s & ~15u) + (s / 8 % 2 * 2 + s % 2) * 32 + 16 * half + s / 2 % 4 * 4;
 #elif BITS > 6
     return 8 * (s & ~15u) + (s / 8 % 2 * 2 + s % 2) * 32 + s / 2 % 4 * 8 + 4 * half;
 #else

@@ -59,13 +59,16 @@ __device__ __forceinline__ void neighbours(float scale, float &below, float &abo
 #elif SCALE == CODEC_E4M3
     u32 byte = e4m3_of(scale);
     below = e4m3_to_float(byte == 0 ? 0 : byte - 1), above = e4m3_to_float(min(byte + 1, 0x7eu));
-#elif SCALE == CODEC_U6 || SCALE == CODEC_I8
+#elif SCALE == CODEC_U4 || SCALE == CODEC_U6 || SCALE == CODEC_I6 || SCALE == CODEC_I8
     below = scale - 1.0f, above = scale + 1.0f;
 #else
 #if ELEMENT == INT
     const float step = 0.5f / (float)(1 << (BITS - 1));
 #elif ELEMENT == UINT
     const float step = 0.5f / (float)((1 << BITS) - 1);
+#elif ELEMENT == TABLE
+    constexpr i8 values[] = {TABLE_VALUES};
+    const float step = 0.5f / fmaxf((float)values[TABLE_COUNT - 1], -(float)values[0]);
 #elif ELEMENT == E2M1
     const float step = 0.5f / 6.0f;
 #else

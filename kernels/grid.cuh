@@ -85,13 +85,25 @@ __device__ __forceinline__ float round_integer(float x) {
     return __fsub_rn(__fadd_rn(x, 12582912.0f), 12582912.0f);
 }
 
-// Returns the element nearest to x, ties to even, saturating.
+#if ELEMENT == TABLE
+constexpr i8 TABLE_UNITS[] = {TABLE_VALUES};
+constexpr int TABLE_COUNT = sizeof(TABLE_UNITS);
+#endif
+
+// Returns the element nearest to x, ties to even (of a table: to the lower), saturating.
 __device__ __forceinline__ float nearest(float x) {
 #if ELEMENT == INT
     const float half = (float)(1 << (BITS - 1));
     return round_integer(fminf(fmaxf(x, -half), half - 1.0f));
 #elif ELEMENT == UINT
     return round_integer(fminf(fmaxf(x, 0.0f), (float)((1 << BITS) - 1)));
+#elif ELEMENT == TABLE
+    constexpr i8 values[] = {TABLE_VALUES};
+    float unit = (float)values[0];
+#pragma unroll
+    for (int i = 0; i + 1 < TABLE_COUNT; i++)
+        if (2.0f * x > (float)(values[i] + values[i + 1])) unit = (float)values[i + 1];
+    return unit;
 #elif ELEMENT == E2M1
     return copysignf(round_float(fminf(fabsf(x), 6.0f), 1.0f, 0.5f), x);
 #else
@@ -110,6 +122,12 @@ __device__ __forceinline__ u8 code_of(float unit) {
     return (u8)__float_as_uint(unit + (8388608.0f + (float)(1 << (BITS - 1))));
 #elif ELEMENT == UINT
     return (u8)__float_as_uint(unit + 8388608.0f);
+#elif ELEMENT == TABLE
+    constexpr i8 values[] = {TABLE_VALUES};
+    u8 code = 0;
+#pragma unroll
+    for (int i = 1; i < TABLE_COUNT; i++) code += unit >= (float)values[i];
+    return code;
 #elif ELEMENT == E2M1
     u32 bits = __float_as_uint(unit), magnitude = bits & 0x7fffffffu;
     return (u8)((bits >> 31) << 3 | (magnitude >= 0x3f800000u ? (magnitude >> 22) - 252u : magnitude != 0));
@@ -123,6 +141,13 @@ __device__ __forceinline__ float unit_of(u8 code) {
     return (float)code - (float)(1 << (BITS - 1));
 #elif ELEMENT == UINT
     return (float)code;
+#elif ELEMENT == TABLE
+    constexpr i8 values[] = {TABLE_VALUES};
+    float unit = (float)values[0];
+#pragma unroll
+    for (int i = 1; i < TABLE_COUNT; i++)
+        if (code >= i) unit = (float)values[i];
+    return unit;
 #elif ELEMENT == E2M1
     u32 magnitude = code & 7u;
     float a = magnitude < 2u ? 0.5f * (float)magnitude : __uint_as_float((magnitude + 252u) << 22);
@@ -146,6 +171,8 @@ template <int CODEC> __device__ __forceinline__ float round_stored(float x) {
         return __uint_as_float(min(bits, 0x7f000000u) & 0x7f800000u);
     }
     case CODEC_E4M3: return round_float(fminf(fmaxf(x, 0.0f), 448.0f), 0.015625f, 0.125f);
+    case CODEC_U4: return fminf(fmaxf(round_integer(x), 0.0f), 15.0f);
+    case CODEC_I6: return fminf(fmaxf(round_integer(x), -32.0f), 31.0f);
     case CODEC_U6: return fminf(fmaxf(round_integer(x), 0.0f), 63.0f);
     case CODEC_I8: return fminf(fmaxf(round_integer(x), -128.0f), 127.0f);
     default: return x;

@@ -54,13 +54,17 @@ __device__ __forceinline__ void multiply_piece(const u8 *stage, const u8 *tokens
 #endif
         }
 #if GROUPED && OFFSET != NONE
-        // Σ x of the 32 columns, in the place of the sums: a product with ones.
-        float x_sums[TOKEN_TILES][4];
+        // Σ x of the 32 columns, or of each 16 that share a scale, in the place of the sums: a product with ones.
+        float x_sums[HALVES][TOKEN_TILES][4];
         const u32 ones = 0x3c003c00u;
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
-            multiply_new(x_sums[n], ones, ones, ones, ones, in[n].x, in[n].y);
-            multiply(x_sums[n], ones, ones, ones, ones, in[n].z, in[n].w);
+            multiply_new(x_sums[0][n], ones, ones, ones, ones, in[n].x, in[n].y);
+#if GROUP == 16
+            multiply_new(x_sums[1][n], ones, ones, ones, ones, in[n].z, in[n].w);
+#else
+            multiply(x_sums[0][n], ones, ones, ones, ones, in[n].z, in[n].w);
+#endif
         }
 #endif
 #pragma unroll
@@ -100,7 +104,9 @@ __device__ __forceinline__ void multiply_piece(const u8 *stage, const u8 *tokens
                 for (int i = 0; i < 4; i += TOKENS == 1 ? 2 : 1) {
                     total[r][n][i] += own[HALVES - 1][i / 2].x * sum[i];
 #if OFFSET != NONE
-                    total[r][n][i] += own[0][i / 2].y * (x_sums[n][i] * (1.0f / UNPACKED));
+#pragma unroll
+                    for (int q = 0; q < HALVES; q++)
+                        total[r][n][i] += own[q][i / 2].y * (x_sums[q][n][i] * (1.0f / UNPACKED));
 #endif
                 }
 #endif

@@ -1,6 +1,7 @@
 // The macros that say which scheme a kernel is compiled for, set by backend/cuda/weight.rs:
 //
-//   ELEMENT      one of DENSE_F32, DENSE_F16, DENSE_BF16, E2M1, E4M3, INT, UINT
+//   ELEMENT      one of DENSE_F32, DENSE_F16, DENSE_BF16, E2M1, E4M3, INT, UINT, TABLE
+//   TABLE_VALUES the values of TABLE, ascending, with commas
 //   BITS         bits of a code
 //   GROUP        columns that share a scale; ROW or TENSOR
 //   SCALE        codec of the (inner) scales
@@ -15,6 +16,7 @@
 #define E4M3 4
 #define INT 5
 #define UINT 6
+#define TABLE 7
 
 #define CODEC_F32 0
 #define CODEC_F16 1
@@ -23,6 +25,9 @@
 #define CODEC_E4M3 4
 #define CODEC_U6 5
 #define CODEC_I8 6
+#define CODEC_U4 7
+#define CODEC_I6 8
+#define CODEC_ODD_EIGHTHS 9
 
 #define ROW 0
 #define TENSOR -1

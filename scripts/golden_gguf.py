@@ -25,12 +25,32 @@ TYPES = {
     "Q5_K": (2, [0, 2]),
     "Q6_K": (2, [208]),
     "MXFP4": (6, []),
+    # Since 2026-11-28, below the older ones, whose random numbers they leave as they are.
+    "Q2_K": (2, [80, 82]),
+    "Q3_K": (2, [108]),
+    "IQ4_NL": (6, [0]),
+    "IQ4_XS": (2, [0]),
+    "TQ1_0": (2, [52]),
+    "TQ2_0": (2, [64]),
+    "IQ2_XXS": (8, [0]),
+    "IQ2_XS": (8, [0]),
+    "IQ2_S": (8, [0]),
+    "IQ3_XXS": (8, [0]),
+    "IQ3_S": (8, [0]),
+    "IQ1_S": (8, [0]),
+    "IQ1_M": (8, None),
 }
 
 
 def random_blocks(rng, size, blocks, f16_offsets):
-    """Random bytes, with every F16 finite (either sign, subnormals possible) and every E8M0 below 255."""
+    """Random bytes, with every F16 finite (either sign, subnormals possible) and every E8M0 below 255.
+
+    The F16 of IQ1_M (offsets `None`) lies in the upper halves of four bytes; clearing one exponent bit keeps it finite.
+    """
     data = rng.integers(0, 256, (blocks, size), dtype=np.uint8)
+    if f16_offsets is None:
+        data[:, 55] &= 0xBF
+        return data
     for offset in f16_offsets:
         bits = rng.integers(0, 1 << 16, blocks, dtype=np.uint16)
         bits[(bits & 0x7C00) == 0x7C00] ^= 0x4000

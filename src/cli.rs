@@ -73,7 +73,7 @@ pub enum Command {
 pub struct ConvertArgs {
     /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
     pub model: Option<String>,
-    /// What to write, one or several: mxfp4, nvfp4, fp8, fp8-w8a8, int4, int8, int8-w8a8, q4_k_m, q4_k_s, q5_k_m, q5_k_s, q6_k, q8_0, q4_0
+    /// What to write, one or several: mxfp4, nvfp4, fp8, fp8-w8a8, int4, int8, int8-w8a8, q4_k_m, q4_k_s, q5_k_m, q5_k_s, q6_k, q8_0, q4_0, iq4_nl, iq4_xs, q3_k_l, q3_k_m, q3_k_s, q2_k
     #[arg(long, short, required = true, value_delimiter = ',', value_name = "FORMAT")]
     pub format: Vec<String>,
     /// Who will read it: compressed-tensors (vLLM, transformers) or gguf (llama.cpp) [default: the format's own]

@@ -250,6 +250,7 @@ impl SchemeRecord {
                 Element::E4M3 => "e4m3".into(),
                 Element::Int(bits) => format!("int{bits}"),
                 Element::Uint(bits) => format!("uint{bits}"),
+                Element::Table(table) => format!("table {:?}", table.values()),
             },
             block: span(scheme.group),
             scale: codec_name(scheme.scale),

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use quant::backend::cuda::compile::{Kernel, compile, names};
-use quant::backend::cuda::{cache_defines, library, scheme_defines};
+use quant::backend::cuda::{cache_defines, library, scheme_defines, scheme_on_device};
 use quant::backend::kv_cache::KvCache;
 use quant::num::Codec;
 use quant::scheme::{Scheme, Span, schemes};
@@ -17,7 +17,11 @@ fn kernel(name: &'static str, defines: &str) -> Kernel {
 fn decoding() -> Vec<Kernel> {
     let dense = ["F32", "F16", "BF16"].map(|dtype| vec![format!("ELEMENT=DENSE_{dtype}")]);
     let grouped = schemes::int8_grouped(128);
-    let packed = schemes::ALL.iter().chain([&grouped]).map(scheme_defines);
+    let stored = schemes::ALL.into_iter().chain(schemes::READ_ONLY).chain([grouped]);
+    let mut packed: Vec<Vec<String>> =
+        stored.map(|scheme| scheme_defines(&scheme_on_device(scheme, 1 << 12, 1 << 12))).collect();
+    packed.sort();
+    packed.dedup();
     let mut kernels = Vec::new();
     for defines in dense.into_iter().chain(packed) {
         kernels.push(Kernel { name: "embed", defines: defines.clone() });
@@ -152,7 +156,8 @@ fn every_kernel_compiles_for_ampere_hopper_and_blackwell() {
     let grouped = [schemes::int8_grouped(128), schemes::int8_grouped(64), schemes::int4_grouped(32)];
     let every: Vec<Scheme> = schemes::ALL.into_iter().chain(grouped).collect();
     // What differs between architectures is in other kernels: these need all their schemes on one of them only.
-    let (all, some) = (calibrating(&every), calibrating(&[schemes::MXFP4, schemes::INT8, schemes::Q4_K]));
+    let (all, some) =
+        (calibrating(&every), calibrating(&[schemes::MXFP4, schemes::INT8, schemes::Q2_K, schemes::IQ4_XS]));
     for name in names() {
         assert!(
             kernels.iter().chain(&some).any(|kernel| kernel.name == name),

@@ -171,6 +171,7 @@ fn round_lanes(element: Element, grid: &GridLanes, wanted: &Lanes, fed: &Lanes) 
         Element::E4M3 => round_lanes_of(Element::E4M3, grid, wanted, fed),
         Element::Int(bits) => round_lanes_of(Element::Int(bits), grid, wanted, fed),
         Element::Uint(bits) => round_lanes_of(Element::Uint(bits), grid, wanted, fed),
+        Element::Table(table) => round_lanes_of(Element::Table(table), grid, wanted, fed),
     }
 }
 

@@ -95,7 +95,7 @@ pub fn candidates(row: &QTensor, group: usize, normal: &Normal) -> Vec<Stored> {
     let [below, above] = neighbours(scheme, now.scale);
     push(below, now.offset);
     push(above, now.offset);
-    if offset_codec == Some(Codec::U6) {
+    if matches!(offset_codec, Some(Codec::U4 | Codec::U6)) {
         push(now.scale, now.offset - 1.0);
         push(now.scale, now.offset + 1.0);
     }
@@ -111,7 +111,8 @@ fn neighbours(scheme: &Scheme, scale: f32) -> [f32; 2] {
             let byte = Codec::E4M3.encode(scale);
             [byte.saturating_sub(1), (byte + 1).min(0x7e)].map(|byte| Codec::E4M3.decode(byte))
         }
-        Codec::U6 | Codec::I8 => [scale - 1.0, scale + 1.0],
+        Codec::U4 | Codec::U6 | Codec::I6 | Codec::I8 => [scale - 1.0, scale + 1.0],
+        Codec::OddEighths(_) => [scale - 0.25, scale + 0.25],
         _ => {
             let (low, high) = scheme.element.range();
             let step = 0.5 / high.max(-low);

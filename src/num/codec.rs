@@ -18,10 +18,16 @@ pub enum Codec {
     E8M0,
     /// FP8 E4M3 used as a non-negative scale.
     E4M3,
+    /// Unsigned 4-bit integer (Q2_K sub-block scales and minima).
+    U4,
     /// Unsigned 6-bit integer (K-quant sub-block scales and minima).
     U6,
+    /// Signed 6-bit integer, -32..=31, stored 32 larger (Q3_K and IQ4_XS sub-block scales).
+    I6,
     /// Signed 8-bit integer, -128..=127 (Q6_K sub-block scales).
     I8,
+    /// `(2k + 1) / 8` for a `k` of that many bits, 3 or 4: what the scales of ggml's IQ1, IQ2 and IQ3 types come to.
+    OddEighths(u8),
 }
 
 impl Codec {
@@ -31,7 +37,9 @@ impl Codec {
             Codec::F32 => 32,
             Codec::F16 | Codec::BF16 => 16,
             Codec::E8M0 | Codec::E4M3 | Codec::I8 => 8,
-            Codec::U6 => 6,
+            Codec::U6 | Codec::I6 => 6,
+            Codec::U4 => 4,
+            Codec::OddEighths(bits) => bits as u32,
         }
     }
 
@@ -47,7 +55,12 @@ impl Codec {
             Codec::BF16 => bf16::from_f32(x.clamp(-MAX_BF16, MAX_BF16)).to_bits() as u32,
             Codec::E8M0 => encode_e8m0(x),
             Codec::E4M3 => minifloat::encode_e4m3(x.clamp(0.0, 448.0)) as u32,
+            Codec::U4 => x.round_ties_even().clamp(0.0, 15.0) as u32,
             Codec::U6 => x.round_ties_even().clamp(0.0, 63.0) as u32,
+            Codec::I6 => (x.round_ties_even().clamp(-32.0, 31.0) + 32.0) as u32,
+            Codec::OddEighths(bits) => {
+                (4.0 * x - 0.5).round_ties_even().clamp(0.0, ((1u32 << bits) - 1) as f32) as u32
+            }
             Codec::I8 => x.round_ties_even().clamp(-128.0, 127.0) as i8 as u8 as u32,
         }
     }
@@ -61,7 +74,9 @@ impl Codec {
             Codec::BF16 => bf16::from_bits(bits as u16).to_f32(),
             Codec::E8M0 => decode_e8m0(bits as u8),
             Codec::E4M3 => minifloat::decode_e4m3(bits as u8),
-            Codec::U6 => bits as f32,
+            Codec::U4 | Codec::U6 => bits as f32,
+            Codec::I6 => bits as f32 - 32.0,
+            Codec::OddEighths(_) => (2 * bits + 1) as f32 / 8.0,
             Codec::I8 => bits as u8 as i8 as f32,
         }
     }
@@ -122,7 +137,11 @@ mod tests {
             (Codec::BF16, 1 << 16),
             (Codec::E8M0, 256),
             (Codec::E4M3, 128),
+            (Codec::U4, 16),
             (Codec::U6, 64),
+            (Codec::I6, 64),
+            (Codec::OddEighths(3), 8),
+            (Codec::OddEighths(4), 16),
             (Codec::I8, 256),
         ] {
             for bits in 0..count {

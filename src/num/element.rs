@@ -1,9 +1,9 @@
-use super::minifloat;
+use super::{Table, minifloat};
 
 /// A finite set of values at unit scale; a *code* is the stored index of one of them.
 ///
-/// Integer codes are offset-binary (`code = value + 2^(bits-1)`), so that for `Int` and `Uint` a larger code is a
-/// larger value. Two's complement, where an ecosystem wants it, is the dialect's business.
+/// Integer codes are offset-binary (`code = value + 2^(bits-1)`), so that for `Int`, `Uint` and `Table` a larger code
+/// is a larger value. Two's complement, where an ecosystem wants it, is the dialect's business.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// FP4: ±{0, ½, 1, 1½, 2, 3, 4, 6}; code = sign bit, then magnitude index.
@@ -14,6 +14,8 @@ pub enum Element {
     Int(u8),
     /// Unsigned integers `0 ..= 2^bits - 1`, `bits` in 2..=8.
     Uint(u8),
+    /// Integers by table; code = index.
+    Table(&'static Table),
 }
 
 impl Element {
@@ -23,6 +25,16 @@ impl Element {
             Element::E2M1 => 4,
             Element::E4M3 => 8,
             Element::Int(bits) | Element::Uint(bits) => bits as u32,
+            Element::Table(table) => table.bits(),
+        }
+    }
+
+    /// Returns the number of bits that 256 codes take in a file: fewer than 256 times [`Element::bits`] where codes are
+    /// stored together, as one entry of a codebook.
+    pub const fn bits_of_256(self) -> u32 {
+        match self {
+            Element::Table(table) => table.bits_of_256(),
+            _ => 256 * self.bits(),
         }
     }
 
@@ -33,6 +45,7 @@ impl Element {
             Element::E4M3 => (-448.0, 448.0),
             Element::Int(bits) => (-((1u32 << (bits - 1)) as f32), ((1u32 << (bits - 1)) - 1) as f32),
             Element::Uint(bits) => (0.0, ((1u32 << bits) - 1) as f32),
+            Element::Table(table) => table.range(),
         }
     }
 
@@ -44,6 +57,7 @@ impl Element {
             Element::E4M3 => minifloat::decode_e4m3(code),
             Element::Int(bits) => code as f32 - (1u32 << (bits - 1)) as f32,
             Element::Uint(_) => code as f32,
+            Element::Table(table) => table.decode(code),
         }
     }
 
@@ -58,12 +72,21 @@ impl Element {
                 low_byte(x.clamp(-half, half - 1.0), half)
             }
             Element::Uint(bits) => low_byte(x.clamp(0.0, ((1u32 << bits) - 1) as f32), 0.0),
+            Element::Table(table) => table.encode(x),
+        }
+    }
+
+    /// Returns how many codes there are: 2^bits, but for a table as many as it has values.
+    pub const fn codes(self) -> usize {
+        match self {
+            Element::Table(table) => table.values().len(),
+            _ => 1 << self.bits(),
         }
     }
 
     /// Returns the values of all codes, indexed by code.
     pub fn table(self) -> Vec<f32> {
-        (0..1u32 << self.bits()).map(|code| self.decode(code as u8)).collect()
+        (0..self.codes()).map(|code| self.decode(code as u8)).collect()
     }
 }
 
@@ -80,12 +103,17 @@ fn low_byte(x: f32, offset: f32) -> u8 {
 mod tests {
     use super::*;
 
-    const ALL: [Element; 8] = [
+    const UNEVEN: Table = Table::new(&[-43, -25, -8, 8, 25, 43], 480);
+
+    const ALL: [Element; 11] = [
         Element::E2M1,
         Element::E4M3,
+        Element::Table(&UNEVEN),
+        Element::Int(3),
         Element::Int(4),
         Element::Int(6),
         Element::Int(8),
+        Element::Uint(2),
         Element::Uint(4),
         Element::Uint(5),
         Element::Uint(8),

@@ -9,6 +9,8 @@
 mod codec;
 mod element;
 mod minifloat;
+mod table;
 
 pub use codec::Codec;
 pub use element::Element;
+pub use table::Table;

@@ -61,7 +61,7 @@ const fn linears(
 }
 
 /// All formats.
-pub const FORMATS: [Format; 15] = [
+pub const FORMATS: [Format; 21] = [
     Format {
         name: "mxfp4",
         aliases: &["mxfp4a16"],
@@ -138,6 +138,35 @@ pub const FORMATS: [Format; 15] = [
     gguf("q6_k", "llama.cpp's Q6_K: 6.56 bits", Q6_K, &[(GGUF, uniform)]),
     gguf("q8_0", "llama.cpp's Q8_0: 8.5 bits", Q8_0, &[(GGUF, everything)]),
     gguf("q4_0", "llama.cpp's Q4_0: 4.5 bits, the simplest and fastest to decode", Q4_0, &[(GGUF, uniform)]),
+    gguf(
+        "iq4_nl",
+        "llama.cpp's IQ4_NL: 4.5 bits, 16 uneven values in blocks of 32",
+        IQ4_NL,
+        &[(GGUF, uneven)],
+    ),
+    gguf(
+        "iq4_xs",
+        "llama.cpp's IQ4_XS: 4.25 bits, the same values in super-blocks",
+        IQ4_XS,
+        &[(GGUF, uneven)],
+    ),
+    gguf(
+        "q3_k_l",
+        "llama.cpp's Q3_K_L: 3.4 bits, sensitive tensors in Q5_K",
+        Q3_K,
+        &[(GGUF, three_bits_large)],
+    ),
+    Format {
+        aliases: &["q3_k"],
+        ..gguf(
+            "q3_k_m",
+            "llama.cpp's Q3_K_M: 3.4 bits, sensitive tensors in Q4_K",
+            Q3_K,
+            &[(GGUF, three_bits_medium)],
+        )
+    },
+    gguf("q3_k_s", "llama.cpp's Q3_K_S: 3.4 bits", Q3_K, &[(GGUF, uniform)]),
+    gguf("q2_k", "llama.cpp's Q2_K: 2.6 bits, sensitive tensors in Q3_K", Q2_K, &[(GGUF, two_bits)]),
 ];
 
 /// Returns the format of that name or alias, in any case.
@@ -185,13 +214,49 @@ fn small(base: Choice, config: &Config) -> Vec<Rule> {
     [uniform(base, config), first].concat()
 }
 
+/// Where errors hurt the most: v, o and down.
+fn sensitive(scheme: Scheme) -> Rule {
+    Rule::new(Select::Roles(vec![Role::V, Role::O, Role::Down]), Choice::weights(scheme))
+}
+
+/// v of models where four heads of queries and more share it: it is small, and an error in it is in all of them.
+fn shared_v(scheme: Scheme, config: &Config) -> Option<Rule> {
+    let shared = config.num_attention_heads >= 4 * config.num_key_value_heads;
+    shared.then(|| Rule::new(Select::Roles(vec![Role::V]), Choice::weights(scheme)))
+}
+
+/// llama.cpp's Q3_K_M: v, o and down in Q4_K, the first v and down in Q5_K.
+fn three_bits_medium(base: Choice, config: &Config) -> Vec<Rule> {
+    let first =
+        |role, count| Rule::new(Select::InLayers(vec![role], (0..count).collect()), Choice::weights(Q5_K));
+    let first = vec![first(Role::V, 2), first(Role::Down, config.num_hidden_layers / 16)];
+    [uniform(base, config), vec![sensitive(Q4_K)], first].concat()
+}
+
+/// llama.cpp's Q3_K_L: v, o and down in Q5_K.
+fn three_bits_large(base: Choice, config: &Config) -> Vec<Rule> {
+    [uniform(base, config), vec![sensitive(Q5_K)]].concat()
+}
+
+/// llama.cpp's Q2_K: v, o and down in Q3_K, a shared v in Q4_K.
+fn two_bits(base: Choice, config: &Config) -> Vec<Rule> {
+    uniform(base, config).into_iter().chain([sensitive(Q3_K)]).chain(shared_v(Q4_K, config)).collect()
+}
+
+/// llama.cpp's IQ4_NL and IQ4_XS as with an importance matrix (without one, it keeps the first down in Q5_K): a shared v in
+/// Q5_K.
+fn uneven(base: Choice, config: &Config) -> Vec<Rule> {
+    uniform(base, config).into_iter().chain(shared_v(Q5_K, config)).collect()
+}
+
 /// llama.cpp's `use_more_bits`: the first and last eighth of the layers and every third between.
 fn more_bits(layer: usize, layers: usize) -> bool {
     layer < layers / 8 || layer >= 7 * layers / 8 || (layer - layers / 8) % 3 == 2
 }
 
 /// llama.cpp's substitutes for schemes whose block does not divide a row.
-const SUBSTITUTES: [(Scheme, Scheme); 3] = [(Q4_K, Q5_0), (Q5_K, Q5_1), (Q6_K, Q8_0)];
+const SUBSTITUTES: [(Scheme, Scheme); 6] =
+    [(Q2_K, Q4_0), (Q3_K, Q4_0), (Q4_K, Q5_0), (Q5_K, Q5_1), (Q6_K, Q8_0), (IQ4_XS, IQ4_NL)];
 
 /// Returns what a scheme becomes on rows of `cols` columns: itself where they fit, else llama.cpp's substitute, else
 /// `None` (kept dense).
@@ -206,10 +271,10 @@ mod tests {
     use crate::names::TensorId;
     use crate::recipe::rules::choose;
 
-    fn config(layers: usize) -> Config {
+    fn config(layers: usize, kv_heads: usize) -> Config {
         Config::from_json(&serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64,
+            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "vocab_size": 64,
             "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
         }))
         .unwrap()
@@ -217,7 +282,7 @@ mod tests {
 
     fn lifted(format: &str, role: Role, layers: usize) -> Vec<usize> {
         let format = by_name(format).unwrap();
-        let rules = (format.dialects[0].1)(format.base, &config(layers));
+        let rules = (format.dialects[0].1)(format.base, &config(layers, 4));
         let choice = |i| choose(&rules, TensorId::in_layer(i, role));
         (0..layers).filter(|&i| choice(i) != Some(format.base)).collect()
     }
@@ -234,11 +299,39 @@ mod tests {
     }
 
     #[test]
+    fn low_bits_are_mixed_as_llama_cpp_does() {
+        for (format, role, layer, kv_heads, wanted) in [
+            ("q3_k_m", Role::V, 1, 1, "q5_k"),
+            ("q3_k_m", Role::V, 2, 1, "q4_k"),
+            ("q3_k_m", Role::Down, 1, 1, "q5_k"),
+            ("q3_k_m", Role::Down, 2, 1, "q4_k"),
+            ("q3_k_m", Role::O, 0, 1, "q4_k"),
+            ("q3_k_m", Role::Gate, 0, 1, "q3_k"),
+            ("q3_k_l", Role::O, 9, 1, "q5_k"),
+            ("q3_k_s", Role::V, 0, 1, "q3_k"),
+            ("q2_k", Role::V, 9, 1, "q4_k"),
+            ("q2_k", Role::V, 9, 2, "q3_k"),
+            ("q2_k", Role::Down, 9, 2, "q3_k"),
+            ("q2_k", Role::Q, 9, 2, "q2_k"),
+            ("iq4_xs", Role::V, 9, 1, "q5_k"),
+            ("iq4_xs", Role::V, 9, 2, "iq4_xs"),
+            ("iq4_nl", Role::Down, 0, 1, "iq4_nl"),
+        ] {
+            let format = by_name(format).unwrap();
+            let rules = (format.dialects[0].1)(format.base, &config(32, kv_heads));
+            let chosen = choose(&rules, TensorId::in_layer(layer, role)).map(|choice| choice.scheme.name);
+            assert_eq!(chosen, Some(wanted), "{} {role:?} {layer} {kv_heads}", format.name);
+        }
+    }
+
+    #[test]
     fn rows_that_do_not_fit_get_llama_cpps_substitute() {
         let name = |scheme, cols| fallback(scheme, cols).map(|s| s.name);
         assert_eq!(name(Q4_K, 576), Some("q5_0"));
         assert_eq!(name(Q6_K, 576), Some("q8_0"));
         assert_eq!(name(Q4_K, 1536), Some("q4_k"));
+        assert_eq!([name(Q2_K, 576), name(Q3_K, 576)], [Some("q4_0"); 2]);
+        assert_eq!(name(IQ4_XS, 576), Some("iq4_nl"));
         assert_eq!(name(MXFP4, 80), None);
     }
 }

@@ -16,6 +16,7 @@ pub fn encode(q: &mut QTensor, weights: &[f32]) {
         Element::E4M3 => encode_groups(q, weights, &mut codes, |x| Element::E4M3.encode(x)),
         Element::Int(bits) => encode_groups(q, weights, &mut codes, |x| Element::Int(bits).encode(x)),
         Element::Uint(bits) => encode_groups(q, weights, &mut codes, |x| Element::Uint(bits).encode(x)),
+        Element::Table(table) => encode_groups(q, weights, &mut codes, |x| Element::Table(table).encode(x)),
     }
     q.codes = codes;
 }

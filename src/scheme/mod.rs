@@ -92,7 +92,8 @@ impl Scheme {
     /// Returns the exact number of stored bits of a `[rows, cols]` tensor, without container padding.
     pub fn stored_bits(&self, rows: usize, cols: usize) -> u64 {
         let groups = self.group.count(rows, cols) as u64;
-        let mut bits = (rows * cols) as u64 * self.element.bits() as u64 + groups * self.scale.bits() as u64;
+        let codes = ((rows * cols) as u64 * self.element.bits_of_256() as u64).div_ceil(256);
+        let mut bits = codes + groups * self.scale.bits() as u64;
         if let Some((span, codec)) = self.outer {
             bits += span.count(rows, cols) as u64 * codec.bits() as u64;
         }

@@ -155,6 +155,7 @@ fn decode_row(q: &QTensor, row: usize, out: &mut [f32]) {
         Element::E4M3 => decode_groups(q, row, out, |code| Element::E4M3.decode(code)),
         Element::Int(bits) => decode_groups(q, row, out, |code| Element::Int(bits).decode(code)),
         Element::Uint(bits) => decode_groups(q, row, out, |code| Element::Uint(bits).decode(code)),
+        Element::Table(table) => decode_groups(q, row, out, |code| Element::Table(table).decode(code)),
     }
 }
 

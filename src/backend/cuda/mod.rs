@@ -6,7 +6,7 @@
 //! | `compile` | kernel sources → machine code, cached on disk |
 //! | `device` | memory, launches, one stream |
 //! | `weight` | packed weights and their decoding |
-//! | `widen` | small matrices with wider codes |
+//! | `widen` | codes that lie wider than they are stored |
 //! | `tensor` | activations |
 //! | `gemm` | cuBLASLt |
 //! | `linear` | y = x · wᵀ in its variants |
@@ -63,6 +63,7 @@ use self::gemm::{Form, Gemm, Product, Types};
 pub use self::solve::CudaSolver;
 pub use self::tensor::{Float, Tensor};
 pub use self::weight::{Stored, Weight, scheme_defines};
+pub use self::widen::scheme_on_device;
 use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
 use crate::backend::kv_cache::KvCache;
 use crate::method::solve::Knobs;

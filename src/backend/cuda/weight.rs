@@ -1,4 +1,4 @@
-//! Weights in GPU memory, as compact as the files (but for small matrices in Q5_0, see `widen`): packed code planes and the
+//! Weights in GPU memory, as compact as the files (but for what `widen` names): packed code planes and the
 //! stored scales, laid out as `kernels/decode.cuh` says. Nothing is decoded before it is used.
 
 use std::ops::Range;
@@ -49,7 +49,7 @@ pub enum Stored {
 }
 
 impl Weight {
-    /// Copies a matrix to the device, packing codes to their bits; small ones may get wider codes (`widen`).
+    /// Copies a matrix to the device, packing codes to their bits, where `widen` has no wider ones for it.
     pub fn upload(device: &Device, matrix: &Matrix) -> Result<Self> {
         let [rows, cols] = matrix.dims();
         ensure!(cols % 8 == 0, "{cols} columns: the GPU wants a multiple of 8; use `--device cpu`");
@@ -59,7 +59,7 @@ impl Weight {
         );
         match matrix {
             Matrix::Dense(dense) => Ok(Self::dense(rows, cols, dense.dtype, device.upload(&dense.bytes)?)),
-            Matrix::Quantized(q) => Self::upload_quantized(device, widened(q).as_ref().unwrap_or(q)),
+            Matrix::Quantized(q) => Self::upload_quantized(device, q),
         }
     }
 
@@ -119,6 +119,8 @@ impl Weight {
 
     /// The same for codes and scales that stay with the caller.
     pub fn upload_quantized(device: &Device, q: &QTensor) -> Result<Self> {
+        let widened = widened(q);
+        let q = widened.as_ref().unwrap_or(q);
         let scheme = q.scheme;
         for span in [Some(scheme.group), scheme.outer.map(|(span, _)| span)].into_iter().flatten() {
             let Span::Cols(n) = span else { continue };
@@ -268,6 +270,7 @@ pub fn scheme_defines(scheme: &Scheme) -> Vec<String> {
         Element::E4M3 => "E4M3",
         Element::Int(_) => "INT",
         Element::Uint(_) => "UINT",
+        Element::Table(_) => "TABLE",
     };
     let (outer_group, outer) = match scheme.outer {
         None => ("ROW".to_string(), "NONE".to_string()),
@@ -278,7 +281,14 @@ pub fn scheme_defines(scheme: &Scheme) -> Vec<String> {
         Offset::Added(_) => "ADDED",
         Offset::Subtracted(_) => "SUBTRACTED",
     };
-    vec![
+    let table = match scheme.element {
+        Element::Table(table) => {
+            let values: Vec<_> = table.values().iter().map(|value| value.to_string()).collect();
+            Some(format!("TABLE_VALUES={}", values.join(",")))
+        }
+        _ => None,
+    };
+    let mut defines = vec![
         format!("ELEMENT={element}"),
         format!("BITS={}", scheme.element.bits()),
         format!("GROUP={}", span_name(scheme.group)),
@@ -287,7 +297,9 @@ pub fn scheme_defines(scheme: &Scheme) -> Vec<String> {
         format!("OUTER_GROUP={outer_group}"),
         format!("OFFSET={offset}"),
         format!("OFFSET_CODEC={}", offset_codec(scheme.offset).map_or("NONE".to_string(), codec_name)),
-    ]
+    ];
+    defines.extend(table);
+    defines
 }
 
 fn span_name(span: Span) -> String {
@@ -299,7 +311,10 @@ fn span_name(span: Span) -> String {
 }
 
 fn codec_name(codec: Codec) -> String {
-    format!("CODEC_{codec:?}")
+    match codec {
+        Codec::OddEighths(_) => "CODEC_ODD_EIGHTHS".to_string(),
+        _ => format!("CODEC_{codec:?}"),
+    }
 }
 
 fn offset_codec(offset: Offset) -> Option<Codec> {
@@ -419,6 +434,7 @@ fn encode(codec: Codec, values: &[f32]) -> Vec<u8> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::backend::cuda::scheme_on_device;
     use crate::scheme::schemes;
 
     /// Reads a code back by the words of decode.cuh.
@@ -449,7 +465,8 @@ mod tests {
 
     #[test]
     fn every_code_survives_packing() {
-        for scheme in schemes::ALL {
+        let read_only = schemes::READ_ONLY.map(|scheme| scheme_on_device(scheme, 1 << 12, 1 << 12));
+        for scheme in schemes::ALL.into_iter().chain(read_only) {
             // Strides coprime to the number of codes put every code at every place of a unit; 416 columns end in a
             // part of a piece.
             let (rows, cols) = (5, if scheme.block_cols() == 256 { 512 } else { 416 });

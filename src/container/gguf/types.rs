@@ -14,14 +14,27 @@ pub enum GgmlType {
     Q5_0,
     Q5_1,
     Q8_0,
+    Q2_K,
+    Q3_K,
     Q4_K,
     Q5_K,
     Q6_K,
+    IQ1_S,
+    IQ1_M,
+    IQ2_XXS,
+    IQ2_XS,
+    IQ2_S,
+    IQ3_XXS,
+    IQ3_S,
+    IQ4_NL,
+    IQ4_XS,
+    TQ1_0,
+    TQ2_0,
     MXFP4,
 }
 
 /// (type, id in the file, elements per block, bytes per block)
-const TYPES: [(GgmlType, u32, usize, usize); 12] = {
+const TYPES: [(GgmlType, u32, usize, usize); 25] = {
     use GgmlType::*;
     [
         (F32, 0, 1, 4),
@@ -32,33 +45,38 @@ const TYPES: [(GgmlType, u32, usize, usize); 12] = {
         (Q5_0, 6, 32, 22),
         (Q5_1, 7, 32, 24),
         (Q8_0, 8, 32, 34),
+        (Q2_K, 10, 256, 84),
+        (Q3_K, 11, 256, 110),
         (Q4_K, 12, 256, 144),
         (Q5_K, 13, 256, 176),
         (Q6_K, 14, 256, 210),
+        (IQ1_S, 19, 256, 50),
+        (IQ1_M, 29, 256, 56),
+        (IQ2_XXS, 16, 256, 66),
+        (IQ2_XS, 17, 256, 74),
+        (IQ2_S, 22, 256, 82),
+        (IQ3_XXS, 18, 256, 98),
+        (IQ3_S, 21, 256, 110),
+        (IQ4_NL, 20, 32, 18),
+        (IQ4_XS, 23, 256, 136),
+        (TQ1_0, 34, 256, 54),
+        (TQ2_0, 35, 256, 66),
         (MXFP4, 39, 32, 17),
     ]
 };
 
 /// Names of types that exist but are not read here, for messages (ggml.h).
-const OTHERS: [(u32, &str); 18] = [
+const OTHERS: [(u32, &str); 10] = [
     (9, "Q8_1"),
-    (10, "Q2_K"),
-    (11, "Q3_K"),
     (15, "Q8_K"),
-    (16, "IQ2_XXS"),
-    (17, "IQ2_XS"),
-    (18, "IQ3_XXS"),
-    (19, "IQ1_S"),
-    (20, "IQ4_NL"),
-    (21, "IQ3_S"),
-    (22, "IQ2_S"),
-    (23, "IQ4_XS"),
     (24, "I8"),
+    (25, "I16"),
     (26, "I32"),
+    (27, "I64"),
     (28, "F64"),
-    (29, "IQ1_M"),
-    (34, "TQ1_0"),
     (40, "NVFP4"),
+    (41, "Q1_0"),
+    (42, "Q2_0"),
 ];
 
 impl GgmlType {

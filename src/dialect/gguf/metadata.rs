@@ -15,17 +15,39 @@ use crate::model::tokenizer::TokenizerFiles;
 use crate::names::{Role, TensorId};
 
 /// (format, `general.file_type`), from llama.h's `llama_ftype`. Informational: loaders go by each tensor's type.
-const FILE_TYPES: [(&str, u32); 12] = [
+const FILE_TYPES: [(&str, u32); 34] = [
     ("f32", 0),
     ("f16", 1),
     ("bf16", 32),
     ("q4_0", 2),
+    ("q4_1", 3),
     ("q8_0", 7),
+    ("q5_0", 8),
+    ("q5_1", 9),
+    ("q2_k", 10),
+    ("q3_k_s", 11),
+    ("q3_k_m", 12),
+    ("q3_k_l", 13),
     ("q4_k_s", 14),
     ("q4_k_m", 15),
     ("q5_k_s", 16),
     ("q5_k_m", 17),
     ("q6_k", 18),
+    ("iq2_xxs", 19),
+    ("iq2_xs", 20),
+    ("q2_k_s", 21),
+    ("iq3_xs", 22),
+    ("iq3_xxs", 23),
+    ("iq1_s", 24),
+    ("iq4_nl", 25),
+    ("iq3_s", 26),
+    ("iq3_m", 27),
+    ("iq2_s", 28),
+    ("iq2_m", 29),
+    ("iq4_xs", 30),
+    ("iq1_m", 31),
+    ("tq1_0", 36),
+    ("tq2_0", 37),
     // There is no number for dense MXFP4; this is the one for MXFP4 experts.
     ("mxfp4", 38),
     // "guessed": no single number says it.
@@ -51,7 +73,7 @@ pub fn write(config: &Config, files: &TokenizerFiles, name: &str, format: &str) 
     Ok(out)
 }
 
-/// Returns the format that `general.file_type` names; `None` if it names none of this project's.
+/// Returns the format that `general.file_type` names; `None` if it names none that is read here.
 pub fn format(metadata: &Metadata) -> Option<&'static str> {
     let file_type = metadata.get("general.file_type")?.as_u64()?;
     FILE_TYPES.iter().find(|row| row.1 as u64 == file_type && row.0 != "mixed").map(|row| row.0)

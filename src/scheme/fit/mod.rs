@@ -109,8 +109,19 @@ fn fit_scales(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>, rul
     let Scheme { element, group, scale, outer, offset, .. } = q.scheme;
     match (outer, offset) {
         (Some((Span::Tensor, _)), _) => fp8_scale::fit(q, weights, importances),
-        (Some(_), Offset::None) => super_block::fit_symmetric(q, weights, importances),
-        (Some(_), _) => super_block::fit_with_minima(q, weights, importances),
+        (Some(_), Offset::None) => match element {
+            Element::Table(table) => {
+                super_block::fit_symmetric::<32, 8>(q, weights, importances, |x| table.nearest(x));
+            }
+            _ => {
+                let nearest = symmetric::integers(element.range());
+                super_block::fit_symmetric::<16, 16>(q, weights, importances, nearest);
+            }
+        },
+        (Some(_), _) if group == Span::Cols(16) => {
+            super_block::fit_with_minima::<16, 16>(q, weights, importances);
+        }
+        (Some(_), _) => super_block::fit_with_minima::<32, 8>(q, weights, importances),
         (None, Offset::Added(_)) => affine::fit(q, weights, importances),
         (None, _) if scale == Codec::E8M0 => power_of_two::fit(q, weights, importances, rule),
         (None, _) if group == Span::Cols(32) => symmetric::fit::<32>(q, weights, importances),

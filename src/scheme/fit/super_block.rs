@@ -15,40 +15,64 @@ use crate::scheme::QTensor;
 /// How often both levels are refitted.
 const ROUNDS: usize = 2;
 
-/// Q4_K, Q5_K: `value = d · scale · q - dmin · minimum`, eight sub-blocks of 32, integers of 6 bits.
+/// `value = d · scale · q - dmin · minimum`: Q4_K and Q5_K with eight sub-blocks of 32 and integers of 6 bits, Q2_K with sixteen
+/// of 16 and integers of 4 bits.
 #[inline(always)]
-pub(super) fn fit_with_minima(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>) {
-    let (_, steps) = q.scheme.element.range();
-    let mut tile = Tile::<32>::new();
+pub(super) fn fit_with_minima<const N: usize, const SUBS: usize>(
+    q: &mut QTensor,
+    weights: &[f32],
+    importances: Option<&[f32]>,
+) {
+    let ends = Ends { steps: q.scheme.element.range().1, largest: largest_integer(q.scheme.scale) };
+    let mut tile = Tile::<N>::new();
     for first in (0..q.scales.len()).step_by(LANES) {
         let groups = tile.load(weights, importances, first);
-        weigh::<32, 8>(&mut tile, importances.is_some());
-        let stored = WithMinima::fit(&tile, steps);
+        weigh::<N, SUBS>(&mut tile, importances.is_some());
+        let stored = WithMinima::<SUBS>::fit(&tile, ends);
         q.scales[groups.clone()].copy_from_slice(&stored.scale[..groups.len()]);
         q.offsets[groups.clone()].copy_from_slice(&stored.minimum[..groups.len()]);
-        for lane in (0..groups.len()).step_by(8) {
-            let outer = (groups.start + lane) / 8;
+        for lane in (0..groups.len()).step_by(SUBS) {
+            let outer = (groups.start + lane) / SUBS;
             q.outer_scales[outer] = stored.d[lane];
             q.outer_offsets[outer] = stored.dmin[lane];
         }
     }
 }
 
-/// Q6_K: `value = d · scale · q`, sixteen sub-blocks of 16, integers of 8 bits with a sign.
+/// `value = d · scale · q`: Q6_K and Q3_K with sixteen sub-blocks of 16, IQ4_XS with eight of 32; integers with a sign, of 8
+/// bits or 6. `nearest` rounds to the element.
 #[inline(always)]
-pub(super) fn fit_symmetric(q: &mut QTensor, weights: &[f32], importances: Option<&[f32]>) {
-    let element = q.scheme.element;
-    let mut tile = Tile::<16>::new();
+pub(super) fn fit_symmetric<const N: usize, const SUBS: usize>(
+    q: &mut QTensor,
+    weights: &[f32],
+    importances: Option<&[f32]>,
+    nearest: impl Fn(f32) -> f32 + Copy,
+) {
+    let (element, codec) = (q.scheme.element, q.scheme.scale);
+    let lowest = -largest_integer(codec) - 1.0;
+    let mut tile = Tile::<N>::new();
     for first in (0..q.scales.len()).step_by(LANES) {
         let groups = tile.load(weights, importances, first);
-        weigh::<16, 16>(&mut tile, importances.is_some());
-        let fitted = symmetric::search(&tile, element);
-        let d = Codec::F16.round(signed_largest(&fitted) * (1.0 / -128.0));
-        let inverse = symmetric::reciprocal(&[d; LANES]);
-        let integers = tile::lanes(|l| Codec::I8.round(fitted[l] * inverse[l]));
-        let (integers, d) = refit_symmetric(&tile, element.range(), integers, d);
-        q.scales[groups.clone()].copy_from_slice(&integers);
-        q.outer_scales[groups.start / 16] = d;
+        weigh::<N, SUBS>(&mut tile, importances.is_some());
+        let fitted = symmetric::search(&tile, element, nearest);
+        let d = signed_largest::<SUBS>(&fitted).map(|largest| Codec::F16.round(largest * (1.0 / lowest)));
+        let inverse = symmetric::reciprocal(&d);
+        let start = Symmetric::<SUBS> { scale: tile::lanes(|l| codec.round(fitted[l] * inverse[l])), d };
+        let stored = start.refit(&tile, codec, nearest);
+        q.scales[groups.clone()].copy_from_slice(&stored.scale[..groups.len()]);
+        for lane in (0..groups.len()).step_by(SUBS) {
+            q.outer_scales[(groups.start + lane) / SUBS] = stored.d[lane];
+        }
+    }
+}
+
+/// Returns the largest of a codec's integers.
+fn largest_integer(codec: Codec) -> f32 {
+    match codec {
+        Codec::U4 => 15.0,
+        Codec::U6 => 63.0,
+        Codec::I6 => 31.0,
+        _ => 127.0,
     }
 }
 
@@ -76,29 +100,36 @@ fn weigh<const N: usize, const SUBS: usize>(tile: &mut Tile<N>, has_importances:
     }
 }
 
-/// The stored numbers of two super-blocks; `d` and `dmin` are alike within each.
+/// The largest code and the largest integer.
 #[derive(Clone, Copy)]
-struct WithMinima {
+struct Ends {
+    steps: f32,
+    largest: f32,
+}
+
+/// The stored numbers of super-blocks of `SUBS` lanes; `d` and `dmin` are alike within each.
+#[derive(Clone, Copy)]
+struct WithMinima<const SUBS: usize> {
     scale: Lanes,
     minimum: Lanes,
     d: Lanes,
     dmin: Lanes,
 }
 
-impl WithMinima {
+impl<const SUBS: usize> WithMinima<SUBS> {
     #[inline(always)]
-    fn fit(tile: &Tile<32>, steps: f32) -> Self {
+    fn fit<const N: usize>(tile: &Tile<N>, ends: Ends) -> Self {
         let fixed = Fixed::of(tile);
-        let fitted = affine::search(tile, &fixed, steps, true);
-        let d = factor(&fitted.scale);
-        let dmin = factor(&tile::lanes(|l| -fitted.offset[l]));
+        let fitted = affine::search(tile, &fixed, ends.steps, true);
+        let d = factor::<SUBS>(&fitted.scale, ends.largest);
+        let dmin = factor::<SUBS>(&tile::lanes(|l| -fitted.offset[l]), ends.largest);
         let mut current = WithMinima { scale: [0.0; LANES], minimum: [0.0; LANES], d, dmin };
-        current.scale = six_bits(&fitted.scale, &d);
-        current.minimum = six_bits(&tile::lanes(|l| -fitted.offset[l]), &dmin);
+        current.scale = integers(&fitted.scale, &d, ends.largest);
+        current.minimum = integers(&tile::lanes(|l| -fitted.offset[l]), &dmin, ends.largest);
         for round in 0..=ROUNDS {
-            current.refit_integers(tile, &fixed, steps);
+            current.refit_integers(tile, &fixed, ends);
             if round < ROUNDS {
-                current.refit_factors(tile, &fixed, steps);
+                current.refit_factors(tile, &fixed, ends.steps);
             }
         }
         current
@@ -115,20 +146,20 @@ impl WithMinima {
 
     /// Tries the integers next to each sub-block's scale, with the minimum that suits the codes they give.
     #[inline(always)]
-    fn refit_integers(&mut self, tile: &Tile<32>, fixed: &Fixed, steps: f32) {
+    fn refit_integers<const N: usize>(&mut self, tile: &Tile<N>, fixed: &Fixed, ends: Ends) {
         let start = *self;
         let grid = start.grid();
-        let sums = Sums::of(tile, &grid, steps);
+        let sums = Sums::of(tile, &grid, ends.steps);
         let mut best = sums.cost(fixed, &grid);
         for offset in [0.0, -1.0, 1.0] {
             let mut candidate = start;
-            candidate.scale = tile::lanes(|l| (start.scale[l] + offset).clamp(0.0, 63.0));
+            candidate.scale = tile::lanes(|l| (start.scale[l] + offset).clamp(0.0, ends.largest));
             let scale = tile::lanes(|l| candidate.d[l] * candidate.scale[l]);
             // The minimum that is best for codes on the unshifted grid, then the codes that are best for it.
             let minimum = tile::lanes(|l| (scale[l] * sums.q[l] - fixed.wx[l]) / fixed.w[l]);
-            candidate.minimum = six_bits(&minimum, &start.dmin);
+            candidate.minimum = integers(&minimum, &start.dmin, ends.largest);
             let grid = candidate.grid();
-            let cost = Sums::of(tile, &grid, steps).cost(fixed, &grid);
+            let cost = Sums::of(tile, &grid, ends.steps).cost(fixed, &grid);
             for l in 0..LANES {
                 let better = cost[l] < best[l];
                 best[l] = if better { cost[l] } else { best[l] };
@@ -140,15 +171,15 @@ impl WithMinima {
 
     /// Solves for both factors of each super-block, given codes and integers, and keeps them where the error falls.
     #[inline(always)]
-    fn refit_factors(&mut self, tile: &Tile<32>, fixed: &Fixed, steps: f32) {
+    fn refit_factors<const N: usize>(&mut self, tile: &Tile<N>, fixed: &Fixed, steps: f32) {
         let grid = self.grid();
         let sums = Sums::of(tile, &grid, steps);
         let (s, m) = (&self.scale, &self.minimum);
-        let dd = per_super_block(&tile::lanes(|l| s[l] * s[l] * sums.qq[l]));
-        let dm = per_super_block(&tile::lanes(|l| s[l] * m[l] * sums.q[l]));
-        let mm = per_super_block(&tile::lanes(|l| m[l] * m[l] * fixed.w[l]));
-        let xd = per_super_block(&tile::lanes(|l| s[l] * sums.xq[l]));
-        let xm = per_super_block(&tile::lanes(|l| m[l] * fixed.wx[l]));
+        let dd = per_super_block::<SUBS>(&tile::lanes(|l| s[l] * s[l] * sums.qq[l]));
+        let dm = per_super_block::<SUBS>(&tile::lanes(|l| s[l] * m[l] * sums.q[l]));
+        let mm = per_super_block::<SUBS>(&tile::lanes(|l| m[l] * m[l] * fixed.w[l]));
+        let xd = per_super_block::<SUBS>(&tile::lanes(|l| s[l] * sums.xq[l]));
+        let xm = per_super_block::<SUBS>(&tile::lanes(|l| m[l] * fixed.wx[l]));
         let mut candidate = *self;
         for l in 0..LANES {
             // value = d · (s q) - dmin · m
@@ -160,9 +191,9 @@ impl WithMinima {
             candidate.d[l] = if d > 0.0 { Codec::F16.round(d) } else { self.d[l] };
             candidate.dmin[l] = if dmin > 0.0 { Codec::F16.round(dmin) } else { self.dmin[l] };
         }
-        let before = per_super_block(&sums.cost(fixed, &grid));
+        let before = per_super_block::<SUBS>(&sums.cost(fixed, &grid));
         let grid = candidate.grid();
-        let after = per_super_block(&Sums::of(tile, &grid, steps).cost(fixed, &grid));
+        let after = per_super_block::<SUBS>(&Sums::of(tile, &grid, steps).cost(fixed, &grid));
         for l in 0..LANES {
             let better = after[l] < before[l];
             self.d[l] = if better { candidate.d[l] } else { self.d[l] };
@@ -171,64 +202,86 @@ impl WithMinima {
     }
 }
 
-/// Returns the sum over each super-block of eight lanes, in all its lanes.
+/// Returns the sum over each super-block, in all its lanes.
 #[inline(always)]
-fn per_super_block(values: &Lanes) -> Lanes {
+fn per_super_block<const SUBS: usize>(values: &Lanes) -> Lanes {
     let mut out = [0.0; LANES];
-    for (out, values) in out.chunks_exact_mut(8).zip(values.chunks_exact(8)) {
+    for (out, values) in out.chunks_exact_mut(SUBS).zip(values.chunks_exact(SUBS)) {
         out.fill(values.iter().sum());
     }
     out
 }
 
-/// Returns, per super-block of eight lanes, the F16 factor under which the largest value is 63.
+/// Returns, per super-block, the F16 factor under which the largest value is the largest integer.
 #[inline(always)]
-fn factor(values: &Lanes) -> Lanes {
+fn factor<const SUBS: usize>(values: &Lanes, largest: f32) -> Lanes {
     let mut out = [0.0; LANES];
-    for (out, values) in out.chunks_exact_mut(8).zip(values.chunks_exact(8)) {
-        out.fill(
-            Codec::F16.round(values.iter().fold(0f32, |a, &v| if v > a { v } else { a }) * (1.0 / 63.0)),
-        );
+    for (out, values) in out.chunks_exact_mut(SUBS).zip(values.chunks_exact(SUBS)) {
+        let value = values.iter().fold(0f32, |a, &v| if v > a { v } else { a });
+        out.fill(Codec::F16.round(value * (1.0 / largest)));
     }
     out
 }
 
 #[inline(always)]
-fn six_bits(values: &Lanes, factor: &Lanes) -> Lanes {
+fn integers(values: &Lanes, factor: &Lanes, largest: f32) -> Lanes {
     let inverse = symmetric::reciprocal(factor);
-    tile::lanes(|l| (values[l] * inverse[l]).round_ties_even().clamp(0.0, 63.0))
+    tile::lanes(|l| (values[l] * inverse[l]).round_ties_even().clamp(0.0, largest))
 }
 
-/// Returns the value of largest magnitude.
+/// Returns each super-block's value of largest magnitude, in all its lanes.
 #[inline(always)]
-fn signed_largest(values: &Lanes) -> f32 {
-    values.iter().fold(0f32, |a, &v| if v.abs() > a.abs() { v } else { a })
+fn signed_largest<const SUBS: usize>(values: &Lanes) -> Lanes {
+    let mut out = [0.0; LANES];
+    for (out, values) in out.chunks_exact_mut(SUBS).zip(values.chunks_exact(SUBS)) {
+        out.fill(values.iter().fold(0f32, |a, &v| if v.abs() > a.abs() { v } else { a }));
+    }
+    out
 }
 
-/// Refits Q6_K's integers and factor in turn, from `integers` under `d`.
-#[inline(always)]
-fn refit_symmetric(tile: &Tile<16>, range: (f32, f32), mut integers: Lanes, mut d: f32) -> (Lanes, f32) {
-    for round in 0..=ROUNDS {
-        let (mut best, mut chosen) = ([f32::INFINITY; LANES], integers);
-        for offset in [0.0, -1.0, 1.0] {
-            let candidate = tile::lanes(|l| (integers[l] + offset).clamp(-128.0, 127.0));
-            let (cost, _, _) = symmetric::cost(tile, &tile::lanes(|l| d * candidate[l]), range);
-            symmetric::keep(&mut best, &mut chosen, &cost, &candidate);
-        }
-        integers = chosen;
-        if round == ROUNDS {
-            break;
-        }
-        let (before, xq, qq) = symmetric::cost(tile, &tile::lanes(|l| d * integers[l]), range);
-        let numerator: f32 = tile::lanes(|l| integers[l] * xq[l]).iter().sum();
-        let denominator: f32 = tile::lanes(|l| integers[l] * integers[l] * qq[l]).iter().sum();
-        if denominator > 0.0 {
-            let other = Codec::F16.round(numerator / denominator);
-            let (after, _, _) = symmetric::cost(tile, &tile::lanes(|l| other * integers[l]), range);
-            if after.iter().sum::<f32>() < before.iter().sum::<f32>() {
-                d = other;
+/// Integer scales and the factor of super-blocks of `SUBS` lanes, alike within each.
+#[derive(Clone, Copy)]
+struct Symmetric<const SUBS: usize> {
+    scale: Lanes,
+    d: Lanes,
+}
+
+impl<const SUBS: usize> Symmetric<SUBS> {
+    /// Refits integers and factor in turn.
+    #[inline(always)]
+    fn refit<const N: usize>(
+        mut self,
+        tile: &Tile<N>,
+        codec: Codec,
+        nearest: impl Fn(f32) -> f32 + Copy,
+    ) -> Self {
+        let cost_of =
+            |scale: &Lanes, d: &Lanes| symmetric::cost(tile, &tile::lanes(|l| d[l] * scale[l]), nearest);
+        for round in 0..=ROUNDS {
+            let (mut best, mut chosen) = ([f32::INFINITY; LANES], self.scale);
+            for offset in [0.0, -1.0, 1.0] {
+                let candidate = tile::lanes(|l| codec.round(self.scale[l] + offset));
+                let (cost, _, _) = cost_of(&candidate, &self.d);
+                symmetric::keep(&mut best, &mut chosen, &cost, &candidate);
+            }
+            self.scale = chosen;
+            if round == ROUNDS {
+                break;
+            }
+            let (before, xq, qq) = cost_of(&self.scale, &self.d);
+            let numerator = per_super_block::<SUBS>(&tile::lanes(|l| self.scale[l] * xq[l]));
+            let denominator =
+                per_super_block::<SUBS>(&tile::lanes(|l| self.scale[l] * self.scale[l] * qq[l]));
+            let other = tile::lanes(|l| {
+                let solved = denominator[l] > 0.0;
+                if solved { Codec::F16.round(numerator[l] / denominator[l]) } else { self.d[l] }
+            });
+            let (after, _, _) = cost_of(&self.scale, &other);
+            let (after, before) = (per_super_block::<SUBS>(&after), per_super_block::<SUBS>(&before));
+            for l in 0..LANES {
+                self.d[l] = if after[l] < before[l] { other[l] } else { self.d[l] };
             }
         }
+        self
     }
-    (integers, d)
 }

@@ -1,5 +1,5 @@
-//! One scale per group of a symmetric integer grid `value = scale · q` (Q8_0, Q4_0, Q5_0, INT4, and the inner scales of
-//! Q6_K).
+//! One scale per group of a grid without offset, `value = scale · q` (Q8_0, Q4_0, Q5_0, INT4, IQ4_NL, and the inner scales of
+//! Q3_K, Q6_K and IQ4_XS).
 //!
 //! For given codes `q` the weighted error `Σ w (x - s q)²` is least at `s = Σ w x q / Σ w q²`. So candidates only have
 //! to find good codes: each is rounded, refitted that way, and the best refit is kept.
@@ -21,9 +21,15 @@ pub(super) fn fit<const N: usize>(q: &mut QTensor, weights: &[f32], importances:
         let round = |scale: &Lanes| tile::rounded(codec, scale);
         let scales = match element {
             Element::Int(8) => eight_bits(&tile, round),
+            Element::Table(table) => {
+                let nearest = |x| table.nearest(x);
+                let fitted = search(&tile, element, nearest);
+                refine(&tile, nearest, round(&fitted), round)
+            }
             _ => {
-                let fitted = search(&tile, element);
-                refine(&tile, element, round(&fitted), round)
+                let nearest = integers(element.range());
+                let fitted = search(&tile, element, nearest);
+                refine(&tile, nearest, round(&fitted), round)
             }
         };
         q.scales[groups.clone()].copy_from_slice(&scales[..groups.len()]);
@@ -45,43 +51,69 @@ fn eight_bits<const N: usize>(tile: &Tile<N>, round: impl Fn(&Lanes) -> Lanes) -
     chosen
 }
 
-/// Returns per group a scale of either sign for an `Int` element of 4 to 6 bits, refitted but not rounded.
+/// Returns the function that rounds to the integers in a range.
 #[inline(always)]
-pub(super) fn search<const N: usize>(tile: &Tile<N>, element: Element) -> Lanes {
-    let (low, high) = element.range();
+pub(super) fn integers((low, high): (f32, f32)) -> impl Fn(f32) -> f32 + Copy {
+    move |x| x.round_ties_even().clamp(low, high)
+}
+
+/// Returns how far apart candidates are that put the largest weight near the grid's long end, relative to that, and near its
+/// short end, in units. The fewer values, the less the end says of the best scale.
+#[inline(always)]
+fn spacing(element: Element) -> (f32, f32) {
+    match element {
+        Element::Int(..=3) => (0.04, 0.25),
+        Element::Table(_) => (0.015, 0.05 * element.range().1),
+        _ => (0.015, 0.35),
+    }
+}
+
+/// Returns per group a scale of either sign for elements of 3 to 6 bits, which `nearest` rounds to; refitted but not rounded.
+#[inline(always)]
+pub(super) fn search<const N: usize>(
+    tile: &Tile<N>,
+    element: Element,
+    nearest: impl Fn(f32) -> f32 + Copy,
+) -> Lanes {
+    let ((low, high), (at_low, at_high)) = (element.range(), spacing(element));
     let extreme = signed_amax(tile);
-    let (mut best, mut chosen) = ([0.0; LANES], [0.0; LANES]);
+    let mut found = Found { explained: [0.0; LANES], scale: [0.0; LANES] };
     // The largest weight goes near the grid's long end, so the sign of the scale follows its sign; a few candidates
     // put it at the short end.
     for step in -6..=5 {
-        let units = low - 0.015 * low * step as f32;
-        try_units(tile, &extreme, units, low, high, &mut best, &mut chosen);
+        found.try_units(tile, &extreme, low - at_low * low * step as f32, nearest);
     }
     for step in -1..=2 {
-        try_units(tile, &extreme, high + 0.35 * step as f32, low, high, &mut best, &mut chosen);
+        found.try_units(tile, &extreme, high + at_high * step as f32, nearest);
     }
-    chosen
+    found.scale
 }
 
-/// Rounds with the largest weight at `units` and keeps the refitted scale where it explains more than `best`.
-#[inline(always)]
-fn try_units<const N: usize>(
-    tile: &Tile<N>,
-    extreme: &Lanes,
-    units: f32,
-    low: f32,
-    high: f32,
-    best: &mut Lanes,
-    chosen: &mut Lanes,
-) {
-    let inverse = tile::lanes(|l| if extreme[l] == 0.0 { 0.0 } else { units / extreme[l] });
-    let Sums { xq, qq } = sums(tile, &inverse, low, high);
-    for l in 0..LANES {
-        // The error is Σ w x² less this.
-        let explained = if qq[l] > 0.0 { xq[l] * xq[l] / qq[l] } else { 0.0 };
-        let better = explained > best[l];
-        best[l] = if better { explained } else { best[l] };
-        chosen[l] = if better { xq[l] / qq[l] } else { chosen[l] };
+/// The best scales so far.
+struct Found {
+    /// Σ w x² less the error.
+    explained: Lanes,
+    scale: Lanes,
+}
+
+impl Found {
+    /// Rounds with the largest weight at `units` and keeps the refitted scale where it explains more.
+    #[inline(always)]
+    fn try_units<const N: usize>(
+        &mut self,
+        tile: &Tile<N>,
+        extreme: &Lanes,
+        units: f32,
+        nearest: impl Fn(f32) -> f32 + Copy,
+    ) {
+        let inverse = tile::lanes(|l| if extreme[l] == 0.0 { 0.0 } else { units / extreme[l] });
+        let Sums { xq, qq } = sums(tile, &inverse, nearest);
+        for l in 0..LANES {
+            let explained = if qq[l] > 0.0 { xq[l] * xq[l] / qq[l] } else { 0.0 };
+            let better = explained > self.explained[l];
+            self.explained[l] = if better { explained } else { self.explained[l] };
+            self.scale[l] = if better { xq[l] / qq[l] } else { self.scale[l] };
+        }
     }
 }
 
@@ -90,24 +122,24 @@ fn try_units<const N: usize>(
 pub(super) fn cost<const N: usize>(
     tile: &Tile<N>,
     scale: &Lanes,
-    range: (f32, f32),
+    nearest: impl Fn(f32) -> f32 + Copy,
 ) -> (Lanes, Lanes, Lanes) {
-    let Sums { xq, qq } = sums(tile, &reciprocal(scale), range.0, range.1);
+    let Sums { xq, qq } = sums(tile, &reciprocal(scale), nearest);
     (tile::lanes(|l| scale[l] * (scale[l] * qq[l] - 2.0 * xq[l])), xq, qq)
 }
 
 /// Alternates re-rounding and refitting under a scale's stored form, keeping the best scale met.
 #[inline(always)]
-pub(super) fn refine<const N: usize>(
+fn refine<const N: usize>(
     tile: &Tile<N>,
-    element: Element,
+    nearest: impl Fn(f32) -> f32 + Copy,
     start: Lanes,
     round: impl Fn(&Lanes) -> Lanes,
 ) -> Lanes {
     let (mut best, mut chosen) = ([f32::INFINITY; LANES], [0.0; LANES]);
     let mut scale = start;
     for _ in 0..3 {
-        let (cost, xq, qq) = cost(tile, &scale, element.range());
+        let (cost, xq, qq) = cost(tile, &scale, nearest);
         keep(&mut best, &mut chosen, &cost, &scale);
         scale = round(&tile::lanes(|l| if qq[l] > 0.0 { xq[l] / qq[l] } else { 0.0 }));
     }
@@ -121,14 +153,14 @@ struct Sums {
 }
 
 #[inline(always)]
-fn sums<const N: usize>(tile: &Tile<N>, inverse: &Lanes, low: f32, high: f32) -> Sums {
+fn sums<const N: usize>(tile: &Tile<N>, inverse: &Lanes, nearest: impl Fn(f32) -> f32 + Copy) -> Sums {
     let (mut xq, mut qq) = ([0.0; LANES], [0.0; LANES]);
     for (x, importance) in tile.x.iter().zip(&tile.importance) {
         for l in 0..LANES {
-            let code = (x[l] * inverse[l]).round_ties_even().clamp(low, high);
-            let weighted = importance[l] * code;
+            let unit = nearest(x[l] * inverse[l]);
+            let weighted = importance[l] * unit;
             xq[l] += weighted * x[l];
-            qq[l] += weighted * code;
+            qq[l] += weighted * unit;
         }
     }
     Sums { xq, qq }
