@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests/golden/artifacts.sha256"
 FOLDER = "mxfp4 nvfp4 fp8 fp8-w8a8 int4 int8 int8-w8a8".split()
-GGUF = "mxfp4 q4_k_m q4_k_s q5_k_m q5_k_s q6_k q8_0 q4_0".split()
+GGUF = "mxfp4 q4_k_m q4_k_s q5_k_m q5_k_s q6_k q8_0 q4_0 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k".split()
 CALIBRATED = [("mxfp4", "gguf"), ("int8-w8a8-static", "compressed-tensors")]
 SLOW = [("mxfp4", "compressed-tensors"), ("int8-w8a8", "compressed-tensors"), ("q4_k_m", "gguf")]
 
