@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 
 use self::gradients::Gradients;
 use self::kv_cache::KvCache;
-pub use self::rotation::{LongAngles, Pairing, Rope};
+pub use self::rotation::{DynamicAngles, LongAngles, Pairing, Rope};
 // Choosing codes is an operation of a device too: the contract is the method's, devices implement it.
 use crate::method::solve::{Knobs, Solve};
 use crate::scheme::Activations;

@@ -26,8 +26,8 @@ pub struct Rotations {
 impl Rotations {
     /// Each position turns the one before by one step, in F64: after a million steps the error is still below 1e-9.
     pub fn new(rope: &Rope, positions: usize) -> Self {
-        let angles = rope.angles(positions).iter();
-        let steps: Vec<[f64; 2]> = angles.map(|&f| [(f as f64).cos(), (f as f64).sin()]).collect();
+        let angles = rope.angles(positions);
+        let steps: Vec<[f64; 2]> = angles.iter().map(|&f| [(f as f64).cos(), (f as f64).sin()]).collect();
         let mut turned = vec![[rope.magnitude as f64, 0.0]; steps.len()];
         let mut table = Vec::with_capacity(positions * steps.len());
         for _ in 0..positions {

@@ -27,7 +27,7 @@ impl Cuda {
             Geometry::flat(x.rows, 256),
             &[
                 Arg::Pointer(x.at()),
-                Arg::Struct(&frequencies(rope.angles(batch.tokens))),
+                Arg::Struct(&frequencies(&rope.angles(batch.tokens))),
                 Arg::U32((x.cols / head_dim) as u32),
                 Arg::U32(head_dim as u32),
                 Arg::U32(pairs as u32),

@@ -339,7 +339,7 @@ impl<'a> CudaDecoder<'a> {
                 Arg::Pointer(cache.0.at()),
                 Arg::Pointer(cache.1.at()),
                 Arg::Pointer(self.chooser.positions.at()),
-                Arg::Struct(&frequencies(constants.rope.angles(self.capacity))),
+                Arg::Struct(&frequencies(&constants.rope.angles(self.capacity))),
                 Arg::Pointer(state.partial.at()),
                 Arg::Pointer(state.arrived.at()),
                 Arg::Pointer(state.mixed.at()),

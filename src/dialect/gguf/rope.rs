@@ -126,7 +126,7 @@ pub fn tensors(rope: &RopeParameters, head_dim: usize) -> Vec<(TensorId, Vec<f32
 /// Returns what a file of this configuration makes llama.cpp compute otherwise, one sentence each.
 pub fn losses(rope: &RopeParameters, context: usize) -> Vec<String> {
     match &rope.scaling {
-        RopeScaling::Dynamic { factor } => vec![format!(
+        RopeScaling::Dynamic { factor, .. } => vec![format!(
             "RoPE scaling `dynamic` with factor {factor}, which GGUF cannot say, is left out: it acts beyond {context} \
              tokens only"
         )],

@@ -171,7 +171,9 @@ fn scaling(rope: &Object, outer: &Outer) -> Result<(RopeScaling, &'static [&'sta
     Ok(match rope.kind {
         "default" | "mrope" => (RopeScaling::None, &[]),
         "linear" => (RopeScaling::Linear { factor: rope.need("factor")? }, &["factor"]),
-        "dynamic" => (RopeScaling::Dynamic { factor: rope.need("factor")? }, &["factor"]),
+        "dynamic" => {
+            (RopeScaling::Dynamic { factor: rope.need("factor")?, context: outer.context }, &["factor"])
+        }
         "proportional" => {
             let factor = number(rope.object, "factor")?.unwrap_or(1.0) as f32;
             (RopeScaling::Proportional { factor }, &["factor"])
@@ -316,7 +318,9 @@ pub fn write(rope: &RopeParameters) -> Result<Value> {
     let mut out = match &rope.scaling {
         RopeScaling::None => json!({"rope_type": "default"}),
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": decimal(*factor)}),
-        RopeScaling::Dynamic { factor } => json!({"rope_type": "dynamic", "factor": decimal(*factor)}),
+        RopeScaling::Dynamic { factor, context: _ } => {
+            json!({"rope_type": "dynamic", "factor": decimal(*factor)})
+        }
         RopeScaling::Proportional { factor } => {
             json!({"rope_type": "proportional", "factor": decimal(*factor)})
         }

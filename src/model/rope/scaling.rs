@@ -6,7 +6,7 @@ use std::f64::consts::PI;
 
 use anyhow::{Result, ensure};
 
-use crate::backend::{LongAngles, Pairing, Rope};
+use crate::backend::{DynamicAngles, LongAngles, Pairing, Rope};
 
 /// Rotary embedding as a configuration states it, all defaults filled in.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,11 +31,12 @@ pub enum RopeScaling {
         /// Divisor.
         factor: f32,
     },
-    /// θ grows with a sequence that exceeds `max_position_embeddings` and is plain up to there. Longer sequences are
-    /// refused everywhere, so this never changes a number here.
+    /// θ grows with a sequence that exceeds the context and is plain up to there ([`DynamicAngles`]).
     Dynamic {
-        /// How fast it would grow.
+        /// How fast it grows.
         factor: f32,
+        /// `max_position_embeddings`
+        context: usize,
     },
     /// All frequencies divided by a factor; the share of a head that turns spreads over the wavelengths of the whole head,
     /// of which it takes the shortest (Gemma 4).
@@ -129,6 +130,10 @@ impl RopeParameters {
                 }),
                 _ => None,
             },
+            dynamic: match self.scaling {
+                RopeScaling::Dynamic { factor, context } => Some(DynamicAngles { context, factor }),
+                _ => None,
+            },
             magnitude: self.magnitude(),
         }
     }
@@ -192,9 +197,15 @@ impl RopeParameters {
         );
         match &self.scaling {
             RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor }
-            | RopeScaling::Dynamic { factor }
-            | RopeScaling::Proportional { factor } => positive("factor", *factor),
+            RopeScaling::Linear { factor } | RopeScaling::Proportional { factor } => {
+                positive("factor", *factor)
+            }
+            RopeScaling::Dynamic { factor, context } => {
+                ensure!(*factor >= 1.0 && factor.is_finite(), "`factor` is {factor}; wanted 1 or more");
+                ensure!(*context > 0, "`max_position_embeddings` is 0; wanted a positive number");
+                ensure!(rotary > 2, "type `dynamic` wants more than one pair to turn");
+                Ok(())
+            }
             RopeScaling::Llama3 { factor, low, high, original_context } => {
                 for (name, value) in
                     [("factor", factor), ("low_freq_factor", low), ("high_freq_factor", high)]
