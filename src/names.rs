@@ -32,6 +32,18 @@ pub enum Role {
     Up,
     /// Down projection `[hidden, intermediate]`.
     Down,
+    /// Router of a mixture of experts `[experts, hidden]`.
+    Router,
+    /// Added to the scores by which experts are chosen `[experts]`.
+    ChoiceBias,
+    /// Gate projection of the expert that all tokens share `[width, hidden]`.
+    SharedGate,
+    /// Its up projection `[width, hidden]`.
+    SharedUp,
+    /// Its down projection `[hidden, width]`.
+    SharedDown,
+    /// Weighs it for each token `[1, hidden]`.
+    SharedRouter,
     /// RMS norm before the head `[hidden]`.
     OutputNorm,
     /// Output head `[vocab, hidden]`; absent when tied to the embeddings.
@@ -47,7 +59,7 @@ pub enum Role {
 use Role::*;
 
 /// (role, Hugging Face module, GGUF stem); per-layer rows follow `model.layers.N.` and `blk.N.`.
-const NAMES: [(Role, &str, &str); 17] = [
+const NAMES: [(Role, &str, &str); 23] = [
     (Embed, "model.embed_tokens", "token_embd"),
     (AttnNorm, "input_layernorm", "attn_norm"),
     (Q, "self_attn.q_proj", "attn_q"),
@@ -60,6 +72,12 @@ const NAMES: [(Role, &str, &str); 17] = [
     (Gate, "mlp.gate_proj", "ffn_gate"),
     (Up, "mlp.up_proj", "ffn_up"),
     (Down, "mlp.down_proj", "ffn_down"),
+    (Router, "mlp.gate", "ffn_gate_inp"),
+    (ChoiceBias, "mlp.gate.e_score_correction_bias", "exp_probs_b"),
+    (SharedGate, "mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+    (SharedUp, "mlp.shared_expert.up_proj", "ffn_up_shexp"),
+    (SharedDown, "mlp.shared_expert.down_proj", "ffn_down_shexp"),
+    (SharedRouter, "mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
     (OutputNorm, "model.norm", "output_norm"),
     (Head, "lm_head", "output"),
     (RopeFreqs, "rope_freqs", "rope_freqs"),
@@ -86,6 +104,7 @@ impl Role {
         match self {
             Q | K | V => Q,
             Gate | Up => Gate,
+            SharedGate | SharedUp => SharedGate,
             other => other,
         }
     }
@@ -102,7 +121,7 @@ impl Role {
 
     /// Whether this is a decoder linear `[out_features, in_features]`: what weight-only formats quantize.
     pub fn is_linear(self) -> bool {
-        matches!(self, Q | K | V | O | Gate | Up | Down)
+        matches!(self, Q | K | V | O | Gate | Up | Down | SharedGate | SharedUp | SharedDown)
     }
 }
 

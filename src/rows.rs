@@ -54,8 +54,8 @@ impl RowMap {
 
     /// Returns the stored row that is row `row`.
     pub fn stored(&self, row: usize) -> usize {
-        let run = self.places.len();
-        let place = if run == 0 { row } else { row / run * run + self.places[row % run] };
+        let run = self.run();
+        let place = row / run * run + self.places.get(row % run).copied().unwrap_or(0);
         self.first + self.step * place
     }
 
@@ -166,7 +166,7 @@ mod tests {
     fn what_is_scattered_is_gathered_again_whatever_range_is_asked_for() {
         for map in maps() {
             let bytes: Vec<u8> = (0..16).collect();
-            let mut file = vec![255u8; 64];
+            let mut file = [255u8; 64];
             for rows in [0..4, 4..8] {
                 let part = &bytes[rows.start * 2..rows.end * 2];
                 map.scatter(rows, 2, part, |row, piece| {

@@ -251,7 +251,7 @@ fn contradictions_are_bad_usage() {
         ("eval --text no-such-text --ppl", "no-such-text"),
         ("eval --kld", "--baseline"),
         ("eval --device tpu", "`--device tpu`"),
-        ("eval --csv - --json -", "standard output"),
+        ("eval --csv - --json -", "two reports want this file"),
         ("eval --ctx 4096 --ppl", "exceed its context of 2048"),
         ("frobnicate", "frobnicate"),
     ] {

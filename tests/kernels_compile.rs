@@ -89,7 +89,7 @@ fn variants() -> Vec<Kernel> {
         for rope in ["NEIGHBOURS=0 RUN=4", "NEIGHBOURS=0 RUN=1", "NEIGHBOURS=1 RUN=1"] {
             kernels.push(kernel("rope", &format!("X={x} {rope}")));
         }
-        for name in ["maxima", "swiglu"].into_iter().chain(gradients) {
+        for name in ["add_rows", "maxima", "swiglu"].into_iter().chain(gradients) {
             kernels.push(kernel(name, &format!("X={x}")));
         }
         for sign in ["1.0f", "-1.0f"] {

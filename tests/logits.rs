@@ -7,11 +7,12 @@ use quant::backend::cpu::Cpu;
 use quant::backend::{Backend, Batch};
 use quant::checkpoint::Checkpoint;
 use quant::model::Model;
+use quant::names::{Role, TensorId};
 use quant::scheme::Activations;
 use quant::tensor::{Dtype, floats_from_bytes};
 use safetensors::SafeTensors;
 
-const NAMES: [&str; 14] = [
+const NAMES: [&str; 16] = [
     "llama2",
     "llama3",
     "llama3_old",
@@ -22,10 +23,12 @@ const NAMES: [&str; 14] = [
     "llama_yarn",
     "mistral",
     "qwen2",
+    "qwen2_moe",
     "qwen2_windows",
     "qwen2_yarn_old",
     "qwen3",
     "qwen3_dynamic_old",
+    "qwen3_moe",
 ];
 
 fn golden(name: &str) -> PathBuf {
@@ -129,7 +132,7 @@ fn observers_see_the_input_of_every_linear_in_order() {
     let mut x = model.embed(&Cpu, &ids).unwrap();
     let mut seen = Vec::new();
     for layer in 0..2 {
-        let mut observe = |role, input: &<Cpu as Backend>::Tensor| {
+        let mut observe = |role, _, input: &<Cpu as Backend>::Tensor| {
             seen.push((role, input.ncols()));
             Ok(())
         };
@@ -144,8 +147,11 @@ fn int8_inputs_move_the_logits_a_little() {
     let (ids, expected) = reference("llama2");
     let mut model = open("llama2");
     for layer in &mut model.layers {
-        for linear in [&mut layer.q, &mut layer.k, &mut layer.v, &mut layer.o, &mut layer.gate, &mut layer.up]
-        {
+        for linear in [&mut layer.q, &mut layer.k, &mut layer.v, &mut layer.o] {
+            linear.rounding = Activations::Int8PerToken;
+        }
+        for role in [Role::Gate, Role::Up] {
+            let linear = layer.linear_mut(TensorId::in_layer(0, role)).unwrap();
             linear.rounding = Activations::Int8PerToken;
         }
     }

@@ -11,6 +11,7 @@ use quant::generate::Sampling;
 use quant::model::Model;
 use quant::model::block::{Layer, LayerConstants, Linear};
 use quant::model::config::Config;
+use quant::model::feed_forward::{FeedForward, Gated};
 use quant::names::{Role, TensorId};
 use quant::recipe::Recipe;
 use quant::recipe::formats::fallback;
@@ -157,9 +158,11 @@ fn random_model(cuda: &Cuda, config: Config, rules: &[Rule]) -> Result<Model<Cud
             sinks: None,
             kv_scales: [1.0; 2],
             ffn_norm: gain.clone(),
-            gate: linear(Role::Gate)?,
-            up: linear(Role::Up)?,
-            down: linear(Role::Down)?,
+            ffn: FeedForward::Dense(Gated {
+                gate: linear(Role::Gate)?,
+                up: linear(Role::Up)?,
+                down: linear(Role::Down)?,
+            }),
         });
     }
     Ok(Model {

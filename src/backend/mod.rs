@@ -11,7 +11,7 @@ pub mod machine;
 pub mod parked;
 mod rotation;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use self::gradients::Gradients;
 use self::kv_cache::KvCache;
@@ -117,6 +117,9 @@ pub trait Backend: Sync {
         Ok(())
     }
 
+    /// Returns the number of rows of `x`.
+    fn rows(&self, x: &Self::Tensor) -> usize;
+
     /// Returns `x` restricted to `rows`, in that order.
     fn select_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
 
@@ -192,6 +195,11 @@ pub trait Backend: Sync {
     /// x += y
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
+    /// x\[rows\[i\], :\] += weights\[i\] · y\[i, :\] for `y` `[rows.len(), cols]`: what an expert makes of its tokens joins the
+    /// residual stream. No row stands twice in `rows`.
+    fn add_rows(&self, x: &mut Self::Tensor, rows: &[usize], weights: &[f32], y: &Self::Tensor)
+    -> Result<()>;
+
     /// Scores `targets[i]` against softmax(head · hidden\[i\]), exact F32 logits, without keeping all logits.
     fn score(&self, hidden: &Self::Tensor, head: &Self::Weight, targets: &[u32]) -> Result<Vec<Score>>;
 
@@ -232,6 +240,19 @@ fn separately<B: Backend + ?Sized, const N: usize>(
     let linears = linears.iter();
     let ys = linears.map(|linear| backend.linear(x, linear.weight, linear.bias, linear.rounding));
     <[_; N]>::try_from(ys.collect::<Result<Vec<_>>>()?).ok().context("as many outputs as linears")
+}
+
+/// Refuses what [`Backend::add_rows`] cannot add, for `x` and `y` of these shapes.
+fn check_add_rows(x: (usize, usize), rows: &[usize], weights: &[f32], y: (usize, usize)) -> Result<()> {
+    ensure!(
+        y == (rows.len(), x.1) && weights.len() == rows.len(),
+        "{} weights and {y:?} values for {} rows of {} columns",
+        weights.len(),
+        rows.len(),
+        x.1
+    );
+    ensure!(rows.iter().all(|&row| row < x.0), "a row past the last of {}", x.0);
+    Ok(())
 }
 
 /// [`Moments`](crate::method::statistics::Moments) where a device has summed them; of the Hessian only the entries at and

@@ -12,6 +12,7 @@
 //! Windows past `held_out` ride along without being counted: comparing both models' outputs on them at the end says how
 //! good these settings are, on text the statistics have not seen.
 
+mod experts;
 mod prepare;
 
 use anyhow::{Context, Result, bail};
@@ -28,6 +29,7 @@ use crate::method::solve::{self, Deviation, Solve, Solved};
 use crate::model::TensorSource;
 use crate::model::block::{Half, Layer, LayerConstants};
 use crate::model::config::Config;
+use crate::model::feed_forward::FeedForward;
 use crate::model::layers::{Layers, Streamed};
 use crate::model::linears::Stage;
 use crate::names::{Role, TensorId};
@@ -223,7 +225,11 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         quantized: &mut Layer<B>,
     ) -> Result<()> {
         let mut inner = None;
-        for stage in self.config.stages(index) {
+        let mut stages = self.config.stages(index);
+        let mixture = matches!(full.ffn, FeedForward::Mixture(_));
+        let first = stages.iter().position(|stage| stage.half == Half::FeedForward).filter(|_| mixture);
+        let experts = first.map_or(Vec::new(), |first| stages.split_off(first));
+        for stage in stages {
             let factors = self.factors(&stage)?;
             let factors = factors.as_deref();
             if stage.reads_norm() {
@@ -239,6 +245,14 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 self.quantize(source, &stage, sums, &prepared, inner.as_ref(), quantized)?;
                 self.add_output(stage.half, quantized)?;
             }
+        }
+        if mixture {
+            let norm = TensorId::in_layer(index, Role::FfnNorm);
+            if self.request.rewrites(norm) {
+                // The router behind it stays as it is, and so does the norm.
+                self.done.push(Finished::Rewritten(norm, source.read(norm)?.to_f32()));
+            }
+            self.experts(source, &experts, full, quantized)?;
         }
         Ok(())
     }
@@ -298,7 +312,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 if *counted {
                     sums.add(ids.len(), &mixed, &mixed_q, Some((stream, &other)), factors)?;
                 }
-                full.output(half).add_forward(backend, stream, &mixed)
+                full.output(half)?.add_forward(backend, stream, &mixed)
             })?;
             let bytes = ids.len() * width * backend.value_bytes();
             *pending = room.take(bytes as u64).then_some(mixed_q);
@@ -316,7 +330,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                     Some(mixed) => mixed,
                     None => quantized.mixed(backend, constants, half, stream, batch)?,
                 };
-                quantized.output(half).add_forward(backend, stream, &mixed)
+                quantized.output(half)?.add_forward(backend, stream, &mixed)
             })?;
         }
         Ok(())
@@ -350,8 +364,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         }
         for Chunk { batch, full: stream, quantized: other, .. } in &mut self.chunks {
             for (stream, layer) in [(stream, full), (other, &*quantized)] {
-                stream
-                    .update(backend, |x| layer.forward(backend, constants, x, *batch, &mut |_, _| Ok(())))?;
+                stream.update(backend, |x| {
+                    layer.forward(backend, constants, x, *batch, &mut |_, _, _| Ok(()))
+                })?;
             }
         }
         Ok(())
@@ -365,8 +380,7 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         rounding: Activations<f32>,
         quantized: &mut Layer<B>,
     ) -> Result<()> {
-        let linear =
-            quantized.linear_mut(id.role).with_context(|| format!("`{id}` is no linear of a layer"))?;
+        let linear = quantized.linear_mut(id).with_context(|| format!("`{id}` is no linear of a layer"))?;
         linear.weight = weight;
         linear.rounding = rounding;
         Ok(())

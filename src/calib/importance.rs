@@ -2,6 +2,8 @@
 //!
 //! Layer by layer: in memory are the residual streams of all windows and one layer.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 
 use super::CHUNK_TOKENS;
@@ -35,30 +37,28 @@ pub fn mean_squares<B: Backend>(
     let mut out = Importances::new();
     for index in 0..config.num_hidden_layers {
         let layer = Layer::load(backend, config, source, index).with_context(|| format!("layer {index}"))?;
-        let mut sums: Vec<(Role, Vec<f64>)> = Vec::new();
+        let mut sums: BTreeMap<TensorId, (Vec<f64>, usize)> = BTreeMap::new();
         for (x, batch) in &mut chunks {
-            layer.forward(backend, &constants, x, *batch, &mut |role, input| {
+            layer.forward(backend, &constants, x, *batch, &mut |role, expert, input| {
                 // K and V read what Q reads, up what gate reads.
                 if role.joined() != role {
                     return Ok(());
                 }
-                let at = match sums.iter().position(|(known, _)| *known == role) {
-                    Some(at) => at,
-                    None => {
-                        sums.push((role, vec![]));
-                        sums.len() - 1
-                    }
+                let id = TensorId {
+                    expert: expert.map(|expert| expert as u16),
+                    ..TensorId::in_layer(index, role)
                 };
-                add_squares(&mut sums[at].1, &backend.read(input)?, batch.sequences * batch.tokens);
+                let (squares, count) = sums.entry(id).or_default();
+                add_squares(squares, &backend.read(input)?, backend.rows(input));
+                *count += backend.rows(input);
                 Ok(())
             })?;
         }
-        let count = (windows.len() * tokens) as f64;
-        let means = |sums: &Vec<f64>| -> Vec<f32> { sums.iter().map(|sum| (sum / count) as f32).collect() };
         for stage in config.stages(index) {
-            if let Some((_, sums)) = sums.iter().find(|(known, _)| *known == stage.leader().role) {
-                out.extend(stage.linears.iter().map(|linear| (linear.id, means(sums))));
-            }
+            // An expert that no token reached has no importances, as in llama.cpp's.
+            let Some((squares, count)) = sums.get(&stage.leader()) else { continue };
+            let means: Vec<f32> = squares.iter().map(|sum| (sum / *count as f64) as f32).collect();
+            out.extend(stage.linears.iter().map(|linear| (linear.id, means.clone())));
         }
         progress();
     }

@@ -121,7 +121,7 @@ mod tests {
         let batch = Batch { sequences: 3, tokens: 16 };
         let mut x = model.embed(&Cpu, &ids).unwrap();
         for layer in 0..model.layers.len() {
-            model.layer_forward(&Cpu, layer, &mut x, batch, &mut |_, _| Ok(())).unwrap();
+            model.layer_forward(&Cpu, layer, &mut x, batch, &mut |_, _, _| Ok(())).unwrap();
         }
         let (gain, eps) = (&model.output_norm, model.constants.eps);
         let hidden = Cpu.rms_norm(&x, gain, eps).unwrap();

@@ -38,6 +38,11 @@ pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
         opened.tensors.iter().cloned().partition(|tensor| is_kv_scale(&tensor.spec.name));
     let fp8_cache = quantization.is_some_and(|quantization| quantization.has_fp8_cache());
     let kv_scales = kv_scales(opened, &scales, fp8_cache)?;
+    if quantization.is_none()
+        && let Some(refusal) = foreign::quantized_by(tensors.iter().map(|tensor| tensor.spec.name.as_str()))
+    {
+        bail!(refusal);
+    }
     let contents = assign(&opened.config, &CompressedTensors, &tensors, |wanted, mut parts| {
         let of_module =
             quantization.filter(|_| wanted.shape.len() == 2).and_then(|q| q.of(wanted.place.module()));

@@ -262,6 +262,10 @@ impl Windows {
             let settings = Settings { sweeps: 1, token_power: 0.0, ..start };
             return Ok(Start { settings, tunes: false });
         }
+        if source.config.has_experts() {
+            printer.note("note: all tokens count alike: gradients do not go through mixtures of experts");
+            return Ok(Start { settings: Settings { token_power: 0.0, ..start }, tunes: false });
+        }
         if start.token_power == 0.0 && effort != Effort::Best {
             return Ok(Start { settings: start, tunes: false });
         }

@@ -109,7 +109,7 @@ pub fn run<B: Backend>(
             progress();
         }
         for convoy in convoys.iter_mut().filter(|_| layer < layers) {
-            model.layer_forward(backend, layer, &mut convoy.x, convoy.batch, &mut |_, _| Ok(()))?;
+            model.layer_forward(backend, layer, &mut convoy.x, convoy.batch, &mut |_, _, _| Ok(()))?;
         }
     }
     Ok(found)
@@ -153,9 +153,9 @@ impl<B: Backend> Replaced<B> {
         let place = match (self.id.layer, self.id.role) {
             (None, Role::Embed) => Some(&mut model.embed),
             (None, Role::Head) => model.untied_head.as_mut(),
-            (Some(layer), role) => {
+            (Some(layer), _) => {
                 let linear =
-                    model.layers.get_mut(usize::from(layer)).and_then(|layer| layer.linear_mut(role));
+                    model.layers.get_mut(usize::from(layer)).and_then(|layer| layer.linear_mut(self.id));
                 linear.map(|linear| {
                     std::mem::swap(&mut linear.rounding, &mut self.rounding);
                     &mut linear.weight

@@ -100,7 +100,7 @@ impl<B: Backend, M: Layers<B>> Work<'_, B, M> {
             for (stream, pass) in streams.iter_mut().zip(group) {
                 let batch = pass.batch(protocol);
                 let work = |x: &mut B::Tensor| match at < last {
-                    true => layer.forward(backend, &constants, x, batch, &mut |_, _| Ok(())),
+                    true => layer.forward(backend, &constants, x, batch, &mut |_, _, _| Ok(())),
                     false => {
                         let rows = protocol.scored_rows(batch.sequences);
                         *x = layer.forward_at(backend, &constants, x, batch, &rows)?;

@@ -47,7 +47,7 @@ impl<B: Gradients> Model<B> {
         let mut inputs = Vec::with_capacity(self.layers.len());
         for layer in 0..self.layers.len() {
             inputs.push(x.clone());
-            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
+            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _, _| Ok(()))?;
         }
         let dy = loss(&backend.rms_norm(&x, gain, eps)?)?;
         watch(TensorId::global(Role::OutputNorm), Met::Norm { x: &x, dy: &dy, width })?;
@@ -113,14 +113,15 @@ impl<B: Gradients> Back<'_, B> {
     fn through_feed_forward(&mut self, x: &B::Tensor, dx: &mut B::Tensor) -> Result<()> {
         let (backend, layer, eps) = (self.backend, self.layer, self.constants.eps);
         let normed = backend.rms_norm(x, &layer.ffn_norm, eps)?;
-        let (gate, up) = (layer.gate.forward(backend, &normed)?, layer.up.forward(backend, &normed)?);
+        let ffn = layer.ffn.dense("the gradient")?;
+        let (gate, up) = (ffn.gate.forward(backend, &normed)?, ffn.up.forward(backend, &normed)?);
         self.see(Role::Down, Met::Linear(dx))?;
-        let dgated = backend.linear_gradient(dx, &layer.down.weight)?;
+        let dgated = backend.linear_gradient(dx, &ffn.down.weight)?;
         let [dgate, dup] = backend.swiglu_gradient(&gate, &up, &dgated)?;
         self.see(Role::Gate, Met::Linear(&dgate))?;
         self.see(Role::Up, Met::Linear(&dup))?;
-        let mut dy = backend.linear_gradient(&dgate, &layer.gate.weight)?;
-        backend.add(&mut dy, &backend.linear_gradient(&dup, &layer.up.weight)?)?;
+        let mut dy = backend.linear_gradient(&dgate, &ffn.gate.weight)?;
+        backend.add(&mut dy, &backend.linear_gradient(&dup, &ffn.up.weight)?)?;
         self.see(Role::FfnNorm, Met::Norm { x, dy: &dy, width: self.constants.hidden })?;
         backend.add(dx, &backend.rms_norm_gradient(x, &layer.ffn_norm, eps, &dy)?)
     }

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 
 use super::config::Config;
+use super::feed_forward::FeedForward;
 use super::linears::LinearSpec;
 use super::{TensorSource, read_vector, read_weight};
 use crate::backend::kv_cache::KvCache;
@@ -85,8 +86,7 @@ impl<B: Backend> Clone for Linear<B> {
 
 impl<B: Backend> Clone for Layer<B> {
     fn clone(&self) -> Self {
-        let Layer { window, attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, gate, up, down } =
-            self;
+        let Layer { window, attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, ffn } = self;
         Layer {
             window: *window,
             attn_norm: attn_norm.clone(),
@@ -98,23 +98,21 @@ impl<B: Backend> Clone for Layer<B> {
             sinks: sinks.clone(),
             kv_scales: *kv_scales,
             ffn_norm: ffn_norm.clone(),
-            gate: gate.clone(),
-            up: up.clone(),
-            down: down.clone(),
+            ffn: ffn.clone(),
         }
     }
 }
 
 impl<B: Backend> Linear<B> {
     /// Reads a linear and its bias, if it has one.
-    fn load(backend: &B, source: &impl TensorSource, spec: LinearSpec) -> Result<Self> {
+    pub(super) fn load(backend: &B, source: &impl TensorSource, spec: LinearSpec) -> Result<Self> {
         let LinearSpec { id, shape, bias } = spec;
         let bias = if bias { Some(read_vector(backend, source, id.bias(), shape[0])?) } else { None };
         Ok(Linear { weight: read_weight(backend, source, id, shape)?, bias, rounding: source.rounding(id) })
     }
 
     /// Returns what [`Backend::linears`] takes.
-    fn affine(&self) -> Affine<'_, B> {
+    pub(super) fn affine(&self) -> Affine<'_, B> {
         Affine { weight: &self.weight, bias: self.bias.as_ref(), rounding: self.rounding }
     }
 
@@ -128,6 +126,9 @@ impl<B: Backend> Linear<B> {
         backend.linear_add(x, input, &self.weight, self.bias.as_ref(), self.rounding)
     }
 }
+
+/// Sees the input of a linear: its role, the number of its expert if it is one's, and what it takes `[n, in_features]`.
+pub type Observe<'a, B> = &'a mut dyn FnMut(Role, Option<usize>, &<B as Backend>::Tensor) -> Result<()>;
 
 /// One of the two parts of a layer that add to the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,9 +169,7 @@ pub struct Layer<B: Backend> {
     /// Scales of keys and values in an FP8 cache.
     pub kv_scales: [f32; 2],
     pub ffn_norm: B::Tensor,
-    pub gate: Linear<B>,
-    pub up: Linear<B>,
-    pub down: Linear<B>,
+    pub ffn: FeedForward<B>,
 }
 
 impl<B: Backend> Layer<B> {
@@ -197,9 +196,7 @@ impl<B: Backend> Layer<B> {
             sinks: None,
             kv_scales: source.kv_scales(layer)?.unwrap_or([1.0; 2]),
             ffn_norm: norm(Role::FfnNorm, hidden)?,
-            gate: linear(Role::Gate)?,
-            up: linear(Role::Up)?,
-            down: linear(Role::Down)?,
+            ffn: FeedForward::load(backend, config, source, layer)?,
         })
     }
 
@@ -208,46 +205,39 @@ impl<B: Backend> Layer<B> {
         AttentionShape { window: self.window, ..constants.attention }
     }
 
-    /// Returns the linear of that role, `None` for other roles.
-    pub fn linear_mut(&mut self, role: Role) -> Option<&mut Linear<B>> {
-        Some(match role {
-            Role::Q => &mut self.q,
-            Role::K => &mut self.k,
-            Role::V => &mut self.v,
-            Role::O => &mut self.o,
-            Role::Gate => &mut self.gate,
-            Role::Up => &mut self.up,
-            Role::Down => &mut self.down,
-            _ => return None,
-        })
+    /// Returns the linear with that weight, `None` if the layer has none such.
+    pub fn linear_mut(&mut self, id: TensorId) -> Option<&mut Linear<B>> {
+        match id.role {
+            Role::Q => Some(&mut self.q),
+            Role::K => Some(&mut self.k),
+            Role::V => Some(&mut self.v),
+            Role::O => Some(&mut self.o),
+            _ => self.ffn.linear_mut(id),
+        }
     }
 
     /// Carries the residual stream `x` `[n, hidden]` through the layer.
     ///
-    /// `observe` sees the input of every linear before it runs, in the order Q, K, V, O, Gate, Up, Down. K and V see Q's
-    /// input, Up sees Gate's.
+    /// `observe` sees the input of every linear before it runs, with the number of its expert, if it is one's, in the order Q,
+    /// K, V, O, Gate, Up, Down. K and V see Q's input, Up sees Gate's; an expert's up and k, v need not be shown.
     pub fn forward(
         &self,
         backend: &B,
         constants: &LayerConstants,
         x: &mut B::Tensor,
         batch: Batch,
-        observe: &mut dyn FnMut(Role, &B::Tensor) -> Result<()>,
+        observe: Observe<B>,
     ) -> Result<()> {
         let normed = backend.rms_norm(x, &self.attn_norm, constants.eps)?;
         for role in [Role::Q, Role::K, Role::V] {
-            observe(role, &normed)?;
+            observe(role, None, &normed)?;
         }
         let mixed = self.attend(backend, constants, &normed, batch)?;
-        observe(Role::O, &mixed)?;
+        observe(Role::O, None, &mixed)?;
         self.o.add_forward(backend, x, &mixed)?;
 
         let normed = backend.rms_norm(x, &self.ffn_norm, constants.eps)?;
-        observe(Role::Gate, &normed)?;
-        observe(Role::Up, &normed)?;
-        let gated = self.gated(backend, &normed)?;
-        observe(Role::Down, &gated)?;
-        self.down.add_forward(backend, x, &gated)
+        self.ffn.add_forward(backend, x, &normed, observe)
     }
 
     /// Returns the residual stream after the layer at some rows of `x` only, `[rows.len(), hidden]`: attention mixes all
@@ -277,7 +267,7 @@ impl<B: Backend> Layer<B> {
     ) -> Result<()> {
         self.o.add_forward(backend, x, mixed)?;
         let normed = backend.rms_norm(x, &self.ffn_norm, constants.eps)?;
-        self.down.add_forward(backend, x, &self.gated(backend, &normed)?)
+        self.ffn.add_forward(backend, x, &normed, &mut |_, _, _| Ok(()))
     }
 
     /// Returns the gain of a half's norm `[hidden]`.
@@ -297,10 +287,13 @@ impl<B: Backend> Layer<B> {
     }
 
     /// Returns the linear with which a half adds to the residual stream.
-    pub fn output(&self, half: Half) -> &Linear<B> {
+    ///
+    /// # Errors
+    /// If the half is a mixture of experts, here and in [`Layer::mixed`].
+    pub fn output(&self, half: Half) -> Result<&Linear<B>> {
         match half {
-            Half::Attention => &self.o,
-            Half::FeedForward => &self.down,
+            Half::Attention => Ok(&self.o),
+            Half::FeedForward => Ok(&self.ffn.dense("one output")?.down),
         }
     }
 
@@ -316,7 +309,7 @@ impl<B: Backend> Layer<B> {
         let normed = backend.rms_norm(x, self.norm(half), constants.eps)?;
         match half {
             Half::Attention => self.attend(backend, constants, &normed, batch),
-            Half::FeedForward => self.gated(backend, &normed),
+            Half::FeedForward => self.ffn.dense("one input")?.mixed(backend, &normed),
         }
     }
 
@@ -374,12 +367,5 @@ impl<B: Backend> Layer<B> {
             k = backend.rms_norm(&k, k_norm, constants.eps)?;
         }
         Ok([q, k, v])
-    }
-
-    /// Returns `silu(gate) · up` `[n, intermediate]`, what `down` takes, for normed inputs `[n, hidden]`.
-    pub fn gated(&self, backend: &B, normed: &B::Tensor) -> Result<B::Tensor> {
-        let [mut gated, up] = backend.linears(normed, [&self.gate, &self.up].map(Linear::affine))?;
-        backend.swiglu_in_place(&mut gated, &up)?;
-        Ok(gated)
     }
 }

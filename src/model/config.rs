@@ -11,6 +11,7 @@ use anyhow::{Result, ensure};
 use super::family::Family;
 use super::linears::LinearSpec;
 use super::rope::RopeParameters;
+use super::router::Router;
 use crate::backend::Rope;
 use crate::names::{Role, TensorId};
 
@@ -72,6 +73,30 @@ pub enum Ffn {
         /// Values between them.
         width: usize,
     },
+    /// A router, and experts of which each token takes a few.
+    Mixture(Experts),
+}
+
+/// The experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are, and how the router chooses.
+    pub rule: Router,
+    /// Values between gate, up and down of each.
+    pub width: usize,
+    /// Whether a bias `[experts]` is added to the scores that choose.
+    pub choice_bias: bool,
+    /// The expert that all tokens share.
+    pub shared: Option<SharedExpert>,
+}
+
+/// An expert that all tokens share.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SharedExpert {
+    /// Values between its gate, up and down.
+    pub width: usize,
+    /// Whether a router of its own weighs it for each token.
+    pub gated: bool,
 }
 
 impl LayerKind {
@@ -116,11 +141,22 @@ impl Config {
         self.rope.validate(self.head_dim)?;
         let eps = self.rms_norm_eps;
         ensure!(eps.is_finite() && eps > 0.0, "`rms_norm_eps` is {eps}; wanted a positive number");
+        for layer in &self.layers {
+            if let Ffn::Mixture(experts) = layer.ffn {
+                experts.rule.validated()?;
+                ensure!(experts.rule.experts <= u16::MAX as usize, "{} experts", experts.rule.experts);
+            }
+        }
         ensure!(
             self.layers.iter().all(|layer| layer.window != Some(0)),
             "`sliding_window` is 0; wanted `null` or a positive number"
         );
         Ok(self)
+    }
+
+    /// Whether any layer is a mixture of experts.
+    pub fn has_experts(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer.ffn, Ffn::Mixture(_)))
     }
 
     /// Returns every tensor that a checkpoint must hold with its shape, in the order of a forward pass.
@@ -143,6 +179,16 @@ impl Config {
             tensors.push((id, shape.to_vec()));
             if bias {
                 tensors.push((id.bias(), vec![shape[0]]));
+            }
+        }
+        if let Ffn::Mixture(experts) = self.layers[layer].ffn {
+            let count = experts.rule.experts;
+            tensors.push((id(Role::Router), vec![count, hidden]));
+            if experts.choice_bias {
+                tensors.push((id(Role::ChoiceBias), vec![count]));
+            }
+            if experts.shared.is_some_and(|shared| shared.gated) {
+                tensors.push((id(Role::SharedRouter), vec![1, hidden]));
             }
         }
         tensors.push((id(Role::AttnNorm), vec![hidden]));

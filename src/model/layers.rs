@@ -161,7 +161,8 @@ mod tests {
         let streamed = Streamed::new(&source.config, &source).unwrap();
         let mut seen = Vec::new();
         let visit: Visit<Cpu> = &mut |at, layer| {
-            assert_eq!(layer.down.weight, model.layers[at].down.weight);
+            let down = |layer: &Layer<Cpu>| layer.ffn.dense("down").unwrap().down.weight.clone();
+            assert_eq!(down(layer), down(&model.layers[at]));
             assert_eq!(layer.ffn_norm, model.layers[at].ffn_norm);
             seen.push(at);
             Ok(())

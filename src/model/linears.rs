@@ -2,7 +2,7 @@
 //! walks a layer's linears (loading, calibrating, counting memory and work) takes them from here.
 
 use super::block::Half;
-use super::config::{Config, Ffn, Mixer};
+use super::config::{Config, Ffn, Mixer, SharedExpert};
 use crate::names::{Role, TensorId};
 
 /// A linear of a layer.
@@ -48,7 +48,7 @@ impl Stage {
 
     /// Whether it reads the normed residual stream; otherwise it adds to the stream.
     pub fn reads_norm(&self) -> bool {
-        self.leader().role != self.half.output()
+        !matches!(self.leader().role, Role::O | Role::Down | Role::SharedDown)
     }
 }
 
@@ -89,7 +89,25 @@ impl Config {
                     linear(Role::Up, width, hidden, self.mlp_bias),
                 ];
                 let output = vec![linear(Role::Down, hidden, width, self.mlp_bias)];
-                [inputs, output].map(|linears| Stage { half: Half::FeedForward, linears })
+                [inputs, output].map(|linears| Stage { half: Half::FeedForward, linears }).to_vec()
+            }
+            Ffn::Mixture(experts) => {
+                let gated = |[gate, up, down]: [Role; 3], width| {
+                    let inputs = [gate, up].map(|role| linear(role, width, hidden, self.mlp_bias)).to_vec();
+                    let output = vec![linear(down, hidden, width, self.mlp_bias)];
+                    [inputs, output].map(|linears| Stage { half: Half::FeedForward, linears })
+                };
+                let mut stages = Vec::new();
+                for expert in 0..experts.rule.experts {
+                    for mut stage in gated([Role::Gate, Role::Up, Role::Down], experts.width) {
+                        stage.linears.iter_mut().for_each(|linear| linear.id = linear.id.of_expert(expert));
+                        stages.push(stage);
+                    }
+                }
+                if let Some(SharedExpert { width, .. }) = experts.shared {
+                    stages.extend(gated([Role::SharedGate, Role::SharedUp, Role::SharedDown], width));
+                }
+                stages
             }
         });
         stages

@@ -8,17 +8,20 @@ pub mod block;
 pub mod chat_template;
 pub mod config;
 pub mod family;
+pub mod feed_forward;
 pub mod footprint;
 pub mod kv_cache;
 pub mod layers;
 pub mod linears;
+pub mod mixture;
 mod older_tokenizers;
 pub mod rope;
+pub mod router;
 pub mod tokenizer;
 
 use anyhow::{Context, Result, ensure};
 
-use self::block::{Layer, LayerConstants};
+use self::block::{Layer, LayerConstants, Observe};
 use self::config::Config;
 use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
@@ -119,7 +122,7 @@ impl<B: Backend> Model<B> {
         layer: usize,
         x: &mut B::Tensor,
         batch: Batch,
-        observe: &mut dyn FnMut(Role, &B::Tensor) -> Result<()>,
+        observe: Observe<B>,
     ) -> Result<()> {
         self.layers[layer]
             .forward(backend, &self.constants, x, batch, observe)
@@ -131,7 +134,7 @@ impl<B: Backend> Model<B> {
     pub fn hidden(&self, backend: &B, ids: &[u32], batch: Batch) -> Result<B::Tensor> {
         let mut x = self.embed_batch(backend, ids, batch)?;
         for layer in 0..self.layers.len() {
-            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _| Ok(()))?;
+            self.layer_forward(backend, layer, &mut x, batch, &mut |_, _, _| Ok(()))?;
         }
         backend.rms_norm(&x, &self.output_norm, self.constants.eps)
     }
@@ -180,7 +183,7 @@ impl<B: Backend> Model<B> {
         let last = self.layers.len() - 1;
         for at in first..last {
             self.layers[at]
-                .forward(backend, constants, &mut x, batch, &mut |_, _| Ok(()))
+                .forward(backend, constants, &mut x, batch, &mut |_, _, _| Ok(()))
                 .with_context(|| format!("layer {at}"))?;
         }
         let x = self.layers[last].forward_at(backend, constants, &x, batch, rows)?;

@@ -449,10 +449,10 @@ mod tests {
     #[test]
     fn a_folder_without_a_tokenizer_is_an_error_that_names_the_cure() {
         let folder = tempfile::tempdir().unwrap();
-        let error = |folder: &Path| Tokenizer::open(folder).err().unwrap().to_string();
-        assert!(error(folder.path()).contains("no `tokenizer.json`: copy it"));
+        let error = |folder: &Path| format!("{:#}", Tokenizer::open(folder).err().unwrap());
+        assert!(error(folder.path()).contains("copy it from the model's repository"));
         std::fs::write(folder.path().join("tokenizer.model"), b"").unwrap();
-        assert!(error(folder.path()).contains("save_pretrained"));
+        assert!(error(folder.path()).contains("no SentencePiece model"));
         std::fs::write(folder.path().join("tokenizer.json"), b"{").unwrap();
         assert!(error(folder.path()).contains("not valid JSON"));
     }

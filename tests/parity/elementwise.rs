@@ -57,3 +57,25 @@ fn add() {
         same_bits("add", &run(cuda, &x, &y), &run(&Cpu, &x, &y));
     });
 }
+
+#[test]
+fn add_rows() {
+    on_gpu(|cuda, _| {
+        let mut random = Random(13);
+        let (x, y, weights) = (random.normals(37 * 136), random.normals(3 * 136), random.normals(3));
+        let rows = [30, 0, 7];
+        fn run<B: Backend>(backend: &B, x: &[f32], y: &[f32], rows: &[usize], weights: &[f32]) -> Vec<f32> {
+            let mut x = backend.tensor(37, 136, x).unwrap();
+            let y = backend.tensor(rows.len(), 136, y).unwrap();
+            backend.add_rows(&mut x, rows, weights, &y).unwrap();
+            assert!(backend.add_rows(&mut x, &[37], &[1.0], &y).is_err(), "a row past the last");
+            backend.read(&x).unwrap()
+        }
+        let found = run(cuda, &x, &y, &rows, &weights);
+        // The device adds a fused product, rounded once where the CPU rounds twice: half a step of each.
+        for ((found, expected), before) in found.iter().zip(run(&Cpu, &x, &y, &rows, &weights)).zip(&x) {
+            let bound = f32::EPSILON * (expected.abs() + before.abs() + (expected - before).abs());
+            assert!((found - expected).abs() <= bound, "{found} {expected}");
+        }
+    });
+}

@@ -1,7 +1,7 @@
 //! Tokenizers in older files, with tokens beside `tokenizer.json`, and hostile ones.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use quant::container::gguf::Value as Gguf;
 use quant::dialect::gguf::tokenizer;
@@ -48,11 +48,14 @@ fn entry(text: &str, special: bool) -> Value {
 
 const TEXT: &str = "a<ticker>b<|cite|> c";
 
+/// Key of `tokenizer_config.json` and its value, another file and its content, the right ids.
+type Case = (&'static str, Value, Option<(&'static str, Value)>, &'static [u32]);
+
 /// Ids of transformers 5.17 for `a<ticker>b<|cite|> c` with these files.
 #[test]
 fn tokens_that_only_other_files_name_are_read_and_written() {
     let decoder = json!({"4096": entry("<ticker>", false), "4097": entry("<|cite|>", true)});
-    let cases: [(&str, Value, Option<(&str, Value)>, &[u32]); 6] = [
+    let cases: [Case; 6] = [
         ("added_tokens_decoder", decoder, None, &[67, 4096, 68, 4097, 279]),
         (
             "added_tokens_decoder",
@@ -213,7 +216,7 @@ fn a_panic_in_the_library_is_an_error() {
 #[test]
 fn tokenizers_that_cut_otherwise_are_told_apart_and_others_are_not() {
     let text = fs::read_to_string(root().join("eval/eval.txt")).unwrap();
-    let original = files(&PathBuf::from(root().join("eval/tiny-llama")));
+    let original = files(&root().join("eval/tiny-llama"));
     let own = Tokenizer::from_files(&original).unwrap();
     let through = Tokenizer::from_files(&through_gguf(&original, 4096)).unwrap();
     assert_eq!(parting(&own, &through, &text, 2000).unwrap(), None);

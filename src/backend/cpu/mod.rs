@@ -16,7 +16,8 @@ use rayon::prelude::*;
 
 pub(crate) use self::elementwise::exp;
 use super::{
-    Affine, AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments, separately,
+    Affine, AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments,
+    check_add_rows, separately,
 };
 use crate::backend::kv_cache::KvCache;
 use crate::linalg::product::{self, Left, Previous, Wanted, multiply_transposed};
@@ -52,6 +53,10 @@ impl Backend for Cpu {
 
     fn read(&self, x: &Array2<f32>) -> Result<Vec<f32>> {
         Ok(x.iter().copied().collect())
+    }
+
+    fn rows(&self, x: &Array2<f32>) -> usize {
+        x.nrows()
     }
 
     fn select_rows(&self, x: &Array2<f32>, rows: &[usize]) -> Result<Array2<f32>> {
@@ -169,6 +174,14 @@ impl Backend for Cpu {
 
     fn add(&self, x: &mut Array2<f32>, y: &Array2<f32>) -> Result<()> {
         *x += y;
+        Ok(())
+    }
+
+    fn add_rows(&self, x: &mut Array2<f32>, rows: &[usize], weights: &[f32], y: &Array2<f32>) -> Result<()> {
+        check_add_rows(x.dim(), rows, weights, y.dim())?;
+        for ((&row, &weight), y) in rows.iter().zip(weights).zip(y.rows()) {
+            x.row_mut(row).scaled_add(weight, &y);
+        }
         Ok(())
     }
 

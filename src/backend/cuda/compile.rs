@@ -53,6 +53,7 @@ macro_rules! kernel {
 type Source = (&'static str, &'static [&'static str], &'static str);
 const SOURCES: &[Source] = &[
     kernel!("add"),
+    kernel!("add_rows"),
     kernel!("adopt", "scheme.cuh", "grid.cuh"),
     kernel!("advance"),
     kernel!("attend", "cache.cuh"),

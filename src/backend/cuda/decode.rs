@@ -264,9 +264,10 @@ impl<'a> CudaDecoder<'a> {
             self.product(From::Residual(&layer.attn_norm), &qkv, Output::F16)?;
             self.attend(layer, cache)?;
             self.product(From::Values(&state.mixed), &[(&layer.o, &state.x)], Output::Add)?;
-            let gate_up = [(&layer.gate, &state.gated), (&layer.up, &state.gated)];
+            let ffn = layer.ffn.dense("generation on a GPU")?;
+            let gate_up = [(&ffn.gate, &state.gated), (&ffn.up, &state.gated)];
             self.product(From::Residual(&layer.ffn_norm), &gate_up, Output::Swiglu)?;
-            self.product(From::Values(&state.gated), &[(&layer.down, &state.x)], Output::Add)?;
+            self.product(From::Values(&state.gated), &[(&ffn.down, &state.x)], Output::Add)?;
         }
         let head = [Part { weight: model.head(), bias: None, y: self.chooser.logits_of(0) }];
         self.cuda.matvec(self.normed(&model.output_norm, Activations::Full)?, &head, Output::F32)?;

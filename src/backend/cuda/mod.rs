@@ -64,7 +64,9 @@ pub use self::solve::CudaSolver;
 pub use self::tensor::{Float, Tensor};
 pub use self::weight::{Stored, Weight, scheme_defines};
 pub use self::widen::scheme_on_device;
-use super::{AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments};
+use super::{
+    AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments, check_add_rows,
+};
 use crate::backend::kv_cache::KvCache;
 use crate::method::solve::Knobs;
 use crate::scheme::Activations;
@@ -344,6 +346,10 @@ impl Backend for Cuda {
         self.device.download_numbers(x.buffer(), out)
     }
 
+    fn rows(&self, x: &Tensor) -> usize {
+        x.rows
+    }
+
     fn select_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         ensure!(rows.iter().all(|&row| row < x.rows), "a row past the last of {}", x.rows);
         let row_bytes = x.cols * x.float.bytes();
@@ -449,6 +455,33 @@ impl Backend for Cuda {
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
         self.add_signed(x, y, "SIGN=1.0f")
+    }
+
+    fn add_rows(&self, x: &mut Tensor, rows: &[usize], weights: &[f32], y: &Tensor) -> Result<()> {
+        check_add_rows((x.rows, x.cols), rows, weights, (y.rows, y.cols))?;
+        ensure!(x.float == Float::F32, "only the residual stream, which is F32, is added to");
+        ensure!(
+            x.cols.is_multiple_of(8),
+            "{} columns: the GPU wants a multiple of 8; use `--device cpu`",
+            x.cols
+        );
+        if rows.is_empty() {
+            return Ok(());
+        }
+        x.make_unique(&self.device)?;
+        let indices = self.device.upload(&u32_bytes(rows.iter().map(|&row| row as u32)))?;
+        let weights = self.device.upload_numbers(weights)?;
+        self.device.launch(
+            Kernel::new("add_rows", &[&macro_of("X", y.float)]),
+            Geometry::flat(rows.len(), 128),
+            &[
+                Arg::Pointer(x.at()),
+                Arg::Pointer(y.at()),
+                Arg::Pointer(indices.at()),
+                Arg::Pointer(weights.at()),
+                Arg::U32(x.cols as u32),
+            ],
+        )
     }
 
     fn score(&self, hidden: &Tensor, head: &Weight, targets: &[u32]) -> Result<Vec<Score>> {

@@ -27,7 +27,7 @@ pub(super) struct Prepared {
 ///
 /// # Errors
 /// If they differ: an input is prepared, and its moments are summed, once.
-fn inputs_of(wanted: &[(TensorId, Choice)]) -> Result<Activations> {
+pub(super) fn inputs_of(wanted: &[(TensorId, Choice)]) -> Result<Activations> {
     let Some((first, Choice { inputs, .. })) = wanted.first() else { return Ok(Activations::Full) };
     for (other, choice) in wanted {
         ensure!(
@@ -187,7 +187,8 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             let stream = chunk.quantized.get(self.backend)?;
             let stream = self.backend.select_rows(&stream, &sampled_rows(chunk.ids.len(), sampled))?;
             let normed = self.backend.rms_norm(&stream, &quantized.ffn_norm, self.constants.eps)?;
-            inputs.extend(self.backend.read(&quantized.gated(self.backend, &normed)?)?);
+            inputs
+                .extend(self.backend.read(&quantized.ffn.dense("smoothing")?.mixed(self.backend, &normed)?)?);
         }
         Ok(Some(Factors::new(&inputs, down.cols(), strength)))
     }

@@ -287,9 +287,11 @@ mod tests {
             |force| SafetensorsSink::create(&folder, Opening { force, key: None }, &[], &[], SHARD_BYTES);
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("letters.txt"), "dear").unwrap();
-        assert!(create(false).unwrap_err().to_string().contains("is no model"));
-        assert!(create(true).unwrap_err().to_string().contains("is no model"));
+        assert!(create(false).unwrap_err().to_string().contains("holds no model"));
+        assert!(create(true).unwrap_err().to_string().contains("holds no model"));
         fs::write(folder.join("config.json"), "{}").unwrap();
+        assert!(create(true).unwrap_err().to_string().contains("holds no model"), "a configuration alone");
+        fs::write(folder.join("model.safetensors"), "").unwrap();
         assert!(create(false).unwrap_err().to_string().contains("--force"));
         Box::new(create(true).unwrap()).finish().unwrap();
         assert!(folder.join("model.safetensors").exists() && !folder.join("letters.txt").exists());

@@ -60,6 +60,10 @@ const FILE_TYPES: [(&str, u32); 34] = [
 /// # Errors
 /// Name what GGUF or llama.cpp cannot express: see [`tokenizer::write`].
 pub fn write(config: &Config, files: &TokenizerFiles, name: &str, format: &str) -> Result<Metadata> {
+    ensure!(
+        !config.has_experts(),
+        "GGUF files of mixtures of experts are not written yet; choose a format of compressed-tensors"
+    );
     let architecture = config.family.gguf;
     let file_type = FILE_TYPES.iter().find(|row| row.0 == format).map_or(1024, |row| row.1);
     let mut out = Metadata::default();

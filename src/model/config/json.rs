@@ -96,7 +96,7 @@ pub(in crate::model) fn decimal(x: f32) -> Value {
     x.to_string().parse::<f64>().map_or(Value::Null, Value::from)
 }
 
-fn required(json: &Value, name: &str) -> Result<usize> {
+pub(in crate::model) fn required(json: &Value, name: &str) -> Result<usize> {
     size(json, name)?.with_context(|| format!("`{name}` is missing"))
 }
 
@@ -122,8 +122,13 @@ fn number(json: &Value, name: &str) -> Result<Option<f32>> {
 }
 
 pub(in crate::model) fn flag(json: &Value, name: &str) -> Result<bool> {
+    flag_or(json, name, false)
+}
+
+/// Returns a flag, or `default` where the field is absent or null.
+pub(in crate::model) fn flag_or(json: &Value, name: &str, default: bool) -> Result<bool> {
     match json.get(name) {
-        None | Some(Value::Null) => Ok(false),
+        None | Some(Value::Null) => Ok(default),
         Some(Value::Bool(value)) => Ok(*value),
         Some(value) => bail!("`{name}` is `{value}`; wanted `true` or `false`"),
     }

@@ -6,7 +6,9 @@
 mod llama;
 mod mistral;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 
 use std::fmt;
 
@@ -36,7 +38,14 @@ pub struct Family {
 }
 
 /// All families. Of those that share a GGUF architecture, the first is what such files are read as.
-pub const FAMILIES: [&Family; 4] = [&llama::LLAMA, &mistral::MISTRAL, &qwen2::QWEN2, &qwen3::QWEN3];
+pub const FAMILIES: [&Family; 6] = [
+    &llama::LLAMA,
+    &mistral::MISTRAL,
+    &qwen2::QWEN2,
+    &qwen3::QWEN3,
+    &qwen2_moe::QWEN2_MOE,
+    &qwen3_moe::QWEN3_MOE,
+];
 
 impl Family {
     /// Returns the family that a `config.json` names in `architectures`, or else in `model_type`.

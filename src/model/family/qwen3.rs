@@ -18,7 +18,7 @@ pub const QWEN3: Family = Family {
     write,
 };
 
-fn read(json: &Value, config: &mut Config) -> Result<()> {
+pub(super) fn read(json: &Value, config: &mut Config) -> Result<()> {
     config.head_dim = size(json, "head_dim")?.unwrap_or(128);
     config.qkv_bias = flag(json, "attention_bias")?;
     config.o_bias = config.qkv_bias;
@@ -26,7 +26,7 @@ fn read(json: &Value, config: &mut Config) -> Result<()> {
     qwen2::read_windows(json, config)
 }
 
-fn write(config: &Config, json: &mut Map<String, Value>) {
+pub(super) fn write(config: &Config, json: &mut Map<String, Value>) {
     json.insert("attention_bias".into(), json!(config.qkv_bias));
     qwen2::write_windows(config, json);
 }

@@ -128,9 +128,8 @@ fn parse(bytes: &[u8]) -> Result<Model> {
             }
             (3, Wire::Bytes(normalizer)) => {
                 for field in Fields(normalizer) {
-                    match field? {
-                        (2, Wire::Bytes(charsmap)) => model.charsmap = !charsmap.is_empty(),
-                        _ => {}
+                    if let (2, Wire::Bytes(charsmap)) = field? {
+                        model.charsmap = !charsmap.is_empty();
                     }
                 }
             }
