@@ -2,8 +2,8 @@
 //!
 //! Files land in the cache that huggingface_hub and transformers share (`$HF_HOME/hub`), so a model that any
 //! of them has downloaded is not downloaded again. A download that broke off goes on where it stopped. All
-//! files come from one commit. The environment is read as huggingface_hub reads it ([`environment`]),
-//! certificates as curl does ([`certificates`]).
+//! files come from one commit. The environment is read as huggingface_hub reads it (`environment`),
+//! certificates as curl does (`certificates`).
 
 mod certificates;
 mod download;

@@ -1,4 +1,4 @@
-//! What a forward pass needs to know of a model. [`json`] reads it from `config.json`; anything unknown is refused by name.
+//! What a forward pass needs to know of a model. `json` reads it from `config.json`; anything unknown is refused by name.
 //!
 //! Field names and defaults are those of the configuration classes of transformers 5.17 (`LlamaConfig`, `MistralConfig`,
 //! `Qwen2Config`, `Qwen3Config`). The keys of RoPE are those of

@@ -1,7 +1,7 @@
 //! GGUF as llama.cpp reads it: block bytes, metadata, tokenizer.
 //!
 //! - [`Gguf`]: quantized matrices ↔ ggml blocks.
-//! - [`metadata`]: configuration ↔ keys, those of [`rope`] apart. [`tokenizer`]: `tokenizer.json` ↔ keys.
+//! - [`metadata`]: configuration ↔ keys, those of `rope` apart. [`tokenizer`]: `tokenizer.json` ↔ keys.
 
 mod blocks;
 pub mod metadata;
