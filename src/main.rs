@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use quant::cli::Cli;
-use quant::cmd::{self, Outcome};
+use quant::cmd::{self, Status};
 
 /// A quality gate failed: the run worked, the answer is no.
 const GATE_FAILED: u8 = 1;
@@ -19,8 +19,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     match cmd::run(Cli::parse()) {
-        Ok(Outcome::Ok) => ExitCode::SUCCESS,
-        Ok(Outcome::GateFailed) => ExitCode::from(GATE_FAILED),
+        Ok(Status::Ok) => ExitCode::SUCCESS,
+        Ok(Status::GateFailed) => ExitCode::from(GATE_FAILED),
         // Whoever read our output has what they wanted (`quant inspect | head`).
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {

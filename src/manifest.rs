@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::container::FileHash;
 use crate::container::output::temporary_in;
+use crate::method::solve::Outcome;
 use crate::num::{Codec, Element};
 use crate::scheme::{Activations, Offset, Scheme, Span};
 use crate::tensor::Dtype;
@@ -111,24 +112,9 @@ pub enum TensorRecord {
         scheme: Box<SchemeRecord>,
         /// How the scales were found: a scale rule, `given` for copied ones.
         scale_rule: String,
-        /// Relative weighted squared error `Σ wⱼ (x − x̂)² / Σ wⱼ x²` of what was written, weighed as the method
-        /// weighed it; 0 for a tensor of zeros.
-        error: f64,
-        /// The same for nearest codes on the same scales, where the method chose others.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        error_nearest: Option<f64>,
-        /// How strongly its input was smoothed: the α of SmoothQuant or AWQ.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        smoothing: Option<f32>,
-        /// The scale of its linear's inputs, where calibration fixes one.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        input_scale: Option<f32>,
-        /// Damping that its inputs' second moments needed, relative to their mean diagonal, where that was more than asked.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        raised_damp: Option<f32>,
-        /// Whether it has the nearest codes after all, since calibrated ones were worse.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        kept_nearest: bool,
+        /// How it came out.
+        #[serde(flatten)]
+        outcome: Outcome,
         /// The scheme that was asked for and does not fit this tensor.
         #[serde(skip_serializing_if = "Option::is_none")]
         fallback_from: Option<String>,
@@ -387,12 +373,7 @@ mod tests {
         let quantized = |scheme, activations| TensorRecord::Quantized {
             scheme: Box::new(SchemeRecord::new(&scheme, activations)),
             scale_rule: "search".into(),
-            error: 0.0125,
-            error_nearest: None,
-            smoothing: None,
-            input_scale: None,
-            raised_damp: None,
-            kept_nearest: false,
+            outcome: Outcome { error: 0.0125, ..Outcome::default() },
             fallback_from: None,
         };
         let hashes = |names: &[&str]| names.iter().map(|name| (name.to_string(), "ab".repeat(32))).collect();

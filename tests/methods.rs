@@ -72,7 +72,8 @@ fn calibrated(format: &str, held_out: usize, room: Option<u64>) -> (Vec<(TensorI
     let mut tensors = Vec::new();
     let kld = calibrate(&Cpu, &source.config, &source, &request, &mut |done| {
         let Finished::Quantized(done) = done else { return Ok(()) };
-        assert!(done.tokens == 0 || done.solved.error < done.solved.error_nearest, "{}", done.id);
+        let outcome = done.solved.outcome;
+        assert!(outcome.tokens.is_none() || Some(outcome.error) < outcome.error_nearest, "{}", done.id);
         tensors.push((done.id, done.solved.q));
         Ok(())
     });

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::driver::{Finished, Request, calibrate};
 use super::settings::Settings;
+use super::token_energies::TokenEnergies;
 use crate::backend::SecondMoments;
 use crate::model::TensorSource;
 use crate::model::config::Config;
@@ -122,6 +123,33 @@ struct Group {
     opposite: bool,
 }
 
+/// The windows that trials see: those for statistics, then those kept out of them.
+struct TrialText {
+    windows: Vec<Vec<u32>>,
+    energies: Vec<TokenEnergies>,
+    held_out: usize,
+}
+
+impl TrialText {
+    /// Picks windows of a request; `None` if it has too few.
+    fn pick(request: &Request) -> Option<Self> {
+        let (counted, held_out) = TRIAL_WINDOWS;
+        let available = request.windows.len();
+        if available < 2 * held_out {
+            return None;
+        }
+        // Spread over the text: its parts differ in kind.
+        let picked = (counted + held_out).min(available);
+        let (kept_out, mut order): (Vec<usize>, Vec<usize>) = (0..picked).partition(|i| i % 3 == 2);
+        let held_out = kept_out.len();
+        order.extend(kept_out);
+        let spread = |i: &usize| i * available / picked;
+        let windows = order.iter().map(|i| request.windows[spread(i)].clone()).collect();
+        let energies = order.iter().filter_map(|i| request.energies.get(spread(i)).cloned()).collect();
+        Some(TrialText { windows, energies, held_out })
+    }
+}
+
 /// Tries candidates for `request`, whose settings are where the search starts and whose windows are divided into counted
 /// and kept out.
 ///
@@ -135,45 +163,17 @@ pub fn choose<B: SecondMoments>(
     search: &Search,
 ) -> Result<Chosen> {
     let mut choice = Chosen { settings: request.settings, trials: Vec::new() };
-    let (counted, held_out) = TRIAL_WINDOWS;
-    let available = request.windows.len();
     let candidates = search.effort.candidates(request.rounds_inputs);
-    if candidates.is_empty() || available < 2 * held_out {
-        return Ok(choice);
-    }
-    // Spread over the text: its parts differ in kind.
-    let picked = (counted + held_out).min(available);
-    let (kept_out, mut order): (Vec<usize>, Vec<usize>) = (0..picked).partition(|i| i % 3 == 2);
-    let held_out = kept_out.len();
-    order.extend(kept_out);
-    let spread = |i: &usize| i * available / picked;
-    let windows: Vec<_> = order.iter().map(|i| request.windows[spread(i)].clone()).collect();
-    let energies: Vec<_> = order.iter().filter_map(|i| request.energies.get(spread(i)).cloned()).collect();
+    let text = TrialText::pick(request).filter(|_| !candidates.is_empty());
+    let Some(text) = text else { return Ok(choice) };
+    let layers = config.num_hidden_layers;
     let measure = |change: &str, settings: Settings| -> Result<Trial> {
         let known = |trial: &&Trial| trial.change == change && trial.settings == settings;
         if let Some(trial) = search.known.iter().find(known) {
-            (0..config.num_hidden_layers).for_each(|_| (search.progress)());
+            (0..layers).for_each(|_| (search.progress)());
             return Ok(trial.clone());
         }
-        let trial = Settings { sweeps: settings.sweeps.min(1), ..settings };
-        let (choice, finished) = (request.choice, None);
-        let request = Request {
-            windows: &windows,
-            energies: &energies,
-            held_out,
-            settings: trial,
-            choice,
-            finished,
-            ..*request
-        };
-        let kld = calibrate(backend, config, source, &request, &mut |finished| {
-            if let Finished::Layer(_) = finished {
-                (search.progress)();
-            }
-            Ok(())
-        })?;
-        let kld = kld.unwrap_or(f64::NAN);
-        ensure!(kld.is_finite(), "the divergence on calibration text is {kld}");
+        let kld = divergence(backend, config, source, &text, request, settings, search.progress)?;
         let trial = Trial { change: change.to_string(), settings, kld };
         (search.tell)(&trial)?;
         Ok(trial)
@@ -193,13 +193,42 @@ pub fn choose<B: SecondMoments>(
             let better = trial.kld < before;
             choice.trials.push(trial);
             if opposite && better {
-                let left = (changes.len() - at - 1) * config.num_hidden_layers;
-                (0..left).for_each(|_| (search.progress)());
+                (0..(changes.len() - at - 1) * layers).for_each(|_| (search.progress)());
                 break;
             }
         }
     }
     Ok(choice)
+}
+
+/// Calibrates the whole model under `settings` on few windows and returns its mean KL divergence on those kept out, nats.
+fn divergence<B: SecondMoments>(
+    backend: &B,
+    config: &Config,
+    source: &impl TensorSource,
+    text: &TrialText,
+    request: &Request,
+    settings: Settings,
+    progress: &dyn Fn(),
+) -> Result<f64> {
+    let request = Request {
+        windows: &text.windows,
+        energies: &text.energies,
+        held_out: text.held_out,
+        settings: Settings { sweeps: settings.sweeps.min(1), ..settings },
+        choice: request.choice,
+        finished: None,
+        ..*request
+    };
+    let kld = calibrate(backend, config, source, &request, &mut |finished| {
+        if let Finished::Layer(_) = finished {
+            progress();
+        }
+        Ok(())
+    })?;
+    let kld = kld.unwrap_or(f64::NAN);
+    ensure!(kld.is_finite(), "the divergence on calibration text is {kld}");
+    Ok(kld)
 }
 
 impl Chosen {

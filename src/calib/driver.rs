@@ -25,7 +25,7 @@ use super::sums::Sums;
 use super::token_energies::{TokenEnergies, factors};
 use crate::backend::parked::{Parked, Room};
 use crate::backend::{Batch, SecondMoments};
-use crate::method::solve::{self, Deviation, Solve, Solved};
+use crate::method::solve::{self, Outcome, Solve, Solved};
 use crate::model::TensorSource;
 use crate::model::block::{Half, Layer, LayerConstants};
 use crate::model::config::Config;
@@ -82,14 +82,8 @@ pub enum Finished {
 pub struct Calibrated {
     /// Which one.
     pub id: TensorId,
-    /// Its codes and scales, and what rounding cost.
+    /// Its codes and scales, and how they came out.
     pub solved: Solved,
-    /// Tokens its statistics come from; 0 for tensors rounded without.
-    pub tokens: usize,
-    /// How strongly its input was smoothed.
-    pub smoothing: Option<f32>,
-    /// The scale of its input, where that is static.
-    pub input_scale: Option<f32>,
 }
 
 impl Request<'_> {
@@ -171,16 +165,11 @@ fn quantized_embeddings<B: SecondMoments>(
     let Some(Choice { scheme, .. }) = (run.request.choice)(id) else { return Ok(None) };
     let weight = source.read(id)?;
     let [rows, cols] = weight.dims();
-    let q = fit(scheme, &weight.to_f32(), rows, cols, None, run.request.settings.scale_rule);
-    let solved =
-        Solved { q: q.clone(), error_nearest: f64::NAN, error: f64::NAN, deviation: Deviation::default() };
-    run.done.push(Finished::Quantized(Calibrated {
-        id,
-        solved,
-        tokens: 0,
-        smoothing: None,
-        input_scale: None,
-    }));
+    let weights = weight.to_f32();
+    let q = fit(scheme, &weights, rows, cols, None, run.request.settings.scale_rule);
+    // They have no input to weigh errors with.
+    let outcome = Outcome { error: q.distortion(&weights, None).relative(), ..Outcome::default() };
+    run.done.push(Finished::Quantized(Calibrated { id, solved: Solved { q: q.clone(), outcome } }));
     Ok(Some(q))
 }
 
@@ -343,8 +332,10 @@ impl<'a, B: SecondMoments> Run<'a, B> {
             match &tensor {
                 Finished::Quantized(done) => {
                     let weight = backend.upload(Matrix::Quantized(done.solved.q.clone()))?;
-                    let scale =
-                        || done.input_scale.with_context(|| format!("`{}` has no input scale", done.id));
+                    let scale = || {
+                        let scale = done.solved.outcome.input_scale;
+                        scale.with_context(|| format!("`{}` has no input scale", done.id))
+                    };
                     let choice = (self.request.choice)(done.id);
                     let rounding =
                         choice.map_or(Activations::Full, |choice| choice.inputs).with_scale(scale)?;
@@ -430,11 +421,13 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         for (id, Choice { scheme, .. }) in wanted {
             let weights = weights(id)?;
             let global = amax.and_then(|amax| fit::global_scale(&scheme, amax));
-            let (solved, weight) =
+            let (mut solved, weight) =
                 solver.quantize(&weights, scheme, global).with_context(|| format!("{id}"))?;
             self.exchange(id, weight, *rounding, quantized)?;
-            let (smoothing, input_scale) = (factors.map(|factors| factors.strength), rounding.scale());
-            self.done.push(Finished::Quantized(Calibrated { id, solved, tokens, smoothing, input_scale }));
+            solved.outcome.tokens = Some(tokens);
+            solved.outcome.smoothing = factors.map(|factors| factors.strength);
+            solved.outcome.input_scale = rounding.scale();
+            self.done.push(Finished::Quantized(Calibrated { id, solved }));
         }
         Ok(())
     }
@@ -463,14 +456,9 @@ impl<'a, B: SecondMoments> Run<'a, B> {
                 }
                 let tokens = sums.moments.tokens;
                 let solver = backend.solver(sums.moments, self.request.settings.knobs(Role::Head))?;
-                let (solved, quantized) = solver.quantize(&weight, scheme, None)?;
-                self.done.push(Finished::Quantized(Calibrated {
-                    id,
-                    solved,
-                    tokens,
-                    smoothing: None,
-                    input_scale: None,
-                }));
+                let (mut solved, quantized) = solver.quantize(&weight, scheme, None)?;
+                solved.outcome.tokens = Some(tokens);
+                self.done.push(Finished::Quantized(Calibrated { id, solved }));
                 Some(quantized)
             }
         };

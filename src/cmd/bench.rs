@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::measure::{self, WithBackend};
-use super::{ModelRef, Outcome};
+use super::{ModelRef, Status};
 use crate::backend::kv_cache::KvCache;
 use crate::backend::machine::{Ceilings, Machine};
 use crate::backend::{Backend, Batch};
@@ -23,7 +23,7 @@ use crate::output::{self, Printer};
 const REPEATS: usize = 5;
 
 /// Prints prompt and generation rates, time to the first token and memory, with shares of the machine's own rates.
-pub fn run(args: &BenchArgs, printer: Printer) -> Result<Outcome> {
+pub fn run(args: &BenchArgs, printer: Printer) -> Result<Status> {
     output::check_reports(args.json.as_deref())?;
     let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
     let checkpoint = model.open(printer)?;
@@ -50,7 +50,7 @@ pub fn run(args: &BenchArgs, printer: Printer) -> Result<Outcome> {
         rows.iter().for_each(|row| _ = table.add_row(row.cells()));
         printer.result(&format!("{}, {}, {device}\n{table}\n", model.name, checkpoint.format_name()))?;
     }
-    Ok(Outcome::Ok)
+    Ok(Status::Ok)
 }
 
 /// Steps before the clock starts: the first compiles and records what it needs.

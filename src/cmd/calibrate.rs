@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::calibration::Windows;
-use super::{ModelRef, Outcome};
+use super::{ModelRef, Status};
 use crate::backend::cpu::Cpu;
 use crate::calib::imatrix::Imatrix;
 use crate::calib::importance::mean_squares;
@@ -15,7 +15,7 @@ use crate::container::output::check_file;
 use crate::output::{Printer, Unit};
 
 /// Runs the text through the model and writes the file.
-pub fn run(args: &CalibrateArgs, printer: Printer) -> Result<Outcome> {
+pub fn run(args: &CalibrateArgs, printer: Printer) -> Result<Status> {
     check_file(&args.out, args.force)?;
     let model = ModelRef::resolve(args.model.as_deref(), args.revision.as_deref(), printer)?;
     let source = model.open(printer)?;
@@ -33,5 +33,5 @@ pub fn run(args: &CalibrateArgs, printer: Printer) -> Result<Outcome> {
     };
     imatrix.write(&args.out, args.force)?;
     printer.result(&format!("wrote {}", args.out.display()))?;
-    Ok(Outcome::Ok)
+    Ok(Status::Ok)
 }

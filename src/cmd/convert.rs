@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::calibration::{self, Windows};
 use super::measure::{self, Request};
 use super::write::{Task, source_hashes, write};
-use super::{ModelRef, Outcome, plan_report, show};
+use super::{ModelRef, Status, plan_report, show};
 use crate::artifact::{self, Artifact};
 use crate::backend::cpu::Cpu;
 use crate::backend::kv_cache::KvCache;
@@ -31,7 +31,7 @@ use crate::recipe::{Method, Recipe};
 use crate::scheme::Span;
 
 /// Runs the whole pipeline for every format.
-pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
+pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Status> {
     output::check_reports(args.json.as_deref())?;
     let model = ModelRef::resolve(args.model.as_deref(), args.source.revision.as_deref(), printer)?;
     let source = model.open(printer)?;
@@ -82,7 +82,7 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Outcome> {
         task.journal.take().map_or(Ok(()), Journal::finish)?;
     }
     report(args, &tasks, measured.as_ref(), printer)?;
-    Ok(Outcome::Ok)
+    Ok(Status::Ok)
 }
 
 /// Decides everything that headers can decide, for every format, before anything is written.
@@ -239,7 +239,7 @@ fn dry_run(
     tasks: &[Task],
     windows: Option<&Windows>,
     printer: Printer,
-) -> Result<Outcome> {
+) -> Result<Status> {
     let mut plans = Vec::new();
     for task in tasks {
         let (out, bytes) = (task.out.display().to_string(), task.artifact.bytes()?);
@@ -254,7 +254,7 @@ fn dry_run(
     if let Some(file) = &args.json {
         output::write_report(file, &format!("{:#}\n", json!({ "plans": plans })), printer)?;
     }
-    Ok(Outcome::Ok)
+    Ok(Status::Ok)
 }
 
 fn evaluation(args: &ConvertArgs, report: &Report, row: &Row) -> Evaluation {

@@ -8,13 +8,13 @@ use serde::de::DeserializeOwned;
 
 use super::measure::{self, Request};
 use super::questions::Questions;
-use super::{ModelRef, Outcome, show};
+use super::{ModelRef, Status, show};
 use crate::artifact::file_name;
 use crate::checkpoint::Checkpoint;
 use crate::cli::{EvalArgs, GateArgs, OutputArgs};
 use crate::eval::Report;
 use crate::eval::gate::{self, Gate};
-use crate::eval::report::Bench;
+use crate::eval::report::{Bench, SpeedRow};
 use crate::eval::sensitivity::Sensitivity;
 use crate::eval::slices;
 use crate::eval::tokenization::Parting;
@@ -22,7 +22,7 @@ use crate::output::{self, Printer};
 use crate::report;
 
 /// Measures every model on the same token ids, prints a row for each, and judges them.
-pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
+pub fn run(args: &EvalArgs, printer: Printer) -> Result<Status> {
     output::check_reports(files(&args.outputs).into_iter().map(|(_, file, _)| file))?;
     let on_stdout = takes_stdout(&args.outputs)?;
     let gates = gates(&args.gates)?;
@@ -32,10 +32,7 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     );
     let slices =
         slices::by_names(args.slices.iter().map(String::as_str).chain(gates.iter().filter_map(Gate::slice)))?;
-    let sensitivity: Option<Sensitivity> =
-        args.outputs.sensitivity.as_deref().map(|file| read_json(file, "sensitivity")).transpose()?;
-    let benches = args.outputs.bench.iter().map(|file| read_json::<Bench>(file, "bench"));
-    let speed = benches.collect::<Result<Vec<_>>>()?.into_iter().flat_map(Bench::rows).collect();
+    let (sensitivity, speed) = measured_before(&args.outputs)?;
     let open = |model: Option<&str>| -> Result<Checkpoint> {
         ModelRef::resolve(model, args.source.revision.as_deref(), printer)?.open(printer)
     };
@@ -82,7 +79,16 @@ pub fn run(args: &EvalArgs, printer: Printer) -> Result<Outcome> {
     }
     let errors = report.errors();
     ensure!(errors.is_empty(), "{}", errors.join("; "));
-    Ok(if report.passed() { Outcome::Ok } else { Outcome::GateFailed })
+    Ok(if report.passed() { Status::Ok } else { Status::GateFailed })
+}
+
+/// Reads what other commands have measured, to be shown in the reports.
+fn measured_before(outputs: &OutputArgs) -> Result<(Option<Sensitivity>, Vec<SpeedRow>)> {
+    let sensitivity =
+        outputs.sensitivity.as_deref().map(|file| read_json(file, "sensitivity")).transpose()?;
+    let benches = outputs.bench.iter().map(|file| read_json::<Bench>(file, "bench"));
+    let speed = benches.collect::<Result<Vec<_>>>()?.into_iter().flat_map(Bench::rows).collect();
+    Ok((sensitivity, speed))
 }
 
 /// Returns the gates of the command line and of the file. Where both limit the same, both hold.

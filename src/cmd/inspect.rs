@@ -6,13 +6,13 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::{ModelRef, Outcome};
+use super::{ModelRef, Status};
 use crate::checkpoint::{Checkpoint, Stored, TensorInfo};
 use crate::cli::InspectArgs;
 use crate::output::{self, Printer};
 
 /// Prints tensors, schemes, bits per weight and sizes.
-pub fn run(args: &InspectArgs, printer: Printer) -> Result<Outcome> {
+pub fn run(args: &InspectArgs, printer: Printer) -> Result<Status> {
     output::check_reports(args.json.as_deref())?;
     let model = ModelRef::resolve(args.model.as_deref(), args.revision.as_deref(), printer)?;
     let checkpoint = model.open(printer)?;
@@ -22,7 +22,7 @@ pub fn run(args: &InspectArgs, printer: Printer) -> Result<Outcome> {
     if args.json.as_deref() != Some(Path::new("-")) {
         printer.result(&summary(&checkpoint))?;
     }
-    Ok(Outcome::Ok)
+    Ok(Status::Ok)
 }
 
 fn summary(checkpoint: &Checkpoint) -> String {

@@ -31,7 +31,7 @@ use crate::output::{self, Printer};
 
 /// How a command that ran to its end came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum Status {
     /// Everything was done.
     Ok,
     /// A quality gate failed.
@@ -39,7 +39,7 @@ pub enum Outcome {
 }
 
 /// Runs what was typed.
-pub fn run(cli: Cli) -> Result<Outcome> {
+pub fn run(cli: Cli) -> Result<Status> {
     let printer = Printer::new(cli.global.quiet, cli.global.verbose);
     if let Some(threads) = cli.global.threads {
         rayon::ThreadPoolBuilder::new()

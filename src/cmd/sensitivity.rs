@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use super::measure::{self, Request, WithBackend};
-use super::{ModelRef, Outcome};
+use super::{ModelRef, Status};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{GroupArg, SensitivityArgs};
 use crate::eval::sensitivity::{self, Group, Sensitivity, TensorGroup};
@@ -27,7 +27,7 @@ use crate::tensor::{Matrix, first_non_finite};
 const DEFAULT_WINDOWS: u32 = 16;
 
 /// Quantizes one group at a time and ranks them.
-pub fn run(args: &SensitivityArgs, printer: Printer) -> Result<Outcome> {
+pub fn run(args: &SensitivityArgs, printer: Printer) -> Result<Status> {
     output::check_reports(
         [&args.json, &args.csv, &args.html].into_iter().filter_map(|file| file.as_deref()),
     )?;
@@ -48,7 +48,7 @@ pub fn run(args: &SensitivityArgs, printer: Printer) -> Result<Outcome> {
     found.model = model.name;
     found.rank();
     write(args, found, printer)?;
-    Ok(Outcome::Ok)
+    Ok(Status::Ok)
 }
 
 /// What runs on whichever device there is.

@@ -16,8 +16,9 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
 use crate::container::{FileHash, Opening, leftovers};
 use crate::convert::journal::{self, FinishedOutput, Journal};
-use crate::convert::{self, Calibration, Cost, Output};
+use crate::convert::{self, Calibration, Output};
 use crate::manifest::{self, Hashes, Manifest, SchemeRecord, TensorRecord};
+use crate::method::solve::Outcome;
 use crate::num::Codec;
 use crate::output::{Printer, Unit};
 use crate::plan::{Action, Plan, Step};
@@ -44,13 +45,13 @@ pub fn write(
     imatrix: Option<&Imatrix>,
     printer: Printer,
 ) -> Result<()> {
-    let costs = match windows {
+    let outcomes = match windows {
         None => {
             clear_leftovers(args, &task.out, None, printer)?;
             let sink = task.artifact.create(&task.out, Opening { force: args.force, key: None })?;
             let bar = printer.bar(task.plan.weights(), task.plan.recipe.format.name, Unit::Count);
             let progress = |weights| bar.inc(weights);
-            let costs = convert::convert(source, &task.plan, sink.as_ref(), imatrix, hashes, &progress)?;
+            let outcomes = convert::convert(source, &task.plan, sink.as_ref(), imatrix, hashes, &progress)?;
             task.manifest.source.files = source_hashes(source, hashes)?;
             sink.restate(&task.manifest.gguf_keys())?;
             if sink.path().is_dir() {
@@ -59,17 +60,17 @@ pub fn write(
             }
             sink.finish()?;
             bar.finish_and_clear();
-            costs
+            outcomes
         }
         Some(windows) => {
             let work = Calibrated { args, source, task, windows, printer };
             measure::on_named_device(&args.source.device, args.protocol.precise, printer.silent(), work)?
         }
     };
-    report_deviations(task.plan.recipe.format.name, &task.plan, &costs, printer);
-    for (step, cost) in task.plan.steps.iter().zip(costs) {
-        let record = record(&task.plan, step, cost);
-        printer.detail(detail(task.plan.recipe.format.name, step, cost));
+    report_deviations(task.plan.recipe.format.name, &task.plan, &outcomes, printer);
+    for (step, outcome) in task.plan.steps.iter().zip(outcomes) {
+        let record = record(&task.plan, step, outcome);
+        printer.detail(detail(task.plan.recipe.format.name, step, outcome));
         task.manifest.tensors.insert(step.id.to_string(), record);
     }
     Ok(())
@@ -103,15 +104,15 @@ struct Calibrated<'a> {
 }
 
 impl WithBackend for Calibrated<'_> {
-    type Output = Vec<Cost>;
+    type Output = Vec<Outcome>;
 
-    fn run<B: Machine>(self, backend: &B) -> Result<Vec<Cost>> {
+    fn run<B: Machine>(self, backend: &B) -> Result<Vec<Outcome>> {
         let Calibrated { args, source, task, windows, printer } = self;
         let start = windows.start(backend, args, source, &task.plan, printer)?;
         let key = task.key(args, windows, start, backend)?;
         clear_leftovers(args, &task.out, Some(journal::short(&key)), printer)?;
-        if let Some(costs) = task.finished_before(&key, printer)? {
-            return Ok(costs);
+        if let Some(outcomes) = task.finished_before(&key, printer)? {
+            return Ok(outcomes);
         }
         printer.note(format!("calibrating on {}", backend.describe()));
         let opening = Opening { force: args.force, key: Some(journal::short(&key)) };
@@ -126,7 +127,7 @@ impl WithBackend for Calibrated<'_> {
             ));
         }
         let output = Output { plan: &task.plan, sink: sink.as_ref(), journal: &journal };
-        let (costs, settings) = calibrated(args, source, (windows, start), backend, output, printer)
+        let (outcomes, settings) = calibrated(args, source, (windows, start), backend, output, printer)
             .inspect_err(|_| {
                 if journal.is_worth_keeping() {
                     let out = task.out.display();
@@ -137,14 +138,18 @@ impl WithBackend for Calibrated<'_> {
         sink.finish()?;
         task.hashes = output_hashes(&task.out)?;
         let hash = lines(&task.hashes);
-        journal.add_output(FinishedOutput { hash, costs: costs.clone(), settings: settings.clone() })?;
+        journal.add_output(FinishedOutput {
+            hash,
+            outcomes: outcomes.clone(),
+            settings: settings.clone(),
+        })?;
         task.journal = Some(journal);
         task.record_settings(settings);
-        Ok(costs)
+        Ok(outcomes)
     }
 }
 
-/// Chooses settings and writes every tensor. Returns what rounding cost them, and what the manifest says of the settings.
+/// Chooses settings and writes every tensor. Returns what rounding outcome them, and what the manifest says of the settings.
 fn calibrated<B: Machine>(
     args: &ConvertArgs,
     source: &Checkpoint,
@@ -152,7 +157,7 @@ fn calibrated<B: Machine>(
     backend: &B,
     output: Output,
     printer: Printer,
-) -> Result<(Vec<Cost>, Value)> {
+) -> Result<(Vec<Outcome>, Value)> {
     let plan = output.plan;
     let room = windows.room(backend, args.memory.into(), source, plan, printer)?;
     let energies = match start.settings.token_power {
@@ -174,13 +179,14 @@ fn calibrated<B: Machine>(
         printer
             .detail(format!("{name}: layer {done} of {count} is finished, about {} s left", left.as_secs()));
     };
-    let costs = convert::convert_calibrated(backend, source, output, calibration, &progress, &layer_done)?.0;
+    let outcomes =
+        convert::convert_calibrated(backend, source, output, calibration, &progress, &layer_done)?.0;
     bar.finish_and_clear();
     let mut settings = choice.record();
     if start.tunes {
-        settings["gains"] = tuned(source, windows, backend, output, &costs, printer)?;
+        settings["gains"] = tuned(source, windows, backend, output, &outcomes, printer)?;
     }
-    Ok((costs, settings))
+    Ok((outcomes, settings))
 }
 
 /// Tunes the gains of norms, and returns what the manifest says of it.
@@ -189,12 +195,12 @@ fn tuned<B: Machine>(
     windows: &Windows,
     backend: &B,
     output: Output,
-    costs: &[Cost],
+    outcomes: &[Outcome],
     printer: Printer,
 ) -> Result<Value> {
     let name = output.plan.recipe.format.name;
     let bar = printer.bar(STEPS as u64, "gains", Unit::Count);
-    let tuned = convert::tune_gains(backend, source, output, costs, windows.tokens(), &|| bar.inc(1))?;
+    let tuned = convert::tune_gains(backend, source, output, outcomes, windows.tokens(), &|| bar.inc(1))?;
     bar.finish_and_clear();
     Ok(match tuned {
         Some(Tuned { kld: [before, after], steps, .. }) => {
@@ -256,9 +262,9 @@ impl Task {
         })
     }
 
-    /// Takes over an output that an earlier run finished but could not measure. Returns what rounding cost its tensors.
-    fn finished_before(&mut self, key: &str, printer: Printer) -> Result<Option<Vec<Cost>>> {
-        let Some(FinishedOutput { hash, costs, settings }) = journal::finished(&self.out, key)? else {
+    /// Takes over an output that an earlier run finished but could not measure. Returns what rounding outcome its tensors.
+    fn finished_before(&mut self, key: &str, printer: Printer) -> Result<Option<Vec<Outcome>>> {
+        let Some(FinishedOutput { hash, outcomes, settings }) = journal::finished(&self.out, key)? else {
             return Ok(None);
         };
         if !self.out.exists() {
@@ -271,7 +277,7 @@ impl Task {
         printer.note(format!("{} is finished already, by an interrupted run", self.out.display()));
         self.journal = Some(Journal::open(&self.out, key)?);
         self.record_settings(settings);
-        Ok(Some(costs))
+        Ok(Some(outcomes))
     }
 
     fn record_settings(&mut self, settings: Value) {
@@ -282,15 +288,15 @@ impl Task {
 }
 
 /// Says how many matrices calibration could not treat as asked.
-fn report_deviations(format: &str, plan: &Plan, costs: &[Cost], printer: Printer) {
-    let raised: Vec<f32> = costs.iter().filter_map(|cost| cost.deviation.raised_damp).collect();
+fn report_deviations(format: &str, plan: &Plan, outcomes: &[Outcome], printer: Printer) {
+    let raised: Vec<f32> = outcomes.iter().filter_map(|outcome| outcome.deviation.raised_damp).collect();
     if let Some(most) = raised.iter().copied().reduce(f32::max) {
         printer.note(format!(
             "note: {format}: damping rose, to {most} at most, for {} matrices whose inputs depend on each other",
             raised.len()
         ));
     }
-    let nearest = plan.steps.iter().zip(costs).filter(|(_, cost)| cost.deviation.kept_nearest);
+    let nearest = plan.steps.iter().zip(outcomes).filter(|(_, outcome)| outcome.deviation.kept_nearest);
     let nearest: Vec<String> = nearest.map(|(step, _)| step.id.to_string()).collect();
     if let Some(first) = nearest.first() {
         printer.note(format!(
@@ -302,8 +308,9 @@ fn report_deviations(format: &str, plan: &Plan, costs: &[Cost], printer: Printer
 }
 
 /// One line about a quantized tensor for `--verbose`.
-fn detail(format: &str, step: &Step, cost: Cost) -> String {
-    let nearest = cost.error_nearest.map_or(String::new(), |e| format!(", nearest codes {:.3} %", 100.0 * e));
+fn detail(format: &str, step: &Step, outcome: Outcome) -> String {
+    let nearest =
+        outcome.error_nearest.map_or(String::new(), |e| format!(", nearest codes {:.3} %", 100.0 * e));
     match step.action {
         Action::Keep(_) => format!("{format}: {}: {}", step.id, step.action.name()),
         Action::Quantize(_) => {
@@ -311,13 +318,13 @@ fn detail(format: &str, step: &Step, cost: Cost) -> String {
                 "{format}: {}: {}, error {:.3} %{nearest}",
                 step.id,
                 step.action.name(),
-                100.0 * cost.error
+                100.0 * outcome.error
             )
         }
     }
 }
 
-fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
+fn record(plan: &Plan, step: &Step, outcome: Outcome) -> TensorRecord {
     match step.action {
         Action::Keep(dtype) => TensorRecord::kept(dtype),
         Action::Quantize(scheme) => TensorRecord::Quantized {
@@ -326,12 +333,7 @@ fn record(plan: &Plan, step: &Step, cost: Cost) -> TensorRecord {
                 Codec::E8M0 => plan.recipe.scale_rule.to_string(),
                 _ => "search".to_string(),
             },
-            error: cost.error,
-            error_nearest: cost.error_nearest,
-            smoothing: cost.smoothing,
-            input_scale: cost.input_scale,
-            raised_damp: cost.deviation.raised_damp,
-            kept_nearest: cost.deviation.kept_nearest,
+            outcome,
             fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.scheme.name.to_string()),
         },
     }

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::journal::{FinishedLayer, FinishedTensor, Journal, Outcome};
+use super::journal::{FinishedLayer, FinishedTensor, Journal};
 use super::stream::stream;
-use super::{Cost, pack, read_rows, unpack, write_decided, write_rows};
+use super::{pack, read_rows, unpack, write_decided, write_rows};
 use crate::backend::SecondMoments;
 use crate::calib::choose::{Chosen, Search, choose};
 use crate::calib::driver::{self, Calibrated, Finished, FinishedLayers, Request};
@@ -16,7 +16,7 @@ use crate::calib::token_energies::TokenEnergies;
 use crate::calib::tune::{Tuned, Tuning};
 use crate::checkpoint::Checkpoint;
 use crate::container::Sink;
-use crate::method::solve::Solved;
+use crate::method::solve::{Outcome, Solved};
 use crate::model::{Model, TensorSource};
 use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
@@ -34,7 +34,7 @@ pub fn convert_calibrated<B: SecondMoments>(
     calibration: Calibration,
     progress: &(dyn Fn(u64) + Sync),
     layer_done: &dyn Fn(usize),
-) -> Result<(Vec<Cost>, Option<f64>)> {
+) -> Result<(Vec<Outcome>, Option<f64>)> {
     let Output { plan, sink, journal } = output;
     write_decided(plan, sink)?;
     let place: BTreeMap<TensorId, usize> = plan.steps.iter().enumerate().map(|(i, s)| (s.id, i)).collect();
@@ -43,61 +43,35 @@ pub fn convert_calibrated<B: SecondMoments>(
     let finished = Recovery { output, place: &place, broken: Cell::new(false) };
     let request = Request { finished: Some(&finished), ..calibration.request(plan, &choice) };
     let kept = |step: &Step| matches!(step.action, Action::Keep(_)) && !request.rewrites(step.id);
-    let mut costs = stream(source, plan, sink, None, &[], progress, kept)?;
+    let mut outcomes = stream(source, plan, sink, None, &[], progress, kept)?;
     let mut layer = Vec::new();
     let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |done| {
-        let (step, outcome) = match done {
+        let (at, outcome) = match &done {
             Finished::Layer(index) => {
                 let tensors = std::mem::take(&mut layer);
-                layer_done(index);
-                let known = index < journal.layers().len() && !finished.broken.get();
-                return if known {
-                    Ok(())
-                } else {
-                    journal.add_layer(FinishedLayer { layer: index, tensors })
+                layer_done(*index);
+                let known = *index < journal.layers().len() && !finished.broken.get();
+                return match known {
+                    true => Ok(()),
+                    false => journal.add_layer(FinishedLayer { layer: *index, tensors }),
                 };
             }
-            Finished::Rewritten(id, values) => {
-                let step = &plan.steps[place[&id]];
-                write_vector(plan, sink, step, &values)?;
-                (step, None)
-            }
-            Finished::Quantized(Calibrated { id, solved, tokens, smoothing, input_scale }) => {
-                let step = &plan.steps[place[&id]];
-                let Solved { error, error_nearest, deviation, .. } = solved;
-                ensure!(
-                    !(deviation.kept_nearest && plan.recipe.no_fallback),
-                    "`{id}` ends with the codes nearest to its weights, since calibrated ones were worse; give more \
-                     `--calib-tokens`, or leave `--no-fallback` away"
-                );
-                costs[place[&id]] = match error.is_finite() {
-                    true => {
-                        Cost { error, error_nearest: Some(error_nearest), smoothing, input_scale, deviation }
-                    }
-                    // Embeddings have no input to weigh errors with.
-                    false => {
-                        let weights = source.read(id)?.to_f32();
-                        Cost { error: solved.q.distortion(&weights, None).relative(), ..Cost::default() }
-                    }
-                };
-                let parts = pack(&solved.q, plan, step)?;
-                write_rows(plan, sink, step, 0..step.rows(), &parts)?;
-                if let Some(index) = step.input_scale {
-                    let scale =
-                        input_scale.with_context(|| format!("no input scale was found for `{id}`"))?;
-                    sink.write(index, 0, &scale.to_le_bytes())?;
-                }
-                progress((step.rows() * step.cols()) as u64);
-                (step, Some(Outcome { error, error_nearest, tokens, smoothing, input_scale, deviation }))
-            }
+            Finished::Rewritten(id, _) => (place[id], None),
+            Finished::Quantized(done) => (place[&done.id], Some(done.solved.outcome)),
         };
+        let step = &plan.steps[at];
+        output.write(step, done)?;
+        if let Some(outcome) = outcome {
+            outcomes[at] = outcome;
+            progress((step.rows() * step.cols()) as u64);
+        }
         if step.id.layer.is_some() {
             let hash = hash(&output.read(step)?);
             layer.push(FinishedTensor { name: step.id.hf_name(), hash, outcome });
         }
         Ok(())
     })?;
-    Ok((costs, held_out))
+    Ok((outcomes, held_out))
 }
 
 /// An output in the making.
@@ -112,6 +86,29 @@ pub struct Output<'a> {
 }
 
 impl Output<'_> {
+    /// Writes what calibration has finished of a step.
+    fn write(&self, step: &Step, done: Finished) -> Result<()> {
+        let Output { plan, sink, .. } = *self;
+        let Solved { q, outcome } = match done {
+            Finished::Layer(_) => return Ok(()),
+            Finished::Rewritten(_, values) => return write_vector(plan, sink, step, &values),
+            Finished::Quantized(done) => done.solved,
+        };
+        ensure!(
+            !(outcome.deviation.kept_nearest && plan.recipe.no_fallback),
+            "`{}` ends with the codes nearest to its weights, since calibrated ones were worse; give more \
+             `--calib-tokens`, or leave `--no-fallback` away",
+            step.id
+        );
+        write_rows(plan, sink, step, 0..step.rows(), &pack(&q, plan, step)?)?;
+        if let Some(index) = step.input_scale {
+            let scale = outcome.input_scale;
+            let scale = scale.with_context(|| format!("no input scale was found for `{}`", step.id))?;
+            sink.write(index, 0, &scale.to_le_bytes())?;
+        }
+        Ok(())
+    }
+
     /// Reads back the parts of a step that are not fixed.
     fn read(&self, step: &Step) -> Result<Vec<Vec<u8>>> {
         read_rows(self.plan, self.sink, step)
@@ -168,13 +165,9 @@ impl Recovery<'_> {
                 floats_from_bytes(dtype, &parts[0], &mut values);
                 Finished::Rewritten(step.id, values)
             }
-            (
-                Action::Quantize(scheme),
-                Some(Outcome { error, error_nearest, tokens, smoothing, input_scale, deviation }),
-            ) => {
+            (Action::Quantize(scheme), Some(outcome)) => {
                 let q = unpack(scheme, &parts, plan, step)?;
-                let solved = Solved { q, error, error_nearest, deviation };
-                Finished::Quantized(Calibrated { id: step.id, solved, tokens, smoothing, input_scale })
+                Finished::Quantized(Calibrated { id: step.id, solved: Solved { q, outcome } })
             }
             _ => bail!("the journal says of `{}` what the plan does not", tensor.name),
         }))
@@ -241,7 +234,7 @@ pub struct Calibration<'a> {
 }
 
 /// Tunes the gains of a written output's norms and writes them; `None` if that found nothing better. `step_done` hears of
-/// each of at most [`crate::calib::tune::STEPS`] steps; `costs` are those of the written tensors.
+/// each of at most [`crate::calib::tune::STEPS`] steps; `outcomes` are those of the written tensors.
 ///
 /// # Errors
 /// If the output cannot be read back, or the backend fails.
@@ -249,16 +242,16 @@ pub fn tune_gains<B: SecondMoments>(
     backend: &B,
     source: &Checkpoint,
     output: Output,
-    costs: &[Cost],
+    outcomes: &[Outcome],
     windows: &[Vec<u32>],
     step_done: &dyn Fn(),
 ) -> Result<Option<Tuned>> {
     let plan = output.plan;
     let place: BTreeMap<TensorId, &Step> = plan.steps.iter().map(|step| (step.id, step)).collect();
     let mut roundings = BTreeMap::new();
-    for (step, cost) in plan.steps.iter().zip(costs) {
+    for (step, outcome) in plan.steps.iter().zip(outcomes) {
         if let Action::Quantize(_) = step.action {
-            let scale = || cost.input_scale.with_context(|| format!("`{}` has no input scale", step.id));
+            let scale = || outcome.input_scale.with_context(|| format!("`{}` has no input scale", step.id));
             roundings.insert(step.id, step.inputs.with_scale(scale)?);
         }
     }

@@ -14,11 +14,10 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Cost;
 use crate::calib::choose::Trial;
 use crate::container::leftovers::{JOURNAL, KEY_CHARACTERS};
 use crate::container::output::{partial_path, remove};
-use crate::method::solve::Deviation;
+use crate::method::solve::Outcome;
 
 /// One line.
 #[derive(Serialize, Deserialize)]
@@ -37,7 +36,7 @@ pub struct FinishedOutput {
     /// Hash of its bytes.
     pub hash: String,
     /// What rounding cost each tensor, in the order of the plan.
-    pub costs: Vec<Cost>,
+    pub outcomes: Vec<Outcome>,
     /// What the manifest says of the settings.
     pub settings: Value,
 }
@@ -58,20 +57,8 @@ pub struct FinishedTensor {
     pub name: String,
     /// BLAKE3 of its stored parts, one after another.
     pub hash: String,
-    /// What rounding cost; `None` for a rewritten vector.
+    /// How it came out; `None` for a rewritten vector.
     pub outcome: Option<Outcome>,
-}
-
-/// What the manifest says of a quantized tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct Outcome {
-    pub error: f64,
-    pub error_nearest: f64,
-    pub tokens: usize,
-    pub smoothing: Option<f32>,
-    pub input_scale: Option<f32>,
-    pub deviation: Deviation,
 }
 
 /// The journal of one output.

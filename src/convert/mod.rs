@@ -13,10 +13,8 @@ pub mod stream;
 use std::ops::Range;
 
 use anyhow::Result;
-use serde::{Deserialize, Serialize};
 
 use crate::container::Sink;
-use crate::method::solve::Deviation;
 use crate::plan::{Plan, Step};
 use crate::rows::Place;
 use crate::scheme::{QTensor, Scheme};
@@ -24,22 +22,6 @@ use crate::tensor::{Dtype, bytes_from_floats};
 
 pub use calibrated::{Calibration, Output, choose_settings, convert_calibrated, tune_gains};
 pub use stream::{convert, peak_bytes};
-
-/// What rounding cost one tensor.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Cost {
-    /// Relative squared error of what was written, weighed as the method weighs it; 0 for kept tensors.
-    pub error: f64,
-    /// The same for codes rounded to nearest on the same scales, where the method chose others.
-    pub error_nearest: Option<f64>,
-    /// How strongly its input was smoothed (the α of [`crate::calib::smoothing`]).
-    pub smoothing: Option<f32>,
-    /// The scale of its input, where that is static.
-    pub input_scale: Option<f32>,
-    /// What calibration did not do as asked.
-    #[serde(default)]
-    pub deviation: Deviation,
-}
 
 /// Writes what the plan alone decides: computed tensors and parts of fixed content.
 fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {

@@ -7,10 +7,11 @@ use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 
 use super::queue::{self, CHUNK_WEIGHTS, Job};
-use super::{Cost, pack, write_decided, write_rows};
+use super::{pack, write_decided, write_rows};
 use crate::calib::imatrix::Imatrix;
 use crate::checkpoint::Checkpoint;
 use crate::container::{FileHash, Sink};
+use crate::method::solve::Outcome;
 use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::fit::{self, fit_under};
@@ -33,7 +34,7 @@ pub fn convert(
     imatrix: Option<&Imatrix>,
     hashes: &[FileHash],
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<Vec<Cost>> {
+) -> Result<Vec<Outcome>> {
     ensure!(
         plan.steps.iter().all(|step| step.input_scale.is_none()),
         "`{}` has scales that only calibration finds",
@@ -52,7 +53,7 @@ pub(super) fn stream(
     hashes: &[FileHash],
     progress: &(dyn Fn(u64) + Sync),
     chosen: impl Fn(&Step) -> bool,
-) -> Result<Vec<Cost>> {
+) -> Result<Vec<Outcome>> {
     let steps = || plan.steps.iter().enumerate().filter(|(_, step)| chosen(step));
     let globals = shared_factors(source, steps().map(|(_, step)| step))?;
     let jobs = queue::jobs(source, steps(), hashes)?;
@@ -84,7 +85,7 @@ pub(super) fn stream(
     for (_, step, distortion) in done {
         distortions[step] += distortion;
     }
-    Ok(distortions.iter().map(|d| Cost { error: d.relative(), ..Cost::default() }).collect())
+    Ok(distortions.iter().map(|d| Outcome { error: d.relative(), ..Outcome::default() }).collect())
 }
 
 /// Returns the factors of schemes that have one for a whole tensor: one for all linears that engines join.

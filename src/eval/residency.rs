@@ -40,12 +40,11 @@ pub fn decide(
     texts: &[&Text],
 ) -> Result<Residency> {
     let needs: Vec<Need> = models.iter().map(|model| Need::of(device, model)).collect();
-    let worst = |of: fn(&Need) -> u64| needs.iter().map(of).max().unwrap_or(0);
+    let worst = |of| worst(&needs, of);
     let all: u64 = needs.iter().map(|need| need.weights).sum();
     let weights = if together { all } else { worst(|need| need.weights) + worst(|need| need.head) };
     let pass =
         |tokens: usize| models.iter().map(|m| pass_bytes(device, &m.config, tokens)).max().unwrap_or(0);
-    let head = 2 * worst(|need| need.head) + worst(|need| need.logits);
     let resident =
         weights + (worst(|need| need.decoded) + pass(device.pass_tokens())).max(worst(|need| need.logits));
     let Some(limit) = budget.device else {
@@ -55,6 +54,26 @@ pub fn decide(
         let told = format!("models in memory: {} of {} that may be used", size(resident), size(limit));
         return Ok(Residency { streamed: None, told });
     }
+    streamed(device, (budget, limit), models, &needs, texts, resident)
+}
+
+fn worst(needs: &[Need], of: fn(&Need) -> u64) -> u64 {
+    needs.iter().map(of).max().unwrap_or(0)
+}
+
+/// Divides what may be used, `limit` bytes of the device, where models in memory would take `resident` bytes.
+fn streamed(
+    device: &impl Footprint,
+    (budget, limit): (Budget, u64),
+    models: &[&Checkpoint],
+    needs: &[Need],
+    texts: &[&Text],
+    resident: u64,
+) -> Result<Residency> {
+    let worst = |of| worst(needs, of);
+    let pass =
+        |tokens: usize| models.iter().map(|m| pass_bytes(device, &m.config, tokens)).max().unwrap_or(0);
+    let head = 2 * worst(|need| need.head) + worst(|need| need.logits);
     let n_ctx = texts.iter().map(|text| text.protocol.n_ctx).max().unwrap_or(1);
     let layers = 2 * worst(|need| need.layer) + worst(|need| need.matrix) + worst(|need| need.decoded);
     let fixed =

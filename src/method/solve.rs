@@ -26,16 +26,35 @@ pub struct Knobs {
     pub scale_rule: ScaleRule,
 }
 
-/// A calibrated matrix and what rounding cost.
+/// A quantized matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Solved {
     /// Codes and scales.
     pub q: QTensor,
-    /// Output error of the nearest codes, relative to the output's energy: `tr(Δ H Δᵀ) / tr(W H Wᵀ)`.
-    pub error_nearest: f64,
-    /// The same for the codes chosen.
+    /// How it came out.
+    pub outcome: Outcome,
+}
+
+/// How the quantization of one tensor came out: what the solver found, what calibration adds, what journal and manifest say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Relative squared error of what was written, weighed as the method weighs it: `tr(Δ H Δᵀ) / tr(W H Wᵀ)` of calibrated
+    /// codes, `Σ wⱼ (x − x̂)² / Σ wⱼ x²` of others; 0 for kept tensors and for a tensor of zeros.
     pub error: f64,
+    /// The same for nearest codes on the same scales, where the method chose others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_nearest: Option<f64>,
+    /// Tokens that its statistics come from, where it has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<usize>,
+    /// How strongly its input was smoothed: the α of SmoothQuant or AWQ ([`crate::calib::smoothing`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smoothing: Option<f32>,
+    /// The scale of its linear's inputs, where calibration fixes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_scale: Option<f32>,
     /// What was not done as asked.
+    #[serde(flatten)]
     pub deviation: Deviation,
 }
 
@@ -44,8 +63,10 @@ pub struct Solved {
 pub struct Deviation {
     /// Damping that the Hessian needed, relative to its mean diagonal, where what was asked for did not make it positive
     /// definite.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raised_damp: Option<f32>,
-    /// Whether these are the nearest codes after all, since those chosen were worse.
+    /// Whether these are the nearest codes after all: those chosen were worse, or there were no statistics to choose by.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kept_nearest: bool,
 }
 
@@ -183,7 +204,8 @@ impl Solve for Solver {
         }
         let deviation = Deviation { raised_damp: self.raised_damp, kept_nearest };
         let weight = Matrix::Quantized(q.clone());
-        Ok((Solved { q, error_nearest, error, deviation }, weight))
+        let outcome = Outcome { error, error_nearest: Some(error_nearest), deviation, ..Outcome::default() };
+        Ok((Solved { q, outcome }, weight))
     }
 }
 
@@ -201,10 +223,10 @@ mod tests {
         scale_rule: ScaleRule::Search,
     };
 
-    fn solve(moments: Moments, knobs: Knobs) -> Solved {
+    fn solve(moments: Moments, knobs: Knobs) -> Outcome {
         let weights = Random::new(3).normal(8 * moments.cols);
         let weights = Matrix::Dense(Dense::from_f32(vec![8, moments.cols], &weights));
-        Solver::new(moments, knobs).unwrap().quantize(&weights, Q4_0, None).unwrap().0
+        Solver::new(moments, knobs).unwrap().quantize(&weights, Q4_0, None).unwrap().0.outcome
     }
 
     #[test]
@@ -227,6 +249,6 @@ mod tests {
         // So much damping hides which columns matter: descent leaves the scales that were fitted to them.
         let solved = solve(moments, Knobs { damp: 1e6, ..KNOBS });
         assert!(solved.deviation.kept_nearest);
-        assert_eq!(solved.error, solved.error_nearest);
+        assert_eq!(Some(solved.error), solved.error_nearest);
     }
 }

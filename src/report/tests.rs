@@ -19,6 +19,36 @@ fn row(model: &str, bytes: u64, kld: Option<f64>) -> Row {
     Row { model: model.into(), format: "q".into(), bytes, measures, tokens: 10, ..Row::default() }
 }
 
+fn answer() -> Answer {
+    Answer {
+        suite: "json".into(),
+        id: "a1".into(),
+        prompt: "<script>alert(1)</script>".into(),
+        model: "q8".into(),
+        baseline_answer: "größer als 3".into(),
+        model_answer: "größe 4".into(),
+        baseline_passed: Some(true),
+        model_passed: Some(false),
+        reason: "no JSON".into(),
+        first_difference: Some(2),
+        kld: None,
+    }
+}
+
+fn score() -> SuiteScore {
+    SuiteScore {
+        suite: "json".into(),
+        model: "q8".into(),
+        prompts: 20,
+        passed: 15,
+        baseline_passed: Some(16),
+        lost: 2,
+        won: 1,
+        p_value: Some(1.0),
+        ..SuiteScore::default()
+    }
+}
+
 /// A report with every section filled; names try to break out.
 pub fn full() -> Report {
     let rows = || {
@@ -40,30 +70,6 @@ pub fn full() -> Report {
         kld: Estimate { value: kld, interval: None },
         kld_per_megabyte: kld,
     };
-    let answer = Answer {
-        suite: "json".into(),
-        id: "a1".into(),
-        prompt: "<script>alert(1)</script>".into(),
-        model: "q8".into(),
-        baseline_answer: "größer als 3".into(),
-        model_answer: "größe 4".into(),
-        baseline_passed: Some(true),
-        model_passed: Some(false),
-        reason: "no JSON".into(),
-        first_difference: Some(2),
-        kld: None,
-    };
-    let score = SuiteScore {
-        suite: "json".into(),
-        model: "q8".into(),
-        prompts: 20,
-        passed: 15,
-        baseline_passed: Some(16),
-        lost: 2,
-        won: 1,
-        p_value: Some(1.0),
-        ..SuiteScore::default()
-    };
     let speed = |model: &str, value| SpeedRow {
         model: model.into(),
         what: "decode, batch 1".into(),
@@ -79,8 +85,8 @@ pub fn full() -> Report {
     let mut report = Report {
         slices: vec![part("code"), part("prose")],
         positions: vec![part("0-255"), part("256-511")],
-        suites: vec![score],
-        answers: vec![answer],
+        suites: vec![score()],
+        answers: vec![answer()],
         kv_caches: vec![KvMemory { kv_cache: "int8".into(), bytes_per_token: 544, saved: 0.47 }],
         speed: vec![speed("base", 40.0), speed("q8", 80.0)],
         sensitivity: Some(sensitivity),

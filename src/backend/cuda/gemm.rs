@@ -184,31 +184,9 @@ impl Gemm {
 
     #[allow(unsafe_code)]
     fn plan(&self, product: Product, repeated: Repeated) -> Result<Plan> {
-        let Product { n, out, input, types, form, .. } = product;
-        let (from, to, sums, factors) = types.codes();
-        // As cuBLASLt counts: (rows, columns, distance of columns).
-        let layout = |number, rows: usize, cols: usize, pitch: usize| {
-            result::create_matrix_layout(number, rows as u64, cols as u64, pitch as i64)
-        };
-        let (w, x, y) = match form {
-            Form::Linear => {
-                (layout(from, input, out, input)?, layout(from, input, n, input)?, layout(to, out, n, out)?)
-            }
-            Form::Moment([w, x, y]) => {
-                (layout(from, out, n, w)?, layout(from, input, n, x)?, layout(to, out, input, y)?)
-            }
-            Form::Plain([w, x, y]) => {
-                (layout(from, out, input, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?)
-            }
-            Form::LinearParts([w, x, y]) => {
-                (layout(from, input, out, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?)
-            }
-        };
-        if repeated != ONCE {
-            for (layout, stride) in [w, x, y].into_iter().zip(repeated.strides) {
-                repeat(layout, repeated.count, stride)?;
-            }
-        }
+        let Product { types, form, .. } = product;
+        let (.., sums, factors) = types.codes();
+        let [w, x, y] = layouts(product, repeated)?;
         let which = match form {
             Form::Linear | Form::LinearParts(_) => {
                 sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA
@@ -250,6 +228,35 @@ impl Gemm {
         };
         Ok(Plan { product: descriptor, w, x, y, algorithm: found.algo })
     }
+}
+
+/// Returns how cuBLASLt finds weights, inputs and outputs in memory; it counts (rows, columns, distance of columns).
+fn layouts(product: Product, repeated: Repeated) -> Result<[sys::cublasLtMatrixLayout_t; 3]> {
+    let Product { n, out, input, types, form, .. } = product;
+    let (from, to, ..) = types.codes();
+    let layout = |number, rows: usize, cols: usize, pitch: usize| {
+        result::create_matrix_layout(number, rows as u64, cols as u64, pitch as i64)
+    };
+    let found = match form {
+        Form::Linear => {
+            [layout(from, input, out, input)?, layout(from, input, n, input)?, layout(to, out, n, out)?]
+        }
+        Form::Moment([w, x, y]) => {
+            [layout(from, out, n, w)?, layout(from, input, n, x)?, layout(to, out, input, y)?]
+        }
+        Form::Plain([w, x, y]) => {
+            [layout(from, out, input, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?]
+        }
+        Form::LinearParts([w, x, y]) => {
+            [layout(from, input, out, w)?, layout(from, input, n, x)?, layout(to, out, n, y)?]
+        }
+    };
+    if repeated != ONCE {
+        for (layout, stride) in found.into_iter().zip(repeated.strides) {
+            repeat(layout, repeated.count, stride)?;
+        }
+    }
+    Ok(found)
 }
 
 /// Heads begin at multiples of 16 numbers, of 2 bytes at least.

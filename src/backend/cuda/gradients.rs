@@ -251,6 +251,28 @@ impl<'a> Scores<'a> {
         Ok(Scores { shape, tokens, pitch, float, products: [scores?, dp?], factors: [p?, ds?] })
     }
 
+    /// Queues the step from scores and gradients of probabilities to probabilities and gradients of scores, of all heads.
+    fn softmax_gradient(&self, cuda: &Cuda, sinks: Option<&Tensor>) -> Result<()> {
+        let AttentionShape { heads, window, scale, .. } = *self.shape;
+        let [s, dp] = self.products.each_ref().map(Buffer::at);
+        let [p, ds] = self.factors.each_ref().map(Buffer::at);
+        cuda.device.launch(
+            Kernel::new("attention_gradient", &[&macro_of("Y", self.float)]),
+            Geometry { grid: [self.tokens, heads, 1], ..Geometry::flat(0, 128) },
+            &[
+                Arg::Pointer(s),
+                Arg::Pointer(dp),
+                Arg::Pointer(sinks.map_or(0, Tensor::at)),
+                Arg::Pointer(p),
+                Arg::Pointer(ds),
+                Arg::U32(self.tokens as u32),
+                Arg::U32(self.pitch as u32),
+                Arg::U32(window_argument(window)),
+                Arg::F32(scale),
+            ],
+        )
+    }
+
     /// Queues the gradients of sequence `sequence`. `inputs` are queries, keys, values and the gradient of what was mixed.
     fn sequence(
         &self,
@@ -260,7 +282,7 @@ impl<'a> Scores<'a> {
         sinks: Option<&Tensor>,
         gradients: &[Tensor; 3],
     ) -> Result<()> {
-        let AttentionShape { heads, kv_heads, head_dim, window, scale } = *self.shape;
+        let AttentionShape { heads, kv_heads, head_dim, .. } = *self.shape;
         let (tokens, share) = (self.tokens, heads / kv_heads);
         let at = |x: &Tensor| x.at() + (sequence * tokens * x.cols * x.float.bytes()) as u64;
         let [q, k, v, dy] = inputs.each_ref().map(at);
@@ -286,21 +308,7 @@ impl<'a> Scores<'a> {
                 multiply(form, [tokens, head_dim], strides, false, addresses)?;
             }
         }
-        cuda.device.launch(
-            Kernel::new("attention_gradient", &[&macro_of("Y", self.float)]),
-            Geometry { grid: [tokens, heads, 1], ..Geometry::flat(0, 128) },
-            &[
-                Arg::Pointer(s),
-                Arg::Pointer(dp),
-                Arg::Pointer(sinks.map_or(0, Tensor::at)),
-                Arg::Pointer(p),
-                Arg::Pointer(ds),
-                Arg::U32(tokens as u32),
-                Arg::U32(self.pitch as u32),
-                Arg::U32(window_argument(window)),
-                Arg::F32(scale),
-            ],
-        )?;
+        self.softmax_gradient(cuda, sinks)?;
         for head in 0..share {
             let form = Form::Plain([narrow, self.pitch, wide]);
             let addresses = [k, own_scores(ds, head, bytes), own(dq, head, 4)];

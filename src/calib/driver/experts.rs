@@ -8,7 +8,7 @@ use super::{Calibrated, Chunk, Finished, Run};
 use crate::backend::SecondMoments;
 use crate::backend::parked::Parked;
 use crate::calib::sums::Sums;
-use crate::method::solve::{self, Deviation, Solved};
+use crate::method::solve::{self, Deviation, Outcome, Solved};
 use crate::model::TensorSource;
 use crate::model::block::Layer;
 use crate::model::feed_forward::Gated;
@@ -112,13 +112,18 @@ impl<'a, B: SecondMoments> Run<'a, B> {
         for ((id, Choice { scheme, .. }), weights) in wanted.into_iter().zip(weights) {
             let [_, cols] = weights.dims();
             let global = fit::global_scale(&scheme, largest);
-            let q = solve::fit_target(&weights.to_f32(), cols, scheme, global, None, rule);
+            let weights = weights.to_f32();
+            let q = solve::fit_target(&weights, cols, scheme, global, None, rule);
             let weight = self.backend.upload(Matrix::Quantized(q.clone())).with_context(|| id.to_string())?;
             self.exchange(id, weight, prepared.rounding, quantized)?;
-            let deviation = Deviation { kept_nearest: true, ..Deviation::default() };
-            let solved = Solved { q, error_nearest: f64::NAN, error: f64::NAN, deviation };
-            let finished = Calibrated { id, solved, tokens: 0, smoothing: None, input_scale: None };
-            self.done.push(Finished::Quantized(finished));
+            let outcome = Outcome {
+                error: q.distortion(&weights, None).relative(),
+                tokens: Some(0),
+                input_scale: prepared.rounding.scale(),
+                deviation: Deviation { kept_nearest: true, ..Deviation::default() },
+                ..Outcome::default()
+            };
+            self.done.push(Finished::Quantized(Calibrated { id, solved: Solved { q, outcome } }));
         }
         Ok(())
     }

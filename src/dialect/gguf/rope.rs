@@ -191,22 +191,7 @@ fn scaling(file: &Gguf, keys: &Keys, context: usize) -> Result<RopeScaling> {
             ensure!(factor == 1.0, beside(&format!("`{}` {factor}", keys.name("scaling.factor"))));
             plain(RopeScaling::Divisors(divisors))
         }
-        ("yarn", None) => {
-            let own = keys.float("scaling.yarn_log_multiplier")?.filter(|&x| x != 0.0);
-            let usual = Yarn::usual_magnitude(factor);
-            let magnitude = match own {
-                None => usual,
-                Some(all) => usual / Yarn::magnitude_of(factor as f64, all as f64) as f32,
-            };
-            Ok(RopeScaling::Yarn(Yarn {
-                factor,
-                original_context,
-                beta_fast: keys.float("scaling.yarn_beta_fast")?.unwrap_or(BETA_FAST),
-                beta_slow: keys.float("scaling.yarn_beta_slow")?.unwrap_or(BETA_SLOW),
-                truncate: true,
-                magnitude: share * magnitude,
-            }))
-        }
+        ("yarn", None) => Ok(RopeScaling::Yarn(yarn(keys, factor, original_context, share)?)),
         // Phi-3's files have the tables without the type.
         ("longrope" | "none" | "linear", None) if long.is_some() || kind == "longrope" => {
             ensure!(
@@ -227,6 +212,24 @@ fn scaling(file: &Gguf, keys: &Keys, context: usize) -> Result<RopeScaling> {
             keys.name("scaling.type")
         ),
     }
+}
+
+/// Reads YaRN; `share` multiplies what its cosines and sines are multiplied with by its own rule.
+fn yarn(keys: &Keys, factor: f32, original_context: usize, share: f32) -> Result<Yarn> {
+    let own = keys.float("scaling.yarn_log_multiplier")?.filter(|&x| x != 0.0);
+    let usual = Yarn::usual_magnitude(factor);
+    let magnitude = match own {
+        None => usual,
+        Some(all) => usual / Yarn::magnitude_of(factor as f64, all as f64) as f32,
+    };
+    Ok(Yarn {
+        factor,
+        original_context,
+        beta_fast: keys.float("scaling.yarn_beta_fast")?.unwrap_or(BETA_FAST),
+        beta_slow: keys.float("scaling.yarn_beta_slow")?.unwrap_or(BETA_SLOW),
+        truncate: true,
+        magnitude: share * magnitude,
+    })
 }
 
 /// Returns a table of divisors, `None` where the file has none.

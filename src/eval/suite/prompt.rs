@@ -118,64 +118,66 @@ impl Haystack {
     }
 }
 
-/// Returns sentence `i` of a dull diary. The lists' lengths share no factor, so that sentences repeat late.
+/// Parts of the sentences of a dull diary. The lists' lengths share no factor, so that sentences repeat late.
+const WHO: [&str; 11] = [
+    "the gardener",
+    "a neighbour",
+    "the baker",
+    "my aunt",
+    "the postman",
+    "a student",
+    "the carpenter",
+    "our teacher",
+    "the ferryman",
+    "a violinist",
+    "the librarian",
+];
+const DID: [&str; 13] = [
+    "walked past",
+    "painted",
+    "spoke about",
+    "repaired",
+    "drew a picture of",
+    "forgot",
+    "asked about",
+    "cleaned",
+    "admired",
+    "took a photograph of",
+    "measured",
+    "sat beside",
+    "described",
+];
+const WHAT: [&str; 17] = [
+    "the old bridge",
+    "a wooden boat",
+    "the green door",
+    "the market square",
+    "a stone wall",
+    "the bell tower",
+    "an apple tree",
+    "the long table",
+    "a broken clock",
+    "the harbour",
+    "the narrow stairs",
+    "a tin roof",
+    "the village well",
+    "a blue bicycle",
+    "the school fence",
+    "the mill",
+    "an iron gate",
+];
+const WHEN: [&str; 7] = [
+    "in the morning",
+    "before lunch",
+    "in the rain",
+    "at noon",
+    "after the concert",
+    "in the evening",
+    "on the way home",
+];
+
+/// Returns sentence `i` of a dull diary.
 fn filler(i: usize) -> String {
-    const WHO: [&str; 11] = [
-        "the gardener",
-        "a neighbour",
-        "the baker",
-        "my aunt",
-        "the postman",
-        "a student",
-        "the carpenter",
-        "our teacher",
-        "the ferryman",
-        "a violinist",
-        "the librarian",
-    ];
-    const DID: [&str; 13] = [
-        "walked past",
-        "painted",
-        "spoke about",
-        "repaired",
-        "drew a picture of",
-        "forgot",
-        "asked about",
-        "cleaned",
-        "admired",
-        "took a photograph of",
-        "measured",
-        "sat beside",
-        "described",
-    ];
-    const WHAT: [&str; 17] = [
-        "the old bridge",
-        "a wooden boat",
-        "the green door",
-        "the market square",
-        "a stone wall",
-        "the bell tower",
-        "an apple tree",
-        "the long table",
-        "a broken clock",
-        "the harbour",
-        "the narrow stairs",
-        "a tin roof",
-        "the village well",
-        "a blue bicycle",
-        "the school fence",
-        "the mill",
-        "an iron gate",
-    ];
-    const WHEN: [&str; 7] = [
-        "in the morning",
-        "before lunch",
-        "in the rain",
-        "at noon",
-        "after the concert",
-        "in the evening",
-        "on the way home",
-    ];
     let (who, did, what, when) = (WHO[i % 11], DID[i % 13], WHAT[i % 17], WHEN[i % 7]);
     let sentence = format!("{who} {did} {what} {when}.");
     sentence[..1].to_uppercase() + &sentence[1..]

@@ -8,6 +8,7 @@
 //! | `feedback` | GPTQ in blocks of columns |
 //! | `descent` | coordinate descent in blocks of columns |
 //! | `row_scale` | other scales for groups that are whole rows |
+//! | `sums` | second moments made whole, divided, widened to F64 |
 //!
 //! Scales are fitted by the CPU's threads ([`fit_target`]), so that they have one definition; only powers of two, which cost
 //! less than their way to the CPU, are fitted here. Everything else that is
@@ -24,10 +25,11 @@ mod factor;
 mod feedback;
 mod grids;
 mod row_scale;
+mod sums;
 
 use std::ops::Range;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
 pub(super) use self::factor::Factorizer;
 use self::grids::Grids;
@@ -37,7 +39,7 @@ use super::gemm::{Form, Product, Types};
 use super::{Cuda, Float, Tensor, Weight, macro_of};
 use crate::backend::{MomentSums, SecondMoments};
 use crate::method::mismatch::RIDGE;
-use crate::method::solve::{Deviation, Knobs, Solve, Solved, fit_target, global_of};
+use crate::method::solve::{Deviation, Knobs, Outcome, Solve, Solved, fit_target, global_of};
 use crate::num::{Codec, Element};
 use crate::scheme::fit::ScaleRule;
 use crate::scheme::{QTensor, Scheme, Span};
@@ -421,7 +423,8 @@ impl Solve for CudaSolver<'_> {
             Some(dense) => dense,
             None => Weight::upload_quantized(&self.cuda.device, &q)?,
         };
-        Ok((Solved { q, error_nearest, error, deviation }, weight))
+        let outcome = Outcome { error, error_nearest: Some(error_nearest), deviation, ..Outcome::default() };
+        Ok((Solved { q, outcome }, weight))
     }
 }
 
@@ -434,76 +437,6 @@ fn joined(scheme: Scheme, rows: usize, cols: usize, parts: &[Part]) -> QTensor {
         first += part.q.rows;
     }
     q
-}
-
-impl Cuda {
-    /// Returns cuSOLVER, opened when it is first needed.
-    fn factorizer(&self) -> Result<&Factorizer> {
-        if self.factorizer.get().is_none() {
-            // Another thread may have been faster; then this one's handle closes again.
-            self.factorizer.set(Factorizer::new(self.device.stream())?).ok();
-        }
-        self.factorizer.get().context("cuSOLVER was just opened")
-    }
-
-    /// Mirrors the lower half of `[n, n]`, adds to the diagonal, and returns the diagonal before that.
-    fn symmetrize(&self, sum: &mut Tensor, add: f32) -> Result<Vec<f32>> {
-        let n = sum.cols;
-        sum.make_unique(&self.device)?;
-        let diagonal = self.device.allocate(4 * n)?;
-        let args = [Arg::Pointer(sum.at()), Arg::Pointer(diagonal.at()), Arg::F32(add), Arg::U32(n as u32)];
-        self.device.launch(Kernel::new("symmetrize", &[]), by_rows(n, n), &args)?;
-        let mut values = vec![0.0; n];
-        self.device.download_numbers(&diagonal, &mut values)?;
-        Ok(values)
-    }
-
-    /// Queues the lower half of `sum` with `add` on its diagonal in F64, in the reverse of `order` where there is one.
-    fn widen(&self, wide: &Buffer, sum: &Tensor, order: Option<&Buffer>, add: f32) -> Result<()> {
-        let n = sum.cols;
-        self.device.launch(
-            Kernel::new("widen_hessian", &[]),
-            by_rows(n, n),
-            &[
-                Arg::Pointer(wide.at()),
-                Arg::Pointer(sum.at()),
-                Arg::Pointer(order.map_or(0, Buffer::at)),
-                Arg::F32(add),
-                Arg::U32(n as u32),
-            ],
-        )
-    }
-
-    /// Queues sum\[i, j\] /= rows\[i\] · columns\[j\].
-    pub(super) fn divide_sum(
-        &self,
-        sum: &mut Tensor,
-        rows: Option<&[f32]>,
-        columns: Option<&[f32]>,
-    ) -> Result<()> {
-        ensure!(
-            rows.is_none_or(|rows| rows.len() == sum.rows)
-                && columns.is_none_or(|columns| columns.len() == sum.cols),
-            "factors that do not fit moments of [{}, {}]",
-            sum.rows,
-            sum.cols
-        );
-        sum.make_unique(&self.device)?;
-        let upload = |factors: Option<&[f32]>| factors.map(|f| self.device.upload_numbers(f)).transpose();
-        let (rows, columns) = (upload(rows)?, upload(columns)?);
-        let pointer = |factors: &Option<Buffer>| Arg::Pointer(factors.as_ref().map_or(0, Buffer::at));
-        self.device.launch(
-            Kernel::new("divide", &[]),
-            by_rows(sum.rows, sum.cols),
-            &[
-                Arg::Pointer(sum.at()),
-                pointer(&rows),
-                pointer(&columns),
-                Arg::U32(sum.rows as u32),
-                Arg::U32(sum.cols as u32),
-            ],
-        )
-    }
 }
 
 /// Returns the geometry of kernels that walk rows: 256 columns a block, rows in steps of the grid.
