@@ -60,7 +60,7 @@ pub type RenderChat<'a> = &'a dyn Fn(&Value) -> Result<String>;
 
 /// One text of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct CorpusPart {
     /// File name.
     pub name: String,
     /// SHA-256 of the file's bytes, hexadecimal.
@@ -77,13 +77,13 @@ pub struct Corpus {
     /// What reports call it: mixes and files as they were named, joined by commas.
     pub name: String,
     /// The texts, in order.
-    pub parts: Vec<Part>,
+    pub parts: Vec<CorpusPart>,
 }
 
 impl Corpus {
     /// Returns the plain text of the default mix: everything but its conversations.
     pub fn bundled() -> Self {
-        let parts = [GENERAL, LANGUAGES].map(|text| Part::bundled(&text, text.content.to_string()));
+        let parts = [GENERAL, LANGUAGES].map(|text| CorpusPart::bundled(&text, text.content.to_string()));
         Corpus { name: "default".into(), parts: parts.into() }
     }
 
@@ -91,7 +91,7 @@ impl Corpus {
     /// those of a mix are left out and those of a file are refused.
     ///
     /// # Errors
-    /// As [`Part::open`], and if a name is neither a mix nor a file.
+    /// As [`CorpusPart::open`], and if a name is neither a mix nor a file.
     pub fn open(names: &[String], render: Option<RenderChat>) -> Result<Self> {
         let mut parts = Vec::new();
         for name in names {
@@ -104,7 +104,7 @@ impl Corpus {
                 if !path.is_file() {
                     bail!("`--calib {name}`: no such file, and no mix; mixes: {}", mixes.join(", "));
                 }
-                parts.push(Part::open(path, render)?);
+                parts.push(CorpusPart::open(path, render)?);
                 continue;
             };
             for text in *texts {
@@ -113,7 +113,7 @@ impl Corpus {
                     (true, Some(_)) => documents(text.content, text.name, render)?.join("\n\n"),
                     (true, None) => continue,
                 };
-                parts.push(Part::bundled(text, content));
+                parts.push(CorpusPart::bundled(text, content));
             }
         }
         if parts.is_empty() {
@@ -181,9 +181,9 @@ impl Corpus {
     }
 }
 
-impl Part {
+impl CorpusPart {
     fn bundled(text: &Bundled, content: String) -> Self {
-        Part {
+        CorpusPart {
             name: text.name.into(),
             sha256: hash(text.content.as_bytes()),
             licence: Some(text.licence.into()),
@@ -207,7 +207,7 @@ impl Part {
             bail!("{shown}: the text is empty");
         }
         let name = path.file_name().map_or(shown, |name| name.to_string_lossy().into_owned());
-        Ok(Part { name, sha256, licence: None, text })
+        Ok(CorpusPart { name, sha256, licence: None, text })
     }
 }
 
@@ -277,7 +277,8 @@ mod tests {
     const SHAPE: WindowShape = WindowShape { context: 8, tokens: 24, bos: None };
 
     fn corpus(text: &str) -> Corpus {
-        let part = Part { name: "test".into(), sha256: String::new(), licence: None, text: text.into() };
+        let part =
+            CorpusPart { name: "test".into(), sha256: String::new(), licence: None, text: text.into() };
         Corpus { name: "test".into(), parts: vec![part] }
     }
 

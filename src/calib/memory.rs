@@ -38,18 +38,18 @@ pub struct Work<'a> {
 
 /// Where streams lie.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
+pub struct MemoryPlan {
     /// Device memory for streams, bytes; `None`: as much as it takes.
     pub room: Option<u64>,
     /// What it takes, in a sentence.
-    pub told: String,
+    pub summary: String,
 }
 
 /// Decides where the streams lie.
 ///
 /// # Errors
 /// If it does not fit, with what is needed and what there is.
-pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan> {
+pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<MemoryPlan> {
     let Work { config, tokens, .. } = work;
     let streams = 2 * (tokens * config.hidden_size * 4) as u64;
     let Fixed { layers, moments, larger, ends } = fixed(device, work);
@@ -62,9 +62,9 @@ pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan>
         size(ends)
     );
     let Some(limit) = budget.device else {
-        return Ok(Plan {
+        return Ok(MemoryPlan {
             room: None,
-            told: format!("calibration takes {}: {parts}", size(fixed + streams)),
+            summary: format!("calibration takes {}: {parts}", size(fixed + streams)),
         });
     };
     let option = if budget.separate { "vram" } else { "ram" };
@@ -78,7 +78,7 @@ pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan>
         size(limit)
     );
     let room = limit - fixed;
-    let mut told = format!("calibration takes {} ({parts}) and streams of {}", size(fixed), size(streams));
+    let mut summary = format!("calibration takes {} ({parts}) and streams of {}", size(fixed), size(streams));
     if budget.separate && streams > room {
         let waiting = streams - room;
         let host = waiting + host_bytes(work);
@@ -93,9 +93,9 @@ pub fn plan(device: &impl Footprint, budget: Budget, work: Work) -> Result<Plan>
                 size(limit)
             );
         }
-        told = format!("{told}, of which {} wait in the machine's memory", size(waiting));
+        summary = format!("{summary}, of which {} wait in the machine's memory", size(waiting));
     }
-    Ok(Plan { room: Some(room), told: format!("{told}; {} may be used", size(limit)) })
+    Ok(MemoryPlan { room: Some(room), summary: format!("{summary}; {} may be used", size(limit)) })
 }
 
 /// Returns what telling which tokens matter takes on the device ([`super::token_energies`]): the model, whose weights take
@@ -218,7 +218,7 @@ mod tests {
         Config::from_json(&config).unwrap()
     }
 
-    fn planned(vram: u64, ram: u64) -> Result<Plan> {
+    fn planned(vram: u64, ram: u64) -> Result<MemoryPlan> {
         let config = llama_3_8b();
         let work =
             Work { config: &config, weight_bytes: 2, tokens: 128 * 2048, n_ctx: 2048, rounds: [false; 2] };
@@ -232,12 +232,12 @@ mod tests {
         let plan = planned(10_735_000_000, 23_000_000_000).unwrap();
         let streams = 2 * 262_144 * 4096 * 4;
         assert!(
-            plan.room.unwrap() < streams && plan.told.contains("wait in the machine's memory"),
+            plan.room.unwrap() < streams && plan.summary.contains("wait in the machine's memory"),
             "{}",
-            plan.told
+            plan.summary
         );
         let roomy = planned(70_000_000_000, 23_000_000_000).unwrap();
-        assert!(roomy.room.unwrap() > streams && !roomy.told.contains("wait"), "{}", roomy.told);
+        assert!(roomy.room.unwrap() > streams && !roomy.summary.contains("wait"), "{}", roomy.summary);
     }
 
     #[test]

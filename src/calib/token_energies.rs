@@ -31,7 +31,7 @@ const MOST: f32 = 30.0;
 /// weights.
 pub type TokenEnergies = BTreeMap<TensorId, Vec<f32>>;
 
-/// Sends a random gradient of each position back through the model, for windows of one length. `done` is told how many
+/// Sends a random gradient of each position back through the model, for windows of one length. `done` receives how many
 /// windows came back.
 ///
 /// # Errors

@@ -18,7 +18,7 @@ use crate::calib::token_energies::{TokenEnergies, token_energies};
 use crate::calib::{importance, memory};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{CalibrationArgs, ConvertArgs, MethodArg};
-use crate::convert::{Calibration, Output, choose_settings};
+use crate::convert::{Calibration, Draft, choose_settings};
 use crate::manifest::{self, CalibrationText};
 use crate::memory::{Budget, Limits};
 use crate::model::Model;
@@ -214,11 +214,12 @@ impl Windows {
         printer: Printer,
     ) -> Result<Option<u64>> {
         let budget = Budget::new(limits, backend.free_memory()?)?;
-        let memory::Plan { room, told } = memory::plan(backend, budget, self.work(backend, source, plan))?;
+        let memory::MemoryPlan { room, summary } =
+            memory::plan(backend, budget, self.work(backend, source, plan))?;
         if limits == Limits::default() {
-            printer.detail(&told)
+            printer.detail(&summary)
         } else {
-            printer.note(&told)
+            printer.note(&summary)
         }
         Ok(room)
     }
@@ -226,7 +227,7 @@ impl Windows {
     /// Returns what calibration takes on a CPU, in a sentence.
     pub fn memory(&self, source: &Checkpoint, plan: &Plan) -> Result<String> {
         let unlimited = Budget { device: None, host: None, separate: false };
-        Ok(memory::plan(&Cpu, unlimited, self.work(&Cpu, source, plan))?.told)
+        Ok(memory::plan(&Cpu, unlimited, self.work(&Cpu, source, plan))?.summary)
     }
 
     /// Returns what decides how much memory calibration takes.
@@ -243,7 +244,7 @@ impl Windows {
     }
 
     /// Returns what a calibration begins with. Where the whole model does not fit into memory for a way back, all tokens
-    /// count alike and gains stay as they are, which is told.
+    /// count alike and gains stay as they are; a note says so.
     ///
     /// # Errors
     /// If the device does not say what it has.
@@ -314,7 +315,7 @@ impl Windows {
         backend: &B,
         args: &ConvertArgs,
         source: &Checkpoint,
-        Output { plan, journal, .. }: Output,
+        Draft { plan, journal, .. }: Draft,
         begin: Calibration,
         printer: Printer,
     ) -> Result<Chosen> {

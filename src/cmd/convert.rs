@@ -23,7 +23,7 @@ use crate::container::output::{check_file, check_folder};
 use crate::container::safetensors::is_safetensors;
 use crate::container::{FileHash, leftovers};
 use crate::convert::journal::Journal;
-use crate::eval::{Metric, Report, Row};
+use crate::eval::{Metric, ModelRow, Report};
 use crate::manifest::{self, Evaluation, Hashes, Manifest, Source};
 use crate::output::{self, Printer, Unit};
 use crate::plan::Plan;
@@ -257,7 +257,7 @@ fn dry_run(
     Ok(Status::Ok)
 }
 
-fn evaluation(args: &ConvertArgs, report: &Report, row: &Row) -> Evaluation {
+fn evaluation(args: &ConvertArgs, report: &Report, row: &ModelRow) -> Evaluation {
     let protocol = &report.protocol;
     let metrics =
         [Metric::Ppl, Metric::DeltaPpl, Metric::Kld, Metric::Top1].map(|m| (m.describe().name, row.value(m)));
@@ -300,7 +300,7 @@ fn finish_manifest(
     args: &ConvertArgs,
     task: &mut Task,
     source: &Checkpoint,
-    measured: Option<(&Report, &Row)>,
+    measured: Option<(&Report, &ModelRow)>,
 ) -> Result<()> {
     if !task.out.is_dir() {
         return Ok(());

@@ -18,7 +18,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::{ProtocolArg, ProtocolArgs};
 use crate::embedded;
 use crate::eval::cache::{self, Cache};
-use crate::eval::report::{self, Part, Report, Timed};
+use crate::eval::report::{self, Report, Segment, Timed};
 use crate::eval::residency::{self, Residency};
 use crate::eval::samples::Samples;
 use crate::eval::slices::{self, Slice};
@@ -32,7 +32,7 @@ use crate::model::kv_cache::KvMemory;
 use crate::model::layers::{Held, Layers, Streamed};
 use crate::output::{Printer, Unit};
 
-/// Windows of the embedded text that are evaluated unless told otherwise.
+/// Windows of the embedded text that are evaluated by default.
 const DEFAULT_WINDOWS: usize = 60;
 /// Multiply-adds a validation may cost: about two minutes on two cores.
 const VALIDATION_BUDGET: u64 = 10_000_000_000_000;
@@ -97,7 +97,7 @@ impl Request {
     }
 
     /// Returns where each model's own tokenizer parts from that of `reference`, by the model's index, and tells of it; a
-    /// tokenizer that cannot be read is told of, too.
+    /// tokenizer that cannot be read is reported, too.
     pub fn partings(
         &self,
         reference: &Checkpoint,
@@ -205,7 +205,7 @@ fn read_text(path: &Path, reference: &Checkpoint) -> Result<String> {
             .context("`messages` need a chat template, and this model has none")?
             .render_messages(messages)
     };
-    Ok(corpus::Part::open(path, Some(&render))?.text)
+    Ok(corpus::CorpusPart::open(path, Some(&render))?.text)
 }
 
 /// Work that runs on whichever device there is.
@@ -312,7 +312,7 @@ impl WithBackend for Evaluation<'_> {
             .slices
             .iter()
             .zip(slices)
-            .map(|(Text { name, protocol, .. }, samples)| Part {
+            .map(|(Text { name, protocol, .. }, samples)| Segment {
                 name: name.clone(),
                 protocol: protocol.clone(),
                 rows: report::rows(&everyone, samples, Timed::No),
@@ -434,17 +434,17 @@ impl Request {
     ) -> Result<Option<Schedule>> {
         let budget = Budget::new(self.limits, backend.free_memory()?)?;
         let texts: Vec<&Text> = self.texts().collect();
-        let Residency { streamed, told } =
+        let Residency { streamed, summary } =
             residency::decide(backend, budget, models, self.cache.is_none(), &texts)?;
         ensure!(
             streamed.is_none() || self.questions.is_none(),
-            "`--suites` and `--tasks` let models generate, which needs them in memory; {told}; leave them out, or raise \
+            "`--suites` and `--tasks` let models generate, which needs them in memory; {summary}; leave them out, or raise \
              what may be used"
         );
         if streamed.is_some() || self.limits != Limits::default() {
-            printer.note(&told);
+            printer.note(&summary);
         } else {
-            printer.detail(&told);
+            printer.detail(&summary);
         }
         Ok(streamed)
     }

@@ -1,7 +1,7 @@
 //! The tables of an evaluation.
 
-use crate::eval::report::Part;
-use crate::eval::{Metric, Report, Row};
+use crate::eval::report::Segment;
+use crate::eval::{Metric, ModelRow, Report};
 use crate::output;
 
 /// Returns everything that was measured as tables: rows, slices, positions, gates.
@@ -142,7 +142,7 @@ fn cache_table(report: &Report) -> Option<String> {
 }
 
 /// Rows of several parts of the text, or of other texts.
-fn part_table(title: &str, parts: &[Part]) -> String {
+fn part_table(title: &str, parts: &[Segment]) -> String {
     let mut table =
         output::table([title, "model", "tokens", "PPL", "ΔPPL %", "KLD", "95 % interval", "same top-1"]);
     output::right_align(&mut table, 2);
@@ -179,17 +179,17 @@ fn gate_table(report: &Report) -> String {
     table.to_string()
 }
 
-fn shown(row: &Row, metric: Metric) -> String {
+fn shown(row: &ModelRow, metric: Metric) -> String {
     row.value(metric).map_or_else(dash, |value| metric.show(value))
 }
 
 /// `value ± error`; one window has no error to show.
-fn with_error(row: &Row, metric: Metric, error: Option<f64>) -> String {
+fn with_error(row: &ModelRow, metric: Metric, error: Option<f64>) -> String {
     let error = error.filter(|_| row.value(metric).is_some());
     shown(row, metric) + &error.map_or_else(String::new, |error| format!(" ± {}", metric.show_error(error)))
 }
 
-fn interval(row: &Row, metric: Metric) -> String {
+fn interval(row: &ModelRow, metric: Metric) -> String {
     let interval = row.measures.get(metric).and_then(|estimate| estimate.interval);
     interval.map_or_else(dash, |[low, high]| format!("{} to {}", metric.show(low), metric.show(high)))
 }

@@ -16,7 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::ConvertArgs;
 use crate::container::{FileHash, Opening, leftovers};
 use crate::convert::journal::{self, FinishedOutput, Journal};
-use crate::convert::{self, Calibration, Output};
+use crate::convert::{self, Calibration, Draft};
 use crate::manifest::{self, Hashes, Manifest, SchemeRecord, TensorRecord};
 use crate::method::solve::Outcome;
 use crate::num::Codec;
@@ -126,7 +126,7 @@ impl WithBackend for Calibrated<'_> {
                 journal.trials().len()
             ));
         }
-        let output = Output { plan: &task.plan, sink: sink.as_ref(), journal: &journal };
+        let output = Draft { plan: &task.plan, sink: sink.as_ref(), journal: &journal };
         let (outcomes, settings) = calibrated(args, source, (windows, start), backend, output, printer)
             .inspect_err(|_| {
                 if journal.is_worth_keeping() {
@@ -155,7 +155,7 @@ fn calibrated<B: Machine>(
     source: &Checkpoint,
     (windows, start): (&Windows, Start),
     backend: &B,
-    output: Output,
+    output: Draft,
     printer: Printer,
 ) -> Result<(Vec<Outcome>, Value)> {
     let plan = output.plan;
@@ -194,7 +194,7 @@ fn tuned<B: Machine>(
     source: &Checkpoint,
     windows: &Windows,
     backend: &B,
-    output: Output,
+    output: Draft,
     outcomes: &[Outcome],
     printer: Printer,
 ) -> Result<Value> {

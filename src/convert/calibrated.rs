@@ -24,18 +24,18 @@ use crate::scheme::{Activations, Choice};
 use crate::tensor::{Dense, Matrix, bytes_from_floats, floats_from_bytes};
 
 /// Converts a plan with calibrated codes: kept tensors stream as in [`super::convert`], the others come from
-/// [`driver::calibrate`] layer by layer. Layers in `journal` are taken from what `sink` already holds. `progress` is told how
+/// [`driver::calibrate`] layer by layer. Layers in `journal` are taken from what `sink` already holds. `progress` receives how
 /// many weights were finished, `layer_done` the number of each finished layer. Also returns the KL divergence on held-out
 /// calibration windows.
 pub fn convert_calibrated<B: SecondMoments>(
     backend: &B,
     source: &Checkpoint,
-    output: Output,
+    output: Draft,
     calibration: Calibration,
     progress: &(dyn Fn(u64) + Sync),
     layer_done: &dyn Fn(usize),
 ) -> Result<(Vec<Outcome>, Option<f64>)> {
-    let Output { plan, sink, journal } = output;
+    let Draft { plan, sink, journal } = output;
     write_decided(plan, sink)?;
     let place: BTreeMap<TensorId, usize> = plan.steps.iter().enumerate().map(|(i, s)| (s.id, i)).collect();
     let choices = choices(plan);
@@ -76,7 +76,7 @@ pub fn convert_calibrated<B: SecondMoments>(
 
 /// An output in the making.
 #[derive(Clone, Copy)]
-pub struct Output<'a> {
+pub struct Draft<'a> {
     /// What it will hold.
     pub plan: &'a Plan,
     /// Where its bytes go.
@@ -85,10 +85,10 @@ pub struct Output<'a> {
     pub journal: &'a Journal,
 }
 
-impl Output<'_> {
+impl Draft<'_> {
     /// Writes what calibration has finished of a step.
     fn write(&self, step: &Step, done: Finished) -> Result<()> {
-        let Output { plan, sink, .. } = *self;
+        let Draft { plan, sink, .. } = *self;
         let Solved { q, outcome } = match done {
             Finished::Layer(_) => return Ok(()),
             Finished::Rewritten(_, values) => return write_vector(plan, sink, step, &values),
@@ -125,7 +125,7 @@ fn hash(parts: &[Vec<u8>]) -> String {
 
 /// The layers that an interrupted run has written.
 struct Recovery<'a> {
-    output: Output<'a>,
+    output: Draft<'a>,
     place: &'a BTreeMap<TensorId, usize>,
     /// Whether bytes were found that are not what the journal says: that layer and all later ones are made again.
     broken: Cell<bool>,
@@ -241,7 +241,7 @@ pub struct Calibration<'a> {
 pub fn tune_gains<B: SecondMoments>(
     backend: &B,
     source: &Checkpoint,
-    output: Output,
+    output: Draft,
     outcomes: &[Outcome],
     windows: &[Vec<u32>],
     step_done: &dyn Fn(),

@@ -20,7 +20,7 @@ use crate::rows::Place;
 use crate::scheme::{QTensor, Scheme};
 use crate::tensor::{Dtype, bytes_from_floats};
 
-pub use calibrated::{Calibration, Output, choose_settings, convert_calibrated, tune_gains};
+pub use calibrated::{Calibration, Draft, choose_settings, convert_calibrated, tune_gains};
 pub use stream::{convert, peak_bytes};
 
 /// Writes what the plan alone decides: computed tensors and parts of fixed content.

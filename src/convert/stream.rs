@@ -26,7 +26,7 @@ pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
 
 /// Converts every tensor of the plan with nearest codes, errors weighed by `imatrix` where it has the tensor, in parallel
 /// over chunks of rows. `hashes` of the source's weight files, in their order, are found on the way; none need be given.
-/// Returns the cost of each step, in plan order. `progress` is told how many weights were finished.
+/// Returns the cost of each step, in plan order. `progress` receives how many weights were finished.
 pub fn convert(
     source: &Checkpoint,
     plan: &Plan,
@@ -118,7 +118,7 @@ fn joined(id: TensorId) -> TensorId {
     TensorId { role: id.role.joined(), ..id }
 }
 
-/// What a fit is told beside the weights.
+/// What a fit takes beside the weights.
 #[derive(Clone, Copy)]
 struct Given<'a> {
     /// The factor that the whole tensor shares.

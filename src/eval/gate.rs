@@ -11,7 +11,7 @@ use toml::{Table, Value};
 
 use super::answers::SuiteScore;
 use super::metric::{Estimate, Metric};
-use super::report::{Report, Row, Verdict};
+use super::report::{GateVerdict, ModelRow, Report};
 use crate::container::text;
 
 /// A limit that can be set.
@@ -228,12 +228,12 @@ impl Gate {
         }
     }
 
-    fn verdict(&self, model: &str, part: Option<&str>, found: Estimate) -> Verdict {
+    fn verdict(&self, model: &str, part: Option<&str>, found: Estimate) -> GateVerdict {
         let name = part.map_or(self.rule.name.to_string(), |part| format!("{} {part}", self.rule.name));
         let interval = found.interval.map_or(String::new(), |[low, high]| {
             format!(" [{}, {}]", self.rule.show(low), self.rule.show(high))
         });
-        Verdict {
+        GateVerdict {
             gate: name,
             model: model.to_string(),
             value: found.value,
@@ -254,7 +254,7 @@ impl Gate {
 ///
 /// # Errors
 /// A gate whose slice or suite was not measured.
-pub fn judge(gates: &[Gate], report: &Report) -> Result<Vec<Verdict>> {
+pub fn judge(gates: &[Gate], report: &Report) -> Result<Vec<GateVerdict>> {
     let mut verdicts = Vec::new();
     for gate in gates {
         match gate.rule.quantity {
@@ -281,14 +281,14 @@ pub fn judge(gates: &[Gate], report: &Report) -> Result<Vec<Verdict>> {
     Ok(verdicts)
 }
 
-fn rows<'a>(gate: &Gate, report: &'a Report) -> Result<&'a [Row]> {
+fn rows<'a>(gate: &Gate, report: &'a Report) -> Result<&'a [ModelRow]> {
     let Some(name) = &gate.part else { return Ok(&report.rows) };
     let part = report.slices.iter().find(|part| part.name == *name);
     Ok(&part.with_context(|| format!("`{}`: the slice `{name}` was not measured", gate.name()))?.rows)
 }
 
 /// The baseline's row comes first.
-fn compared(rows: &[Row]) -> &[Row] {
+fn compared(rows: &[ModelRow]) -> &[ModelRow] {
     rows.get(1..).unwrap_or(&[])
 }
 

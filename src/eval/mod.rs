@@ -27,7 +27,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use self::metric::{Estimate, Measures, Metric};
 pub use self::protocol::{Protocol, Scored};
-pub use self::report::{Report, Row};
+pub use self::report::{ModelRow, Report};
 pub use self::samples::Samples;
 pub use self::walk::Schedule;
 use self::walk::{Work, groups};

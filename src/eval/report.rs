@@ -18,7 +18,7 @@ use crate::model::kv_cache::KvMemory;
 /// One model's results on one text. Columns that need a baseline are absent (null, empty) without one and in the
 /// baseline's own row.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Row {
+pub struct ModelRow {
     /// Name as the user gave it.
     pub model: String,
     /// Format name, e.g. `bf16`, `mxfp4`, `q4_k_m`.
@@ -40,10 +40,10 @@ pub struct Row {
 /// Metrics that have a column of their own before the intervals; scripts rely on these columns and their order.
 const FIRST: [Metric; 5] = [Metric::Ppl, Metric::DeltaPpl, Metric::Kld, Metric::KldP99, Metric::Top1];
 
-impl Row {
+impl ModelRow {
     /// Describes a model by its samples.
     pub fn new(about: &About, samples: &Samples, measures: Measures) -> Self {
-        Row {
+        ModelRow {
             model: about.name.clone(),
             format: about.format.clone(),
             bytes: about.bytes,
@@ -97,7 +97,7 @@ impl Row {
     }
 }
 
-impl Serialize for Row {
+impl Serialize for ModelRow {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let columns = self.columns();
         let mut map = serializer.serialize_map(Some(columns.len()))?;
@@ -110,13 +110,13 @@ impl Serialize for Row {
 
 /// The rows of one text or of a part of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Part {
+pub struct Segment {
     /// Slice name, or the positions within a window, `256-511`.
     pub name: String,
     /// How the numbers were measured.
     pub protocol: Protocol,
     /// One row per model, the baseline first.
-    pub rows: Vec<Row>,
+    pub rows: Vec<ModelRow>,
 }
 
 /// What `quant bench --json` writes, as far as reports show it.
@@ -165,13 +165,13 @@ pub struct Report {
     /// How the numbers of `rows` were measured.
     pub protocol: Protocol,
     /// One row per model, the baseline first.
-    pub rows: Vec<Row>,
+    pub rows: Vec<ModelRow>,
     /// The same on other texts, one kind of content each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub slices: Vec<Part>,
+    pub slices: Vec<Segment>,
     /// The same by position within the window.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub positions: Vec<Part>,
+    pub positions: Vec<Segment>,
     /// What prompt suites say.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub suites: Vec<SuiteScore>,
@@ -195,12 +195,12 @@ pub struct Report {
     pub sensitivity: Option<Sensitivity>,
     /// What the gates say of each model.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub gates: Vec<Verdict>,
+    pub gates: Vec<GateVerdict>,
 }
 
 /// What a gate says of one model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Verdict {
+pub struct GateVerdict {
     /// The gate, with its slice or suite.
     pub gate: String,
     /// The model's name.
@@ -219,17 +219,17 @@ pub struct Verdict {
     pub shown_limit: String,
 }
 
-impl Verdict {
+impl GateVerdict {
     /// Returns one line: `q4.gguf: max-kld code: 0.31000 [0.25000, 0.40000], wanted ≤ 0.20000`.
     pub fn line(&self) -> String {
-        let Verdict { gate, model, shown, shown_limit, .. } = self;
+        let GateVerdict { gate, model, shown, shown_limit, .. } = self;
         format!("{model}: {gate}: {shown}, wanted {shown_limit}")
     }
 }
 
 impl Report {
     /// Starts a report with the rows of the main text.
-    pub fn new(protocol: Protocol, rows: Vec<Row>) -> Self {
+    pub fn new(protocol: Protocol, rows: Vec<ModelRow>) -> Self {
         Report {
             protocol,
             rows,
@@ -250,7 +250,7 @@ impl Report {
     pub fn without_divergence(&mut self) {
         let parts = self.slices.iter_mut().chain(&mut self.positions);
         let rows = parts.flat_map(|part| &mut part.rows);
-        self.rows.iter_mut().chain(rows).for_each(Row::without_divergence);
+        self.rows.iter_mut().chain(rows).for_each(ModelRow::without_divergence);
     }
 
     /// Returns what could not be finished: suites and benchmarks that ended early.
@@ -271,11 +271,11 @@ impl Report {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 
-    /// Returns a header line and one line per row, with the columns of [`Row`] and `slice`: empty for the whole text, else
+    /// Returns a header line and one line per row, with the columns of [`ModelRow`] and `slice`: empty for the whole text, else
     /// the name of the slice or the positions.
     pub fn csv(&self) -> Result<String> {
         let mut writer = csv::Writer::from_writer(Vec::new());
-        let names = Row::default().columns().into_iter().map(|(name, _)| name);
+        let names = ModelRow::default().columns().into_iter().map(|(name, _)| name);
         writer.write_record(names.chain(["slice".to_string()]))?;
         let parts = self.slices.iter().chain(&self.positions);
         let parts = parts.flat_map(|part| part.rows.iter().map(|row| (row, part.name.as_str())));
@@ -303,20 +303,20 @@ pub enum Timed {
 }
 
 /// Returns the rows of a text: one per model, the baseline first.
-pub fn rows(models: &[About], samples: &[Samples], timed: Timed) -> Vec<Row> {
+pub fn rows(models: &[About], samples: &[Samples], timed: Timed) -> Vec<ModelRow> {
     let rows = models.iter().zip(samples).enumerate();
     rows.map(|(at, (about, own))| {
         let mut measures = own.measures();
         if timed == Timed::Yes && at > 0 && measures.get(Metric::Kld).is_some() {
             measures.0[Metric::TokSRatio as usize] = own.speed_ratio(&samples[0]);
         }
-        Row::new(about, own, measures)
+        ModelRow::new(about, own, measures)
     })
     .collect()
 }
 
 /// Returns the rows of every position bucket; none if all scored positions lie in one.
-pub fn positions(models: &[About], samples: &[Samples], text: &Text) -> Vec<Part> {
+pub fn positions(models: &[About], samples: &[Samples], text: &Text) -> Vec<Segment> {
     let scored = text.protocol.scored();
     let ends = BUCKETS[1..].iter().copied().chain([usize::MAX]);
     let buckets: Vec<_> = BUCKETS
@@ -330,13 +330,13 @@ pub fn positions(models: &[About], samples: &[Samples], text: &Text) -> Vec<Part
     }
     let part = |bucket: &std::ops::Range<usize>| {
         let within = bucket.start - scored.start..bucket.end - scored.start;
-        let rows = models.iter().zip(samples).map(|(about, samples)| Row {
+        let rows = models.iter().zip(samples).map(|(about, samples)| ModelRow {
             tokens: within.len() * text.protocol.windows,
             errors: StandardErrors::default(),
             tok_per_s: None,
-            ..Row::new(about, samples, samples.measures_of(within.clone()))
+            ..ModelRow::new(about, samples, samples.measures_of(within.clone()))
         });
-        Part {
+        Segment {
             name: format!("{}-{}", bucket.start, bucket.end - 1),
             protocol: text.protocol.clone(),
             rows: rows.collect(),
@@ -352,22 +352,22 @@ mod tests {
     use crate::eval::protocol::Scored;
 
     fn report() -> Report {
-        let mut row = Row {
+        let mut row = ModelRow {
             model: "a,b".into(),
             format: "bf16".into(),
             bytes: 10,
             bits_per_weight: 16.0,
             tokens: 255,
             tok_per_s: Some(1000.0),
-            ..Row::default()
+            ..ModelRow::default()
         };
         row.measures.0[Metric::Ppl as usize] = Some(Estimate { value: 6.5, interval: None });
-        let mut compared = Row { format: "mxfp4".into(), ..row.clone() };
+        let mut compared = ModelRow { format: "mxfp4".into(), ..row.clone() };
         compared.measures.0[Metric::Kld as usize] =
             Some(Estimate { value: 0.25, interval: Some([0.1, 0.5]) });
         compared.measures.0[Metric::Top1 as usize] = Some(Estimate { value: 0.5, interval: None });
         let protocol = Protocol::new(Scored::default(), 512, None, "text", &[1; 600], None).unwrap();
-        let slice = Part { name: "code".into(), protocol: protocol.clone(), rows: vec![compared.clone()] };
+        let slice = Segment { name: "code".into(), protocol: protocol.clone(), rows: vec![compared.clone()] };
         Report { slices: vec![slice], ..Report::new(protocol, vec![row, compared]) }
     }
 
@@ -416,7 +416,8 @@ mod tests {
 
     #[test]
     fn columns_are_unique() {
-        let mut names: Vec<String> = Row::default().columns().into_iter().map(|(name, _)| name).collect();
+        let mut names: Vec<String> =
+            ModelRow::default().columns().into_iter().map(|(name, _)| name).collect();
         let count = names.len();
         names.sort();
         names.dedup();

@@ -24,7 +24,7 @@ pub struct Residency {
     /// `None`: in memory.
     pub streamed: Option<Schedule>,
     /// What it takes, in a sentence.
-    pub told: String,
+    pub summary: String,
 }
 
 /// Decides how `models` are evaluated. `together`: all are needed at once, not one after another; the first is the
@@ -48,11 +48,11 @@ pub fn decide(
     let resident =
         weights + (worst(|need| need.decoded) + pass(device.pass_tokens())).max(worst(|need| need.logits));
     let Some(limit) = budget.device else {
-        return Ok(Residency { streamed: None, told: format!("models in memory: {}", size(resident)) });
+        return Ok(Residency { streamed: None, summary: format!("models in memory: {}", size(resident)) });
     };
     if resident <= limit {
-        let told = format!("models in memory: {} of {} that may be used", size(resident), size(limit));
-        return Ok(Residency { streamed: None, told });
+        let summary = format!("models in memory: {} of {} that may be used", size(resident), size(limit));
+        return Ok(Residency { streamed: None, summary });
     }
     streamed(device, (budget, limit), models, &needs, texts, resident)
 }
@@ -107,7 +107,7 @@ fn streamed(
     };
     let group = ((room + beside) / window).clamp(1, 1 << 32) as usize;
     let groups = texts.iter().map(|text| text.protocol.windows.div_ceil(group)).max().unwrap_or(1);
-    let told = format!(
+    let summary = format!(
         "streaming layers: models in memory take {}, {} may be used; two layers at a time and {pass_tokens} tokens take {}, \
          every file is read {groups} times",
         size(resident),
@@ -116,7 +116,7 @@ fn streamed(
     )
     .replace("read 1 times", "read once");
     let schedule = Schedule { pass_tokens, group_tokens: group.saturating_mul(n_ctx), room: Some(room) };
-    Ok(Residency { streamed: Some(schedule), told })
+    Ok(Residency { streamed: Some(schedule), summary })
 }
 
 /// Bytes of one model's parts.
@@ -182,11 +182,15 @@ mod tests {
     #[test]
     fn models_stay_in_memory_where_they_fit_and_stream_where_they_do_not() {
         let roomy = decided(100_000_000, None).unwrap();
-        assert!(roomy.streamed.is_none() && roomy.told.starts_with("models in memory"), "{}", roomy.told);
+        assert!(
+            roomy.streamed.is_none() && roomy.summary.starts_with("models in memory"),
+            "{}",
+            roomy.summary
+        );
         // 23 MB of weights.
         let tight = decided(20_000_000, None).unwrap();
         let schedule = tight.streamed.unwrap();
-        assert!(tight.told.starts_with("streaming layers"), "{}", tight.told);
+        assert!(tight.summary.starts_with("streaming layers"), "{}", tight.summary);
         assert!(schedule.pass_tokens >= 512 && schedule.group_tokens >= schedule.pass_tokens);
         assert!(schedule.room.unwrap() < 20_000_000);
         // Streams that wait in host memory make groups larger.

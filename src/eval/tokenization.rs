@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::report::Verdict;
+use super::report::GateVerdict;
 use crate::model::tokenizer::Tokenizer;
 
 /// What tokenizers part over: numbers, runs of spaces and line ends, contractions, accents in either form,
@@ -34,8 +34,8 @@ impl Parting {
     }
 
     /// Returns it as a gate that failed.
-    pub fn verdict(&self, model: &str) -> Verdict {
-        Verdict {
+    pub fn verdict(&self, model: &str) -> GateVerdict {
+        GateVerdict {
             gate: "same-tokens".to_string(),
             model: model.to_string(),
             value: self.equal as f64,

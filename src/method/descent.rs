@@ -10,7 +10,7 @@ use std::ops::Range;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::refit::{self, Normal, Stored};
+use super::refit::{self, Normal, StoredScale};
 use crate::linalg;
 use crate::scheme::{Grid, Offset, QTensor, Span};
 
@@ -96,7 +96,7 @@ fn sweep_codes(row: &mut Row) -> bool {
 fn improve_scale(row: &mut Row, group: usize) -> bool {
     let columns = group_columns(group, row.q.group_cols(), row.q.cols);
     let normal = normal_equations(row, columns.clone());
-    let mut best: Option<(Stored, Trial)> = None;
+    let mut best: Option<(StoredScale, Trial)> = None;
     for stored in refit::candidates(&row.q, group, &normal) {
         let trial = resolve(row, columns.clone(), effective(&row.q, group, stored));
         if trial.change < best.as_ref().map_or(0.0, |(_, best)| best.change) {
@@ -252,7 +252,7 @@ fn inverse(grid: Grid) -> f32 {
     if grid.scale == 0.0 { 0.0 } else { 1.0 / grid.scale }
 }
 
-fn effective(q: &QTensor, group: usize, stored: Stored) -> Grid {
+fn effective(q: &QTensor, group: usize, stored: StoredScale) -> Grid {
     let (scale, offset) = refit::outer_factors(q, group);
     Grid { scale: scale * stored.scale, offset: offset * stored.offset }
 }

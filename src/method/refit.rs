@@ -16,7 +16,7 @@ use crate::scheme::{Offset, QTensor, Scheme};
 
 /// What a group stores: inner scale and inner offset (0 where the scheme has none).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Stored {
+pub struct StoredScale {
     /// A value of `scheme.scale`.
     pub scale: f32,
     /// A value of the offset's codec.
@@ -69,17 +69,18 @@ pub fn outer_factors(row: &QTensor, group: usize) -> (f32, f32) {
 }
 
 /// Returns the stored pairs worth trying for a group of a one-row tensor, the current one not among them.
-pub fn candidates(row: &QTensor, group: usize, normal: &Normal) -> Vec<Stored> {
+pub fn candidates(row: &QTensor, group: usize, normal: &Normal) -> Vec<StoredScale> {
     let scheme = &row.scheme;
-    let now = Stored { scale: row.scales[group], offset: row.offsets.get(group).copied().unwrap_or(0.0) };
+    let now =
+        StoredScale { scale: row.scales[group], offset: row.offsets.get(group).copied().unwrap_or(0.0) };
     let (outer_scale, outer_offset) = outer_factors(row, group);
     let offset_codec = match scheme.offset {
         Offset::None => None,
         Offset::Added(codec) | Offset::Subtracted(codec) => Some(codec),
     };
-    let mut out: Vec<Stored> = Vec::new();
+    let mut out: Vec<StoredScale> = Vec::new();
     let mut push = |scale: f32, offset: f32| {
-        let stored = Stored {
+        let stored = StoredScale {
             scale: scheme.scale.round(scale),
             offset: offset_codec.map_or(0.0, |codec| codec.round(offset)),
         };

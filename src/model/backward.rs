@@ -1,6 +1,6 @@
 //! The way back through a model: from the gradient of a loss in the final hidden states to those inside every layer.
 //!
-//! A layer is computed again from its input, so that only the residual stream before each layer waits for the way back.
+//! A layer is computed again from its input, so that only the residual stream before each layer waits for the backward pass.
 
 use anyhow::{Context, Result};
 
@@ -10,7 +10,7 @@ use crate::backend::gradients::Gradients;
 use crate::backend::{Backend, Batch};
 use crate::names::{Role, TensorId};
 
-/// What is met on the way back.
+/// What the backward pass meets.
 pub enum Met<'a, T> {
     /// The gradient of a linear's outputs `[n, out_features]`.
     Linear(&'a T),

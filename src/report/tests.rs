@@ -4,19 +4,19 @@ use super::*;
 use crate::eval::answers::{Answer, SuiteScore};
 use crate::eval::gate::{self, Gate, RULES};
 use crate::eval::metric::{METRICS, Measures};
-use crate::eval::report::{Part, Row, SpeedRow};
+use crate::eval::report::{ModelRow, Segment, SpeedRow};
 use crate::eval::sensitivity::{Sensitivity, TensorGroup};
 use crate::eval::{Estimate, Metric, Protocol, Scored};
 use crate::model::kv_cache::KvMemory;
 
-fn row(model: &str, bytes: u64, kld: Option<f64>) -> Row {
+fn row(model: &str, bytes: u64, kld: Option<f64>) -> ModelRow {
     let mut measures = Measures::default();
     for metric in METRICS.iter().map(|row| row.metric) {
         let value = if metric == Metric::Ppl { Some(6.5) } else { kld };
         let estimate = |value: f64| Estimate { value, interval: Some([0.9 * value, 1.1 * value]) };
         measures.0[metric as usize] = value.map(estimate);
     }
-    Row { model: model.into(), format: "q".into(), bytes, measures, tokens: 10, ..Row::default() }
+    ModelRow { model: model.into(), format: "q".into(), bytes, measures, tokens: 10, ..ModelRow::default() }
 }
 
 fn answer() -> Answer {
@@ -59,7 +59,7 @@ pub fn full() -> Report {
         ]
     };
     let protocol = Protocol::new(Scored::default(), 512, None, "text", &[1; 600], None).unwrap();
-    let part = |name: &str| Part { name: name.into(), protocol: protocol.clone(), rows: rows() };
+    let part = |name: &str| Segment { name: name.into(), protocol: protocol.clone(), rows: rows() };
     let group = |layer, role: &str, kld| TensorGroup {
         name: format!("layer {layer} {role}"),
         role: role.into(),

@@ -5,9 +5,9 @@ use serde_json::{Value, json};
 use super::plot::{self, Bar, COLOURS, Cell, Group, Point};
 use crate::eval::answers::Answer;
 use crate::eval::metric::METRICS;
-use crate::eval::report::{Part, SpeedRow};
+use crate::eval::report::{Segment, SpeedRow};
 use crate::eval::sensitivity::{Sensitivity, TensorGroup};
-use crate::eval::{Estimate, Metric, Report, Row};
+use crate::eval::{Estimate, Metric, ModelRow, Report};
 use crate::output;
 
 /// Metrics of the summary table.
@@ -70,7 +70,7 @@ fn verdict(report: &Report) -> Value {
     json!({ "state": state, "text": text, "failures": failures })
 }
 
-fn summary(at: usize, row: &Row) -> Value {
+fn summary(at: usize, row: &ModelRow) -> Value {
     json!({
         "model": row.model,
         "colour": at % COLOURS,
@@ -82,7 +82,7 @@ fn summary(at: usize, row: &Row) -> Value {
 }
 
 /// A value with its interval; empty texts where nothing was measured.
-fn cell(row: &Row, metric: Metric) -> Value {
+fn cell(row: &ModelRow, metric: Metric) -> Value {
     let found = row.measures.get(metric);
     json!({
         "value": found.map_or("–".to_string(), |found| metric.show(found.value)),
@@ -130,11 +130,11 @@ fn details(report: &Report) -> Value {
 }
 
 /// Divergence of each part of the texts, or perplexity where nothing was compared.
-fn parts(title: &str, heading: &str, parts: &[Part]) -> Option<Value> {
+fn parts(title: &str, heading: &str, parts: &[Segment]) -> Option<Value> {
     let first = parts.first()?;
     let compared = first.rows.iter().any(|row| row.value(Metric::Kld).is_some());
     let metric = if compared { Metric::Kld } else { Metric::Ppl };
-    let group = |part: &Part| Group {
+    let group = |part: &Segment| Group {
         label: part.name.clone(),
         bars: part
             .rows

@@ -184,7 +184,7 @@ pub fn fisher_gradient(hidden: &Array2<f32>, head: &Matrix, seed: u32) -> Array2
     })
 }
 
-/// Positions whose logits exist at a time, on the way back.
+/// Positions whose logits exist at a time in the backward pass.
 const ROWS: usize = 128;
 
 /// Returns what `turn`, given positions and their logits, makes the logits' gradient, times the head.

@@ -12,7 +12,7 @@ use super::attention::{cache_defines, frequencies, neighbours_define, sinks_defi
 use super::choose::Chooser;
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
-use super::matvec::{Input, MAX_TOKENS, Output, Part};
+use super::matvec::{Destination, Input, MAX_TOKENS, Operand};
 use super::{Cuda, Float, Tensor};
 use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
@@ -190,8 +190,8 @@ impl<'a> CudaDecoder<'a> {
         }
         let last: Vec<usize> = (1..=count).map(|sequence| sequence * tokens - 1).collect();
         let x = cuda.rms_norm(&cuda.select_rows(&x, &last)?, &model.output_norm, constants.eps)?;
-        let head = [Part { weight: model.head(), bias: None, y: self.chooser.logits_of(first) }];
-        cuda.matvec(Input { x: x.at(), norm: None, scales: None, tokens: count }, &head, Output::F32)?;
+        let head = [Operand { weight: model.head(), bias: None, y: self.chooser.logits_of(first) }];
+        cuda.matvec(Input { x: x.at(), norm: None, scales: None, tokens: count }, &head, Destination::F32)?;
         for (sequence, (prompt, draw)) in (first..).zip(prompts.chunks(tokens).zip(draws)) {
             self.chooser.start(device, sequence, prompt, *draw)?;
         }
@@ -261,16 +261,16 @@ impl<'a> CudaDecoder<'a> {
         model.embed.embed_into(&self.cuda.device, &self.chooser.ids, self.lengths.len(), &state.x)?;
         for (layer, cache) in model.layers.iter().zip(&self.cache) {
             let qkv = [(&layer.q, &state.q), (&layer.k, &state.k), (&layer.v, &state.v)];
-            self.product(From::Residual(&layer.attn_norm), &qkv, Output::F16)?;
+            self.product(From::Residual(&layer.attn_norm), &qkv, Destination::F16)?;
             self.attend(layer, cache)?;
-            self.product(From::Values(&state.mixed), &[(&layer.o, &state.x)], Output::Add)?;
+            self.product(From::Values(&state.mixed), &[(&layer.o, &state.x)], Destination::Add)?;
             let ffn = layer.ffn.dense("generation on a GPU")?;
             let gate_up = [(&ffn.gate, &state.gated), (&ffn.up, &state.gated)];
-            self.product(From::Residual(&layer.ffn_norm), &gate_up, Output::Swiglu)?;
-            self.product(From::Values(&state.gated), &[(&ffn.down, &state.x)], Output::Add)?;
+            self.product(From::Residual(&layer.ffn_norm), &gate_up, Destination::Swiglu)?;
+            self.product(From::Values(&state.gated), &[(&ffn.down, &state.x)], Destination::Add)?;
         }
-        let head = [Part { weight: model.head(), bias: None, y: self.chooser.logits_of(0) }];
-        self.cuda.matvec(self.normed(&model.output_norm, Activations::Full)?, &head, Output::F32)?;
+        let head = [Operand { weight: model.head(), bias: None, y: self.chooser.logits_of(0) }];
+        self.cuda.matvec(self.normed(&model.output_norm, Activations::Full)?, &head, Destination::F32)?;
         self.chooser.choose(&self.cuda.device, 0, self.lengths.len())
     }
 
@@ -297,16 +297,16 @@ impl<'a> CudaDecoder<'a> {
     }
 
     /// Queues linears of one input, each into its buffer.
-    fn product(&self, from: From, linears: &[(&Linear<Cuda>, &Buffer)], output: Output) -> Result<()> {
+    fn product(&self, from: From, linears: &[(&Linear<Cuda>, &Buffer)], output: Destination) -> Result<()> {
         for alike in linears.chunk_by(|(a, _), (b, _)| a.rounding == b.rounding) {
             let (first, _) = alike[0];
             let input = match from {
                 From::Residual(gain) => self.normed(gain, first.rounding)?,
                 From::Values(x) => self.input(x, first.weight.cols, first.rounding)?,
             };
-            let parts: Vec<Part> = alike
+            let parts: Vec<Operand> = alike
                 .iter()
-                .map(|(linear, y)| Part { weight: &linear.weight, bias: linear.bias.as_ref(), y: y.at() })
+                .map(|(linear, y)| Operand { weight: &linear.weight, bias: linear.bias.as_ref(), y: y.at() })
                 .collect();
             self.cuda.matvec(input, &parts, output)?;
         }

@@ -98,11 +98,11 @@ pub struct Product {
 pub struct Gemm {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer,
-    plans: Mutex<HashMap<(Product, Repeated), Plan>>,
+    plans: Mutex<HashMap<(Product, Repeated), MatmulPlan>>,
 }
 
 /// Descriptors and the algorithm for one [`Product`].
-struct Plan {
+struct MatmulPlan {
     product: sys::cublasLtMatmulDesc_t,
     w: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
@@ -183,7 +183,7 @@ impl Gemm {
     }
 
     #[allow(unsafe_code)]
-    fn plan(&self, product: Product, repeated: Repeated) -> Result<Plan> {
+    fn plan(&self, product: Product, repeated: Repeated) -> Result<MatmulPlan> {
         let Product { types, form, .. } = product;
         let (.., sums, factors) = types.codes();
         let [w, x, y] = layouts(product, repeated)?;
@@ -226,7 +226,7 @@ impl Gemm {
             result::destroy_matmul_pref(preference)?;
             found?
         };
-        Ok(Plan { product: descriptor, w, x, y, algorithm: found.algo })
+        Ok(MatmulPlan { product: descriptor, w, x, y, algorithm: found.algo })
     }
 }
 
@@ -261,7 +261,7 @@ fn layouts(product: Product, repeated: Repeated) -> Result<[sys::cublasLtMatrixL
 
 /// Heads begin at multiples of 16 numbers, of 2 bytes at least.
 const HEAD_ALIGNMENT: u32 = 32;
-/// Where an alignment is told.
+/// Attributes that hold alignments.
 const ALIGNMENTS: [sys::cublasLtMatmulPreferenceAttributes_t; 4] = {
     use sys::cublasLtMatmulPreferenceAttributes_t::*;
     [

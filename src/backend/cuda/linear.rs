@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use super::compile::Kernel;
 use super::device::{Arg, Buffer, Geometry};
 use super::gemm::{Form, Product, Types};
-use super::{Cuda, Float, Stored, Tensor, Weight, macro_of};
+use super::{Cuda, Float, Tensor, Weight, WeightLayout, macro_of};
 use crate::backend::Backend;
 use crate::scheme::Activations;
 use crate::tensor::Dtype;
@@ -85,7 +85,9 @@ impl Cuda {
     /// Returns the weight decoded to what products read, or `None` if it lies so already.
     pub(super) fn decoded(&self, weight: &Weight) -> Result<Option<Buffer>> {
         match (weight.stored, self.float) {
-            (Stored::Dense(Dtype::F16), Float::F16) | (Stored::Dense(Dtype::F32), Float::F32) => Ok(None),
+            (WeightLayout::Dense(Dtype::F16), Float::F16) | (WeightLayout::Dense(Dtype::F32), Float::F32) => {
+                Ok(None)
+            }
             _ => weight.dequantize(&self.device, self.float).map(Some),
         }
     }

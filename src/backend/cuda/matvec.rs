@@ -12,26 +12,26 @@ pub(super) const MAX_TOKENS: usize = 32;
 
 /// What a product does with its result; names as in matvec.cu.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Output {
+pub(super) enum Destination {
     F16,
     F32,
     Add,
     Swiglu,
 }
 
-impl Output {
+impl Destination {
     fn macro_name(self) -> &'static str {
         match self {
-            Output::F16 => "OUTPUT=F16",
-            Output::F32 => "OUTPUT=F32",
-            Output::Add => "OUTPUT=ADD",
-            Output::Swiglu => "OUTPUT=SWIGLU",
+            Destination::F16 => "OUTPUT=F16",
+            Destination::F32 => "OUTPUT=F32",
+            Destination::Add => "OUTPUT=ADD",
+            Destination::Swiglu => "OUTPUT=SWIGLU",
         }
     }
 }
 
 /// One of the products side by side in a launch.
-pub(super) struct Part<'a> {
+pub(super) struct Operand<'a> {
     pub weight: &'a Weight,
     pub bias: Option<&'a Tensor>,
     /// Address of the result.
@@ -52,10 +52,10 @@ pub(super) struct Input<'a> {
 
 impl Cuda {
     /// Queues the products of one input with several weights of one width, those stored alike in one launch.
-    pub(super) fn matvec(&self, input: Input, parts: &[Part], output: Output) -> Result<()> {
+    pub(super) fn matvec(&self, input: Input, parts: &[Operand], output: Destination) -> Result<()> {
         for alike in parts.chunk_by(|a, b| a.weight.stored == b.weight.stored) {
             ensure!(
-                output != Output::Swiglu || alike.len() == 2,
+                output != Destination::Swiglu || alike.len() == 2,
                 "gate and up are stored in different formats; generation on the GPU wants one"
             );
             self.launch_matvec(input, alike, output)?;
@@ -63,10 +63,10 @@ impl Cuda {
         Ok(())
     }
 
-    fn launch_matvec(&self, input: Input, parts: &[Part], output: Output) -> Result<()> {
+    fn launch_matvec(&self, input: Input, parts: &[Operand], output: Destination) -> Result<()> {
         let weight = parts[0].weight;
         let rows: usize = match output {
-            Output::Swiglu => 2 * weight.rows,
+            Destination::Swiglu => 2 * weight.rows,
             _ => parts.iter().map(|part| part.weight.rows).sum(),
         };
         let shape = Shape::new(weight, rows, &input, &self.device)?;
@@ -79,8 +79,8 @@ impl Cuda {
             words[21 + i] = part.y;
             words[24 + i] = part.bias.map_or(0, Tensor::at);
             match output {
-                Output::Swiglu if i == 0 => tiles += part.weight.rows.div_ceil(8 * shape.row_tiles),
-                Output::Swiglu => (),
+                Destination::Swiglu if i == 0 => tiles += part.weight.rows.div_ceil(8 * shape.row_tiles),
+                Destination::Swiglu => (),
                 _ if i < parts.len() => tiles += part.weight.rows.div_ceil(16 * shape.row_tiles),
                 _ => (),
             }

@@ -15,7 +15,7 @@
 //! | `matvec` | products of a few tokens |
 //! | `decode` | generation over a cache |
 //! | `choose` | the next token, most likely or sampled |
-//! | `gradients` | the way back |
+//! | `gradients` | the backward pass |
 //! | `solve` | calibrated rounding |
 //!
 //! # Rounding
@@ -62,7 +62,7 @@ use self::device::{Arg, Device, Geometry};
 use self::gemm::{Form, Gemm, Product, Types};
 pub use self::solve::CudaSolver;
 pub use self::tensor::{Float, Tensor};
-pub use self::weight::{Stored, Weight, scheme_defines};
+pub use self::weight::{Weight, WeightLayout, scheme_defines};
 pub use self::widen::scheme_on_device;
 use super::{
     AttentionShape, Backend, Batch, Divergence, MomentSums, Rope, Score, SecondMoments, check_add_rows,

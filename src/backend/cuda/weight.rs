@@ -28,7 +28,7 @@ pub struct Weight {
     /// Columns as they lie, with the padding of decode.cuh.
     pitch: usize,
     /// How it is stored.
-    pub stored: Stored,
+    pub stored: WeightLayout,
     low: Arc<Buffer>,
     high: Option<Arc<Buffer>>,
     scales: Option<Arc<Buffer>>,
@@ -41,7 +41,7 @@ pub struct Weight {
 
 /// How a weight's values are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Stored {
+pub enum WeightLayout {
     /// Plain floats.
     Dense(Dtype),
     /// Codes and scales.
@@ -77,7 +77,7 @@ impl Weight {
             rows,
             cols,
             pitch: cols,
-            stored: Stored::Dense(dtype),
+            stored: WeightLayout::Dense(dtype),
             low: Arc::new(values),
             high: None,
             scales: None,
@@ -109,8 +109,8 @@ impl Weight {
     /// Returns dense values as F16, rounded once; packed ones as they are.
     pub fn rounded_if_dense(self, device: &Device) -> Result<Self> {
         match self.stored {
-            Stored::Packed(_) | Stored::Dense(Dtype::F16) => Ok(self),
-            Stored::Dense(_) => {
+            WeightLayout::Packed(_) | WeightLayout::Dense(Dtype::F16) => Ok(self),
+            WeightLayout::Dense(_) => {
                 let values = self.dequantize(device, Float::F16)?;
                 Ok(Self::dense(self.rows, self.cols, Dtype::F16, values))
             }
@@ -153,7 +153,7 @@ impl Weight {
             rows: q.rows,
             cols: q.cols,
             pitch,
-            stored: Stored::Packed(scheme),
+            stored: WeightLayout::Packed(scheme),
             low: Arc::new(device.upload(&low)?),
             high: if high.is_empty() { None } else { Some(Arc::new(device.upload(&high)?)) },
             scales: stored(Some(scheme.scale), &q.scales, group)?,
@@ -225,8 +225,8 @@ impl Weight {
     /// Returns how many bytes of codes a lane of matvec.cu reads of a row and piece: 32 columns.
     pub(super) fn lane_bytes(&self) -> usize {
         match self.stored {
-            Stored::Dense(dtype) => 32 * dtype.bytes(),
-            Stored::Packed(scheme) => match scheme.element.bits() {
+            WeightLayout::Dense(dtype) => 32 * dtype.bytes(),
+            WeightLayout::Packed(scheme) => match scheme.element.bits() {
                 ..=4 => 16,
                 5 => 20,
                 6 => 24,
@@ -237,7 +237,7 @@ impl Weight {
 
     /// Returns the bytes of scales that matvec.cu stages for a row and piece, a word at least from each plane.
     pub(super) fn staged_grid_bytes(&self) -> usize {
-        let Stored::Packed(scheme) = self.stored else { return 0 };
+        let WeightLayout::Packed(scheme) = self.stored else { return 0 };
         let plane = |span: Span, codec: Codec| match span {
             Span::Cols(n) => ((PIECE / n as usize).max(1) * codec.bits().div_ceil(8) as usize).max(4),
             Span::Row | Span::Tensor => 0,
@@ -252,8 +252,8 @@ impl Weight {
     /// Returns the macros that specialise decode.cuh for this weight.
     pub(super) fn defines(&self) -> Vec<String> {
         match self.stored {
-            Stored::Dense(dtype) => vec![format!("ELEMENT=DENSE_{dtype}")],
-            Stored::Packed(scheme) => scheme_defines(&scheme),
+            WeightLayout::Dense(dtype) => vec![format!("ELEMENT=DENSE_{dtype}")],
+            WeightLayout::Packed(scheme) => scheme_defines(&scheme),
         }
     }
 }

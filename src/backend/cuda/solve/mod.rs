@@ -351,7 +351,7 @@ impl<'a> CudaSolver<'a> {
         rows: Range<usize>,
         scheme: Scheme,
         global: Option<f32>,
-    ) -> Result<Part> {
+    ) -> Result<SolvedRows> {
         let device = &self.cuda.device;
         let count = rows.len();
         let target = self.target(weights, rows)?;
@@ -374,7 +374,7 @@ impl<'a> CudaSolver<'a> {
         grids.download(device, &mut q)?;
         let float = self.cuda.float;
         let dense = self.values_as(&grids, "VALUE", None, float)?;
-        Ok(Part {
+        Ok(SolvedRows {
             q,
             energy,
             nearest,
@@ -386,7 +386,7 @@ impl<'a> CudaSolver<'a> {
 }
 
 /// Some rows of a solved matrix.
-struct Part {
+struct SolvedRows {
     q: QTensor,
     dense: Weight,
     energy: f64,
@@ -409,12 +409,12 @@ impl Solve for CudaSolver<'_> {
         let slabs = pieces(0..rows, (SLAB / cols).max(1));
         let parts =
             slabs.map(|rows| self.solve(weights, rows, scheme, global)).collect::<Result<Vec<_>>>()?;
-        let sum = |of: fn(&Part) -> f64| parts.iter().map(of).sum::<f64>();
+        let sum = |of: fn(&SolvedRows) -> f64| parts.iter().map(of).sum::<f64>();
         let energy = sum(|part| part.energy).max(f64::MIN_POSITIVE);
         let (error_nearest, error) = (sum(|part| part.nearest) / energy, sum(|part| part.error) / energy);
         let kept_nearest = parts.iter().any(|part| part.kept_nearest);
         let deviation = Deviation { raised_damp: self.raised_damp, kept_nearest };
-        let (q, dense) = match <[Part; 1]>::try_from(parts) {
+        let (q, dense) = match <[SolvedRows; 1]>::try_from(parts) {
             Ok([part]) => (part.q, Some(part.dense)),
             Err(parts) => (joined(scheme, rows, cols, &parts), None),
         };
@@ -429,7 +429,7 @@ impl Solve for CudaSolver<'_> {
 }
 
 /// Returns one matrix of parts of its rows.
-fn joined(scheme: Scheme, rows: usize, cols: usize, parts: &[Part]) -> QTensor {
+fn joined(scheme: Scheme, rows: usize, cols: usize, parts: &[SolvedRows]) -> QTensor {
     let mut q = QTensor::zeroed(scheme, rows, cols);
     let mut first = 0;
     for part in parts {
