@@ -23,8 +23,7 @@ name=$(basename "$model")
 out=$work/compare/$name
 mkdir -p "$out"
 bf16=${BF16:-$out/bf16.gguf}
-converter=$(find -L "$peers" -name convert_hf_to_gguf.py | head -1)
-[ -f "$bf16" ] || "$peers/venv/bin/python" "$converter" "$model" --outtype bf16 --outfile "$bf16" >&2
+[ -f "$bf16" ] || "$peers/venv/bin/python" "$repository/scripts/bf16_gguf.py" "$peers" "$QUANT" "$model" "$bf16" >&2
 
 # Files are named FORMAT.TOOL, for the table below.
 make_once() {

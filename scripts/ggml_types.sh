@@ -5,7 +5,7 @@
 #
 # usage: scripts/ggml_types.sh WORK_DIR MODEL_DIR    needs scripts/peers.sh WORK_DIR/peers (or PEERS=DIR)
 #        BF16=the model as a BF16 GGUF file, converted by llama.cpp if not given;  QUANT=program, built if not given
-#        TYPES="Q2_K …"  OURS="q3_k_m …"  CALIB=FILE  TEXT=FILE  WINDOWS=60  EFFORT=balanced  DEVICE=auto
+#        TYPES="Q2_K …"  OURS="q3_k_m …"  CALIB=FILE  TEXT=FILE  WINDOWS=60  DEVICE=auto, for calibration
 set -euo pipefail
 [ $# = 2 ] || { sed -n '2,9p' "$0" >&2; exit 2; }
 repository=$(cd "$(dirname "$0")/.." && pwd)
@@ -25,28 +25,29 @@ fi
 out=$work/ggml_types/$(basename "$model")
 mkdir -p "$out"
 bf16=${BF16:-$out/bf16.gguf}
-converter=$(find -L "$peers" -name convert_hf_to_gguf.py | head -1)
-[ -f "$bf16" ] || "$peers/venv/bin/python" "$converter" "$model" --outtype bf16 --outfile "$bf16" >&2
+[ -f "$bf16" ] || "$peers/venv/bin/python" "$repository/scripts/bf16_gguf.py" "$peers" "$QUANT" "$model" "$bf16" >&2
 
 make_once() {
   [ -e "$1" ] || "${@:2}" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
 }
 # Prints perplexity, divergence and bytes of files, one line each, `-` where a file has none.
 measured() {
-  "$QUANT" eval "$@" --baseline "$model" --ppl --kld --text "$text" --windows "$windows" --device "${DEVICE:-auto}" --csv - --quiet |
+  "$QUANT" eval "$@" --baseline "$model" --ppl --kld --text "$text" --windows "$windows" --device cpu --csv - --quiet |
     awk -F, 'FNR > 2 { print $5, $8, $3 }'
 }
 in_llama_cpp() {
-  "$peers/bin/llama-perplexity" -m "$1" -f "$text" -c 512 -b 512 --chunks "$windows" 2>&1 | sed -n 's/.*Final estimate: PPL = \([0-9.]*\).*/\1/p'
+  "$peers/bin/llama-perplexity" -m "$1" -f "$text" -c 512 -b 512 --no-escape --chunks "$windows" 2>&1 | sed -n 's/.*Final estimate: PPL = \([0-9.]*\).*/\1/p'
 }
 row() { # NAME FILE [FILE with which to compare divergences]
+  local ppl kld bytes theirs line against other size
   read -r ppl kld bytes < <(measured "$2")
   theirs=$(in_llama_cpp "$2")
   line=$(awk -v a="$ppl" -v b="$theirs" 'BEGIN { printf "%.4f | %.4f | %+.2f %%", a, b, 100 * (a / b - 1) }')
+  kld=$(printf %.5f "$kld")
   against=–
   if [ -n "${3:-}" ]; then
     read -r _ other size < <(measured "$3")
-    against=$(awk -v a="$kld" -v b="$other" 'BEGIN { printf "%.0f %%", 100 * a / b }')
+    against=$(awk -v a="$kld" -v b="$other" 'BEGIN { printf "%.1f %%", 100 * a / b }')
     [ "$size" = "$bytes" ] || against="$against ($size bytes)"
   fi
   echo "| $1 | $bytes | $line | $kld | $against |"
@@ -64,10 +65,12 @@ done
 for format in $ours; do
   theirs=$out/${format^^}.llama-quantize+imatrix.gguf
   make_once "$theirs" "$peers/bin/llama-quantize" --imatrix "$imatrix" "$bf16" "$theirs" "${format^^}"
-  for method in rtn gptq; do
+  for method in rtn fast balanced; do
     file=$out/$format.quant-$method.gguf
-    make_once "$file" "$QUANT" convert "$model" --calib "$calib" --effort "${EFFORT:-balanced}" --device "${DEVICE:-auto}" \
-      --no-validate --quiet --format "$format" --method "$method" -o "$file"
+    how=(--method gptq --effort "$method")
+    [ "$method" != rtn ] || how=(--method rtn)
+    make_once "$file" "$QUANT" convert "$model" --format "$format" "${how[@]}" --calib "$calib" --device "${DEVICE:-auto}" \
+      --no-validate --quiet -o "$file"
     row "$format, $method" "$file" "$theirs"
   done
 done

@@ -20,10 +20,8 @@ if [ -z "${QUANT:-}" ]; then
   QUANT=${CARGO_TARGET_DIR:-$repository/target}/release/quant
 fi
 name=$(basename "$model")
-# convert_hf_to_gguf.py knows tokenizers by a hash: for others name a BF16 GGUF file made with one it knows.
 bf16=${BF16:-$work/$name-bf16.gguf}
-converter=$(find -L "$peers" -name convert_hf_to_gguf.py | head -1)
-[ -f "$bf16" ] || "$peers/venv/bin/python" "$converter" "$model" --outtype bf16 --outfile "$bf16" >"$work/converter.log" 2>&1 ||
+[ -f "$bf16" ] || "$peers/venv/bin/python" "$repository/scripts/bf16_gguf.py" "$peers" "$QUANT" "$model" "$bf16" >"$work/converter.log" 2>&1 ||
   { echo "convert_hf_to_gguf.py failed, see $work/converter.log" >&2; exit 1; }
 
 # Seconds of one run.
