@@ -1,7 +1,7 @@
 //! Hugging Face hub ids → a local folder.
 //!
 //! Files land in the cache that huggingface_hub and transformers share (`$HF_HOME/hub`), so a model that any
-//! of them has downloaded is not downloaded again. A download that broke off goes on where it stopped. All
+//! of them has downloaded is not downloaded again; hf-hub knows its layout. A download that broke off goes on where it stopped. All
 //! files come from one commit. The environment is read as huggingface_hub reads it (`environment`),
 //! certificates as curl does (`certificates`).
 
@@ -9,10 +9,10 @@ mod certificates;
 mod download;
 mod environment;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 
 use self::download::{Client, Fault, Place, Progress};
@@ -97,10 +97,9 @@ struct RemoteFile {
 impl Hub {
     /// Returns a model's folder, after downloading what it lacks: configuration, tokenizer, weights.
     pub fn fetch(&self, id: &str, revision: &str, printer: Printer) -> Result<Found> {
-        let name = format!("models--{}", id.replace('/', "--"));
-        let (repo, locks) = (self.cache.join(&name), self.cache.join(".locks").join(&name));
+        let cached = self.cached(id, revision)?;
         if self.offline {
-            return self.cached(&repo, id, revision);
+            return self.found(&cached, id, revision);
         }
         let client = Client::new(self.token.clone())?;
         let url = format!("{}/api/models/{id}/revision/{}?blobs=true", self.endpoint, escaped(revision, ""));
@@ -109,37 +108,35 @@ impl Hub {
         // Becomes a folder name.
         let plain = commit.sha.chars().all(|c| c.is_ascii_alphanumeric()) && !commit.sha.is_empty();
         ensure!(plain, "{}: `{id}`: commit `{}` is no hash; check `HF_ENDPOINT`", self.endpoint, commit.sha);
-        let path = Download { hub: self, id, commit: &commit, repo: &repo, locks, client, printer }.run()?;
+        let path = Download { hub: self, id, commit: &commit, cached: &cached, client, printer }.run()?;
         if revision != commit.sha {
             // What offline runs and other tools look the branch up by.
-            let file = self.reference(&repo, revision)?;
-            let write = || {
-                fs::create_dir_all(file.parent().unwrap_or(&repo))?;
-                fs::write(&file, &commit.sha)
-            };
-            write().with_context(|| format!("{}: cannot be written", file.display()))?;
+            let shown = || format!("{}: `refs/{revision}` of `{id}` cannot be written", self.cache.display());
+            cached.create_ref(&commit.sha).with_context(shown)?;
         }
         Ok(Found { path, commit: Some(commit.sha) })
     }
 
-    /// Returns what the cache holds of a branch, tag or commit.
-    fn cached(&self, repo: &Path, id: &str, revision: &str) -> Result<Found> {
-        let recorded = fs::read_to_string(self.reference(repo, revision)?);
-        let commit = recorded.map_or_else(|_| revision.to_string(), |commit| commit.trim().to_string());
-        let path = repo.join("snapshots").join(&commit);
-        ensure!(
-            path.join("config.json").is_file() && !commit.contains(['/', '.']),
-            "`{id}` at `{revision}` is not in {}; unset `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE`",
-            self.cache.display()
-        );
-        Ok(Found { path, commit: Some(commit) })
-    }
-
-    /// Returns the file that says which commit a branch or tag is.
-    fn reference(&self, repo: &Path, revision: &str) -> Result<PathBuf> {
+    /// Returns a model's place in the cache.
+    fn cached(&self, id: &str, revision: &str) -> Result<CacheRepo> {
         let inside = revision.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
         ensure!(inside, "`--revision {revision}`: wanted a branch, tag or commit");
-        Ok(repo.join("refs").join(revision))
+        let repo = Repo::with_revision(id.to_string(), RepoType::Model, revision.to_string());
+        Ok(Cache::new(self.cache.clone()).repo(repo))
+    }
+
+    /// Returns what the cache holds of a branch, tag or commit.
+    fn found(&self, cached: &CacheRepo, id: &str, revision: &str) -> Result<Found> {
+        let config =
+            cached.get("config.json").unwrap_or_else(|| cached.pointer_path(revision).join("config.json"));
+        let path = config.parent().filter(|_| config.is_file()).with_context(|| {
+            format!(
+                "`{id}` at `{revision}` is not in {}; unset `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE`",
+                self.cache.display()
+            )
+        })?;
+        let commit = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        Ok(Found { path: path.to_path_buf(), commit })
     }
 
     /// Returns one clear error with its cure.
@@ -209,8 +206,7 @@ struct Download<'a> {
     hub: &'a Hub,
     id: &'a str,
     commit: &'a Commit,
-    repo: &'a Path,
-    locks: PathBuf,
+    cached: &'a CacheRepo,
     client: Client,
     printer: Printer,
 }
@@ -241,13 +237,15 @@ impl Download<'_> {
     /// Returns a file of the model, from the cache or downloaded and verified.
     fn file(&self, name: &str) -> Result<PathBuf> {
         let commit = self.commit.sha.as_str();
-        let path = self.repo.join("snapshots").join(commit).join(name);
+        let path = self.cached.pointer_path(commit).join(name);
         if path.is_file() {
             return Ok(path);
         }
         let file = self.commit.siblings.iter().find(|file| file.name == name);
         let bytes = file.and_then(|file| file.size);
-        let place = Place { repo: self.repo, locks: &self.locks, commit, name, bytes };
+        let folder = Repo::model(self.id.to_string()).folder_name();
+        let (repo, locks) = (self.hub.cache.join(&folder), self.hub.cache.join(".locks").join(&folder));
+        let place = Place { repo: &repo, locks: &locks, commit, name, bytes };
         let url = format!("{}/{}/resolve/{commit}/{}", self.hub.endpoint, self.id, escaped(name, "/"));
         let mut bar = Progress(self.printer.bar(bytes.unwrap_or_default(), name, Unit::Bytes));
         let downloaded = self.client.download(&url, &place, &mut bar);
