@@ -18,7 +18,7 @@ use crate::backend::footprint::Footprint;
 use crate::memory::Budget;
 use crate::model::config::Config;
 use crate::model::footprint::pass_bytes;
-use crate::model::linears::Stage;
+use crate::model::stages::Stage;
 use crate::output::size;
 
 /// What is calibrated.

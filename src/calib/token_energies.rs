@@ -21,7 +21,7 @@ use crate::backend::Batch;
 use crate::backend::gradients::Gradients;
 use crate::model::Model;
 use crate::model::backward::Met;
-use crate::model::linears::Stage;
+use crate::model::stages::Stage;
 use crate::names::TensorId;
 
 /// A token counts at most this many times the mean.
@@ -104,8 +104,7 @@ mod tests {
     use crate::backend::Backend;
     use crate::backend::cpu::Cpu;
     use crate::checkpoint::Checkpoint;
-    use crate::model::block::Half;
-    use crate::model::linears::LinearSpec;
+    use crate::model::stages::{Half, LinearSpec};
     use crate::names::Role;
 
     #[test]

@@ -5,7 +5,8 @@
 use anyhow::{Context, Result};
 
 use super::Model;
-use super::block::{Layer, LayerConstants, Linear};
+use super::block::{Layer, LayerConstants};
+use super::linear::Linear;
 use crate::backend::gradients::Gradients;
 use crate::backend::{Backend, Batch};
 use crate::names::{Role, TensorId};

@@ -4,12 +4,12 @@ use anyhow::{Context, Result};
 
 use super::config::Config;
 use super::feed_forward::FeedForward;
-use super::linears::LinearSpec;
-use super::{TensorSource, read_vector, read_weight};
+use super::linear::{Linear, Observe};
+use super::stages::Half;
+use super::{TensorSource, read_vector};
 use crate::backend::kv_cache::KvCache;
-use crate::backend::{Affine, AttentionShape, Backend, Batch, Rope};
+use crate::backend::{AttentionShape, Backend, Batch, Rope};
 use crate::names::{Role, TensorId};
-use crate::scheme::Activations;
 
 /// What every layer of a model shares.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,24 +66,7 @@ impl LayerConstants {
     }
 }
 
-/// y = x · weightᵀ + bias, with the inputs treated as the engine would.
-pub struct Linear<B: Backend> {
-    /// `[out_features, in_features]`
-    pub weight: B::Weight,
-    /// `[out_features]`
-    pub bias: Option<B::Tensor>,
-    /// What the engine does to the inputs first.
-    pub rounding: Activations<f32>,
-}
-
-// Derived implementations would ask for backends that can be cloned.
-impl<B: Backend> Clone for Linear<B> {
-    fn clone(&self) -> Self {
-        let Linear { weight, bias, rounding } = self;
-        Linear { weight: weight.clone(), bias: bias.clone(), rounding: *rounding }
-    }
-}
-
+// A derived implementation would ask for backends that can be cloned.
 impl<B: Backend> Clone for Layer<B> {
     fn clone(&self) -> Self {
         let Layer { window, attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, ffn } = self;
@@ -99,55 +82,6 @@ impl<B: Backend> Clone for Layer<B> {
             kv_scales: *kv_scales,
             ffn_norm: ffn_norm.clone(),
             ffn: ffn.clone(),
-        }
-    }
-}
-
-impl<B: Backend> Linear<B> {
-    /// Reads a linear and its bias, if it has one.
-    pub(super) fn load(backend: &B, source: &impl TensorSource, spec: LinearSpec) -> Result<Self> {
-        let LinearSpec { id, shape, bias } = spec;
-        let bias = if bias { Some(read_vector(backend, source, id.bias(), shape[0])?) } else { None };
-        Ok(Linear { weight: read_weight(backend, source, id, shape)?, bias, rounding: source.rounding(id) })
-    }
-
-    /// Returns what [`Backend::linears`] takes.
-    pub(super) fn affine(&self) -> Affine<'_, B> {
-        Affine { weight: &self.weight, bias: self.bias.as_ref(), rounding: self.rounding }
-    }
-
-    /// Returns the linear's output for inputs `[n, in_features]`.
-    pub fn forward(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor> {
-        backend.linear(x, &self.weight, self.bias.as_ref(), self.rounding)
-    }
-
-    /// Adds the linear's output for `input` to `x` `[n, out_features]`.
-    pub fn add_forward(&self, backend: &B, x: &mut B::Tensor, input: &B::Tensor) -> Result<()> {
-        backend.linear_add(x, input, &self.weight, self.bias.as_ref(), self.rounding)
-    }
-}
-
-/// Sees the input of a linear: its role, the number of its expert if it is one's, and what it takes `[n, in_features]`.
-pub type Observe<'a, B> = &'a mut dyn FnMut(Role, Option<usize>, &<B as Backend>::Tensor) -> Result<()>;
-
-/// One of the two parts of a layer that add to the residual stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Half {
-    /// q, k, v; attention; o.
-    Attention,
-    /// gate, up; down.
-    FeedForward,
-}
-
-impl Half {
-    /// Both, in the order they run.
-    pub const ALL: [Half; 2] = [Half::Attention, Half::FeedForward];
-
-    /// Returns the linear that adds to the stream.
-    pub fn output(self) -> Role {
-        match self {
-            Half::Attention => Role::O,
-            Half::FeedForward => Role::Down,
         }
     }
 }

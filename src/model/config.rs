@@ -9,9 +9,9 @@ pub(in crate::model) mod json;
 use anyhow::{Result, ensure};
 
 use super::family::Family;
-use super::linears::LinearSpec;
 use super::rope::RopeParameters;
 use super::router::Router;
+use super::stages::LinearSpec;
 use crate::backend::Rope;
 use crate::names::{Role, TensorId};
 

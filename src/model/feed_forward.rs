@@ -3,21 +3,12 @@
 use anyhow::{Context, Result};
 
 use super::TensorSource;
-use super::block::{Linear, Observe};
 use super::config::{Config, Ffn};
+use super::gated::Gated;
+use super::linear::{Linear, Observe};
 use super::mixture::Mixture;
 use crate::backend::Backend;
 use crate::names::{Role, TensorId};
-
-/// Two linears that read one input and a third that reads `silu(gate) · up`.
-pub struct Gated<B: Backend> {
-    /// `[width, hidden]`
-    pub gate: Linear<B>,
-    /// `[width, hidden]`
-    pub up: Linear<B>,
-    /// `[hidden, width]`
-    pub down: Linear<B>,
-}
 
 /// What follows attention in a layer.
 pub enum FeedForward<B: Backend> {
@@ -27,49 +18,12 @@ pub enum FeedForward<B: Backend> {
     Mixture(Mixture<B>),
 }
 
-// Derived implementations would ask for backends that can be cloned.
-impl<B: Backend> Clone for Gated<B> {
-    fn clone(&self) -> Self {
-        let Gated { gate, up, down } = self;
-        Gated { gate: gate.clone(), up: up.clone(), down: down.clone() }
-    }
-}
-
+// A derived implementation would ask for backends that can be cloned.
 impl<B: Backend> Clone for FeedForward<B> {
     fn clone(&self) -> Self {
         match self {
             FeedForward::Dense(gated) => FeedForward::Dense(gated.clone()),
             FeedForward::Mixture(mixture) => FeedForward::Mixture(mixture.clone()),
-        }
-    }
-}
-
-impl<B: Backend> Gated<B> {
-    /// Reads the three linears whose roles are these.
-    ///
-    /// # Errors
-    /// If a tensor is missing or has another shape than the configuration says.
-    pub(super) fn load(
-        load: &impl Fn(TensorId) -> Result<Linear<B>>,
-        [gate, up, down]: [TensorId; 3],
-    ) -> Result<Self> {
-        Ok(Gated { gate: load(gate)?, up: load(up)?, down: load(down)? })
-    }
-
-    /// Returns `silu(gate) · up` `[n, width]`, what `down` takes, for inputs `[n, hidden]`.
-    pub fn mixed(&self, backend: &B, input: &B::Tensor) -> Result<B::Tensor> {
-        let [mut gated, up] = backend.linears(input, [&self.gate, &self.up].map(Linear::affine))?;
-        backend.swiglu_in_place(&mut gated, &up)?;
-        Ok(gated)
-    }
-
-    /// Returns the linear of that role of a dense layer or an expert, `None` for other roles.
-    pub fn linear_mut(&mut self, role: Role) -> Option<&mut Linear<B>> {
-        match role {
-            Role::Gate | Role::SharedGate => Some(&mut self.gate),
-            Role::Up | Role::SharedUp => Some(&mut self.up),
-            Role::Down | Role::SharedDown => Some(&mut self.down),
-            _ => None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What a forward pass takes of a device's memory beside weights.
 
-use super::block::Half;
 use super::config::Config;
+use super::stages::Half;
 use crate::backend::footprint::Footprint;
 
 /// Returns what a pass of `tokens` tokens takes beside weights: the residual stream, its norm and the product's copy of it

@@ -3,9 +3,9 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::block::{Linear, Observe};
 use super::config::{Config, Experts};
-use super::feed_forward::Gated;
+use super::gated::Gated;
+use super::linear::{Linear, Observe};
 use super::router::{Assigned, Router};
 use super::{TensorSource, read_weight};
 use crate::backend::Backend;

@@ -10,19 +10,22 @@ pub mod config;
 pub mod family;
 pub mod feed_forward;
 pub mod footprint;
+pub mod gated;
 pub mod kv_cache;
 pub mod layers;
-pub mod linears;
+pub mod linear;
 pub mod mixture;
 mod older_tokenizers;
 pub mod rope;
 pub mod router;
+pub mod stages;
 pub mod tokenizer;
 
 use anyhow::{Context, Result, ensure};
 
-use self::block::{Layer, LayerConstants, Observe};
+use self::block::{Layer, LayerConstants};
 use self::config::Config;
+use self::linear::Observe;
 use crate::backend::kv_cache::KvCache;
 use crate::backend::{Backend, Batch};
 use crate::names::{Role, TensorId};

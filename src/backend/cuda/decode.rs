@@ -19,7 +19,9 @@ use crate::backend::{Backend, Batch};
 // Upwards by contract: a decoder runs the layers of a model token by token, as generating asks for it.
 use crate::generate::{Decoder, Draw, Generate, Sampling};
 use crate::model::Model;
-use crate::model::block::{Half, Layer, LayerConstants, Linear};
+use crate::model::block::{Layer, LayerConstants};
+use crate::model::linear::Linear;
+use crate::model::stages::Half;
 use crate::scheme::Activations;
 
 /// Blocks of `attend` that keep an H100 busy.

@@ -11,10 +11,10 @@ use crate::calib::sums::Sums;
 use crate::method::solve::{self, Deviation, Outcome, Solved};
 use crate::model::TensorSource;
 use crate::model::block::Layer;
-use crate::model::feed_forward::Gated;
-use crate::model::linears::Stage;
+use crate::model::gated::Gated;
 use crate::model::mixture::Mixture;
 use crate::model::router::Assigned;
+use crate::model::stages::Stage;
 use crate::scheme::{Choice, fit};
 use crate::tensor::Matrix;
 

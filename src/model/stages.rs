@@ -1,9 +1,30 @@
 //! Which linears a layer has, asked of the configuration: their shapes, what they read, how they follow each other. Whoever
 //! walks a layer's linears (loading, calibrating, counting memory and work) takes them from here.
 
-use super::block::Half;
 use super::config::{Config, Ffn, Mixer, SharedExpert};
 use crate::names::{Role, TensorId};
+
+/// One of the two parts of a layer that add to the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// q, k, v; attention; o.
+    Attention,
+    /// gate, up; down.
+    FeedForward,
+}
+
+impl Half {
+    /// Both, in the order they run.
+    pub const ALL: [Half; 2] = [Half::Attention, Half::FeedForward];
+
+    /// Returns the linear that adds to the stream.
+    pub fn output(self) -> Role {
+        match self {
+            Half::Attention => Role::O,
+            Half::FeedForward => Role::Down,
+        }
+    }
+}
 
 /// A linear of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
