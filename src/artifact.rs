@@ -13,7 +13,7 @@ use crate::container::{Opening, Sink, TensorSpec};
 use crate::dialect::compressed_tensors::config::Quantization;
 use crate::dialect::gguf;
 use crate::names::TensorId;
-use crate::plan::{Action, Plan};
+use crate::plan::{Action, Plan, Step};
 use crate::scheme::{Activations, Scheme};
 
 /// A planned output, complete but for its weights.
@@ -98,12 +98,14 @@ impl Artifact {
 /// Returns every matrix of the plan with what it becomes, `None` if it is kept.
 pub fn matrices(plan: &Plan) -> Vec<(TensorId, Option<(Scheme, Activations)>)> {
     let matrices = plan.steps.iter().filter(|step| step.shape.len() == 2);
-    matrices
-        .map(|step| match step.action {
-            Action::Keep(_) => (step.id, None),
-            Action::Quantize(scheme) => (step.id, Some((scheme, step.inputs))),
-        })
-        .collect()
+    matrices.map(|step| (step.id, stored(step))).collect()
+}
+
+fn stored(step: &Step) -> Option<(Scheme, Activations)> {
+    match step.action {
+        Action::Keep(_) => None,
+        Action::Quantize(scheme) => Some((scheme, step.inputs)),
+    }
 }
 
 /// Returns `config.json` with the quantization described, and the source's side files.
@@ -116,11 +118,10 @@ fn folder_files(plan: &Plan, source: &Checkpoint) -> Result<Vec<(String, Vec<u8>
         )
     })?;
     let mut config: Map<String, Value> = serde_json::from_str(config)?;
-    let linears: Vec<_> = matrices(plan)
-        .into_iter()
-        .filter(|(id, _)| id.role.is_linear())
-        .map(|(id, stored)| (id.hf_module(), stored))
-        .collect();
+    let steps = plan.steps.iter().filter(|step| step.shape.len() == 2 && step.id.role.is_linear());
+    let mut linears: Vec<_> = steps.map(|step| (step.place.module().to_string(), stored(step))).collect();
+    // Of a fused module, the same is said once.
+    linears.dedup();
     config.insert(
         "quantization_config".into(),
         Quantization::of_plan(&linears)?.with_fp8_cache(plan.fp8_cache).to_json(),

@@ -1,7 +1,9 @@
 //! Which tensor of a model, whatever a file calls it: [`TensorId`] ↔ the names of each ecosystem.
 //!
-//! Hugging Face names follow the Llama family (Llama, Mistral, Qwen2, Qwen3 share them). GGUF names are those of
-//! gguf-py's `tensor_mapping.py`.
+//! The names of this table are Llama's in the Hugging Face layout, by which users know tensors whatever a model's files call
+//! them, and those of gguf-py's `tensor_mapping.py`. What a family calls otherwise is its own ([`Family`]).
+//!
+//! [`Family`]: crate::model::family::Family
 
 use std::fmt;
 
@@ -170,8 +172,12 @@ impl TensorId {
 
     /// Returns the Hugging Face module path, without `.weight`.
     pub fn hf_module(&self) -> String {
-        let (_, module, _) = NAMES[self.role as usize];
-        match (self.layer, self.expert, module.split_once('.')) {
+        self.hf_module_as(NAMES[self.role as usize].1)
+    }
+
+    /// Returns the path of the module that is called `module` in its layer (`self_attn.qkv_proj`) or model.
+    pub fn hf_module_as(&self, module: &str) -> String {
+        match (self.layer, self.expert, module.rsplit_once('.')) {
             (Some(layer), Some(expert), Some((part, linear))) => {
                 format!("model.layers.{layer}.{part}.{EXPERTS}{expert}.{linear}")
             }
@@ -182,12 +188,21 @@ impl TensorId {
 
     /// Returns the Hugging Face tensor name.
     pub fn hf_name(&self) -> String {
-        format!("{}.{}", self.hf_module(), self.suffix())
+        self.hf_name_as(NAMES[self.role as usize].1)
+    }
+
+    /// Returns the name of this part of the module that is called `module` in its layer or model.
+    pub fn hf_name_as(&self, module: &str) -> String {
+        format!("{}.{}", self.hf_module_as(module), self.suffix())
     }
 
     /// Returns the GGUF tensor name.
     pub fn gguf_name(&self) -> String {
-        let (_, _, stem) = NAMES[self.role as usize];
+        self.gguf_name_as(NAMES[self.role as usize].2)
+    }
+
+    /// Returns the GGUF name of this part of what is called `stem` in its layer or model.
+    pub fn gguf_name_as(&self, stem: &str) -> String {
         match self.layer {
             Some(layer) => format!("blk.{layer}.{stem}.{}", self.suffix()),
             None => format!("{stem}.{}", self.suffix()),

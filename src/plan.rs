@@ -9,6 +9,7 @@ use crate::checkpoint::{Checkpoint, Stored};
 use crate::container::{Storage, TensorSpec};
 use crate::dialect::Part;
 use crate::dialect::compressed_tensors::{INPUT_SCALE, KV_SCALES};
+use crate::model::config::Config;
 use crate::names::TensorId;
 use crate::recipe::Recipe;
 use crate::recipe::formats::fallback;
@@ -92,7 +93,8 @@ impl Plan {
                 // What the tensor would be if a mix keeps it dense.
                 Stored::Quantized(..) => Dtype::BF16,
             };
-            let (action, inputs, fallback) = decide(recipe, &rules, id, &info.shape, stored)?;
+            let choice = chosen(&rules, id, config);
+            let (action, inputs, fallback) = decide(recipe, choice, id, &info.shape, stored)?;
             let place = recipe.dialect.place(id, info.shape[0], config);
             plan.push(Step { inputs, fallback, ..Step::new(id, info.shape.clone(), action, place) })?;
         }
@@ -107,11 +109,13 @@ impl Plan {
     /// Appends a step and the stored tensors it becomes.
     fn push(&mut self, mut step: Step) -> Result<()> {
         let outputs = self.outputs_of(&step)?;
-        step.parts = self.stored_already(&step, &outputs)?.unwrap_or_else(|| {
-            let first = self.outputs.len();
-            self.outputs.extend(outputs);
-            first..self.outputs.len()
-        });
+        if let Some(other) = self.stored_already(&step, &outputs)? {
+            (step.parts, step.input_scale) = (other.parts.clone(), other.input_scale);
+            self.steps.push(step);
+            return Ok(());
+        }
+        step.parts = self.outputs.len()..self.outputs.len() + outputs.len();
+        self.outputs.extend(outputs);
         if step.inputs.is_static() {
             let name = format!("{}{INPUT_SCALE}", step.place.prefix());
             let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
@@ -142,16 +146,17 @@ impl Plan {
         Ok(parts.into_iter().map(output).collect())
     }
 
-    /// Returns the stored tensors that an earlier step shares with this one (fused q, k, v), if there are any.
-    fn stored_already(&self, step: &Step, outputs: &[Output]) -> Result<Option<Range<usize>>> {
+    /// Returns the earlier step that shares its stored tensors with this one (fused q, k, v), if there is one.
+    fn stored_already(&self, step: &Step, outputs: &[Output]) -> Result<Option<&Step>> {
         if step.place == Place::whole(step.place.name.clone(), step.rows()) {
             return Ok(None);
         }
-        let Some(other) = self.steps.iter().find(|other| other.place.name == step.place.name) else {
+        let mut in_layer = self.steps.iter().rev().take_while(|other| other.id.layer == step.id.layer);
+        let Some(other) = in_layer.find(|other| other.place.name == step.place.name) else {
             return Ok(None);
         };
         ensure!(
-            self.outputs[other.parts.clone()] == *outputs,
+            self.outputs[other.parts.clone()] == *outputs && other.inputs == step.inputs,
             "`{}` and `{}` are stored in one tensor (`{}`), but one becomes {} and the other {}; choose one format for \
              both",
             other.id,
@@ -160,7 +165,7 @@ impl Plan {
             other.action.name(),
             step.action.name()
         );
-        Ok(Some(other.parts.clone()))
+        Ok(Some(other))
     }
 
     /// Asks for an FP8 cache with these scales of every layer's keys and values.
@@ -202,16 +207,25 @@ impl Plan {
     }
 }
 
+/// Returns what the rules choose for a tensor. Matrices that are stored as one become what the rules choose for the most
+/// precise of them, as in llama.cpp, whose mixes take a fused q, k, v for v.
+fn chosen(rules: &[Rule], id: TensorId, config: &Config) -> Option<Choice> {
+    let Some(share) = config.share(id) else { return rules::choose(rules, id) };
+    let together = share.fused.roles.iter().map(|&role| rules::choose(rules, TensorId { role, ..id }));
+    let bits = |choice: &Choice| choice.scheme.stored_bits(1, choice.scheme.block_cols().max(256));
+    together.collect::<Option<Vec<_>>>()?.into_iter().max_by_key(bits)
+}
+
 /// Returns what happens to a tensor, and why if it is not what the format asks for.
 fn decide(
     recipe: &Recipe,
-    rules: &[Rule],
+    choice: Option<Choice>,
     id: TensorId,
     shape: &[usize],
     stored: Dtype,
 ) -> Result<(Action, Activations, Option<String>)> {
     let keep = Action::Keep(recipe.dialect.kept_dtype(id, shape, stored));
-    let (Some(Choice { scheme: wanted, inputs }), &[_, cols]) = (rules::choose(rules, id), shape) else {
+    let (Some(Choice { scheme: wanted, inputs }), &[_, cols]) = (choice, shape) else {
         return Ok((keep, Activations::Full, None));
     };
     let got = fallback(wanted, cols);

@@ -24,7 +24,7 @@ fn golden(name: &str) -> (Vec<u8>, Scheme, Activations, [usize; 2]) {
     let metadata = header.metadata().clone().unwrap();
     assert!(metadata["versions"].starts_with("compressed-tensors 0.17.0"), "{}", metadata["versions"]);
     let json = serde_json::from_str(&metadata["quantization_config"]).unwrap();
-    let (scheme, activations) = Quantization::parse(&json).unwrap().of(MODULE).unwrap();
+    let (scheme, activations) = Quantization::parse(&json).unwrap().of(MODULE, true).unwrap();
     let shape = SafeTensors::deserialize(&bytes).unwrap().tensor("decompressed").unwrap().shape().to_vec();
     (bytes, scheme, activations, [shape[0], shape[1]])
 }

@@ -12,7 +12,7 @@ use quant::scheme::Activations;
 use quant::tensor::{Dtype, floats_from_bytes};
 use safetensors::SafeTensors;
 
-const NAMES: [&str; 16] = [
+const NAMES: [&str; 19] = [
     "llama2",
     "llama3",
     "llama3_old",
@@ -22,6 +22,9 @@ const NAMES: [&str; 16] = [
     "llama_longrope_short",
     "llama_yarn",
     "mistral",
+    "mixtral",
+    "phi3",
+    "phi3_long",
     "qwen2",
     "qwen2_moe",
     "qwen2_windows",

@@ -44,8 +44,9 @@ pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
         bail!(refusal);
     }
     let contents = assign(&opened.config, &CompressedTensors, &tensors, |wanted, mut parts| {
-        let of_module =
-            quantization.filter(|_| wanted.shape.len() == 2).and_then(|q| q.of(wanted.place.module()));
+        let linear = wanted.id.role.is_linear() || wanted.id.role == Role::Head;
+        let of_module = (quantization.filter(|_| wanted.shape.len() == 2))
+            .and_then(|quantization| quantization.of(wanted.place.module(), linear));
         match of_module {
             None => dense(wanted, parts),
             Some((scheme, activations)) => {
@@ -137,6 +138,7 @@ pub(super) fn of_gguf(config: &Config, gguf: &Gguf) -> Result<Contents> {
 
 /// A tensor that the configuration asks for.
 struct Wanted<'a> {
+    id: TensorId,
     /// Row-major, Hugging Face orientation.
     shape: &'a [usize],
     place: &'a Place,
@@ -170,7 +172,7 @@ fn assign(
         // Of a stored tensor that holds several, each counts its own rows.
         let share = |bytes: u64| bytes * shape[0] as u64 / place.stored_rows().max(1) as u64;
         let bytes = parts.values().map(|part| share(part.spec.bytes())).sum();
-        let wanted = Wanted { shape: &shape, place: &place };
+        let wanted = Wanted { id, shape: &shape, place: &place };
         let Described { stored, rounding, parts } =
             describe(&wanted, parts).with_context(|| format!("`{id}`"))?;
         contents.tensors.insert(id, TensorInfo { shape, stored, bytes, rounding });

@@ -81,8 +81,11 @@ pub trait Dialect: Sync {
 }
 
 /// Returns where Hugging Face checkpoints keep a tensor of `rows` rows.
-pub fn hugging_face_place(id: TensorId, rows: usize, _config: &Config) -> Place {
-    Place::whole(id.hf_name(), rows)
+pub fn hugging_face_place(id: TensorId, rows: usize, config: &Config) -> Place {
+    match config.share(id) {
+        Some(share) => share.place(id.hf_name_as(share.fused.module)),
+        None => Place::whole(config.family.hf_name(id), rows),
+    }
 }
 
 /// Returns the dialect of that name.

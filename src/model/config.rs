@@ -99,6 +99,16 @@ pub struct SharedExpert {
     pub gated: bool,
 }
 
+impl Ffn {
+    /// Returns the experts; `None` of a dense layer.
+    pub fn experts(&self) -> Option<Experts> {
+        match self {
+            Ffn::Mixture(experts) => Some(*experts),
+            Ffn::Dense { .. } => None,
+        }
+    }
+}
+
 impl LayerKind {
     /// Returns `count` layers of full attention and a feed-forward part of `width`.
     ///

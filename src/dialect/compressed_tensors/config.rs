@@ -10,7 +10,6 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::Format;
-use crate::names::{Role, TensorId};
 use crate::num::{Codec, Element};
 use crate::scheme::schemes::{FP8, INT8, MXFP4, NVFP4, int4_grouped, int8_grouped};
 use crate::scheme::{Activations, Scheme, Span};
@@ -82,8 +81,8 @@ impl Quantization {
     /// Returns what that module path (`model.layers.0.mlp.up_proj`) is stored as, `None` if it is not quantized.
     ///
     /// Precedence as in the library: `ignore`, then exact paths, then patterns in alphabetical order, then `Linear`.
-    pub fn of(&self, module: &str) -> Option<(Scheme, Activations)> {
-        let linear = is_linear(module);
+    /// `linear` says whether transformers builds that module as a `Linear`.
+    pub fn of(&self, module: &str, linear: bool) -> Option<(Scheme, Activations)> {
         if self.ignore.iter().any(|target| target.names(module) || (linear && target.is_linear_class())) {
             return None;
         }
@@ -208,12 +207,6 @@ impl Target {
     fn is_linear_class(&self) -> bool {
         self.text == "Linear"
     }
-}
-
-/// Whether transformers builds that module as a `Linear`.
-fn is_linear(module: &str) -> bool {
-    TensorId::from_hf(&format!("{module}.weight"))
-        .is_some_and(|id| id.role.is_linear() || id.role == Role::Head)
 }
 
 fn texts(targets: &[Target]) -> Vec<&str> {
@@ -449,10 +442,10 @@ mod tests {
             let rows = [(UP, up), (DOWN, down), ("lm_head", None)];
             let parsed = Quantization::parse(&plan(&rows).to_json()).unwrap();
             for (module, stored) in rows {
-                assert_eq!(parsed.of(module), stored, "{module}");
+                assert_eq!(parsed.of(module, true), stored, "{module}");
             }
             for kept in ["model.embed_tokens", "model.norm", "model.layers.0.input_layernorm"] {
-                assert_eq!(parsed.of(kept), None);
+                assert_eq!(parsed.of(kept, false), None);
             }
         }
     }
@@ -474,7 +467,8 @@ mod tests {
         json["config_groups"]["group_1"]["targets"] = json!([UP, r"re:layers\.0"]);
         json["ignore"] = json!(["lm_head", r"re:.*layers\.2\."]);
         let parsed = Quantization::parse(&json).unwrap();
-        let name = |module| parsed.of(module).map(|(scheme, _)| scheme.name);
+        let linear = |module: &str| module != "model.embed_tokens";
+        let name = |module| parsed.of(module, linear(module)).map(|(scheme, _)| scheme.name);
         assert_eq!(name(UP), Some("int8"));
         assert_eq!(name("model.layers.1.mlp.up_proj"), Some("mxfp4"));
         // `re:layers` does not match from the start of the path.
@@ -490,7 +484,10 @@ mod tests {
             "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": null, "version": "0.17.0",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"group_size": 64}}},
         });
-        assert_eq!(Quantization::parse(&json).unwrap().of(UP), Some((int8_grouped(64), Activations::Full)));
+        assert_eq!(
+            Quantization::parse(&json).unwrap().of(UP, true),
+            Some((int8_grouped(64), Activations::Full))
+        );
     }
 
     #[test]

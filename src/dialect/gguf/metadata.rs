@@ -7,10 +7,11 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{rope, tokenizer};
+use super::keys::Keys;
+use super::{mixture, rope, tokenizer};
 use crate::container::gguf::{Gguf, Metadata, Value};
-use crate::model::config::{Config, LayerKind};
-use crate::model::family::{FAMILIES, Family};
+use crate::model::config::{Config, Ffn, LayerKind};
+use crate::model::family::{Architecture, FAMILIES, Family};
 use crate::model::tokenizer::TokenizerFiles;
 use crate::names::{Role, TensorId};
 
@@ -60,14 +61,10 @@ const FILE_TYPES: [(&str, u32); 34] = [
 /// # Errors
 /// Name what GGUF or llama.cpp cannot express: see [`tokenizer::write`].
 pub fn write(config: &Config, files: &TokenizerFiles, name: &str, format: &str) -> Result<Metadata> {
-    ensure!(
-        !config.has_experts(),
-        "GGUF files of mixtures of experts are not written yet; choose a format of compressed-tensors"
-    );
-    let architecture = config.family.gguf;
+    let architecture = &config.family.gguf;
     let file_type = FILE_TYPES.iter().find(|row| row.0 == format).map_or(1024, |row| row.1);
     let mut out = Metadata::default();
-    out.set("general.architecture", architecture);
+    out.set("general.architecture", architecture.name);
     out.set("general.type", "model");
     out.set("general.name", name);
     out.set("general.file_type", file_type);
@@ -83,8 +80,12 @@ pub fn format(metadata: &Metadata) -> Option<&'static str> {
     FILE_TYPES.iter().find(|row| row.1 as u64 == file_type && row.0 != "mixed").map(|row| row.0)
 }
 
-fn set_model_keys(config: &Config, architecture: &str, out: &mut Metadata) -> Result<()> {
-    for (key, value) in [
+fn set_model_keys(config: &Config, architecture: &Architecture, out: &mut Metadata) -> Result<()> {
+    let key = |key: &str| format!("{}.{key}", architecture.name);
+    let size = |key: &str, value| {
+        u32::try_from(value).with_context(|| format!("`{key}` {value} does not fit GGUF's u32"))
+    };
+    for (name, value) in [
         ("vocab_size", config.vocab_size),
         ("context_length", config.max_position_embeddings),
         ("embedding_length", config.hidden_size),
@@ -96,13 +97,15 @@ fn set_model_keys(config: &Config, architecture: &str, out: &mut Metadata) -> Re
         ("attention.value_length", config.head_dim),
         ("rope.dimension_count", config.rope.rotary_dim(config.head_dim)),
     ] {
-        let value =
-            u32::try_from(value).with_context(|| format!("`{key}` {value} does not fit GGUF's u32"))?;
-        out.set(&format!("{architecture}.{key}"), value);
+        out.set(&key(name), size(name, value)?);
     }
-    out.set(&format!("{architecture}.attention.layer_norm_rms_epsilon"), config.rms_norm_eps);
+    if architecture.names_window {
+        let name = "attention.sliding_window";
+        out.set(&key(name), size(name, config.layers[0].window.unwrap_or(0))?);
+    }
+    out.set(&key("attention.layer_norm_rms_epsilon"), config.rms_norm_eps);
     rope::write(&config.rope, config.head_dim, architecture, out)?;
-    Ok(())
+    mixture::write(config, out)
 }
 
 /// Returns the configuration of an opened GGUF file; what no key says is taken from the tensors it has.
@@ -111,41 +114,33 @@ fn set_model_keys(config: &Config, architecture: &str, out: &mut Metadata) -> Re
 /// Name the key that is missing or malformed, or the architecture, RoPE type or head shape that no forward pass here
 /// covers.
 pub fn read(file: &Gguf) -> Result<Config> {
-    let metadata = &file.metadata;
-    let name = metadata.str("general.architecture")?;
-    let Some(family) = Family::of_gguf(name) else {
-        let known: BTreeSet<_> = FAMILIES.iter().map(|family| family.gguf).collect();
+    let name = file.metadata.str("general.architecture")?;
+    let keys = Keys::new(&file.metadata, format!("{name}."));
+    let experts = keys.size("expert_count")?.is_some_and(|experts| experts > 0);
+    let Some(family) = Family::of_gguf(name, experts) else {
+        let known: BTreeSet<_> = FAMILIES.iter().map(|family| family.gguf.name).collect();
         let known: Vec<_> = known.into_iter().collect();
         bail!("`general.architecture` is `{name}`; known are {}", known.join(", "));
     };
-    let key = |key: &str| format!("{name}.{key}");
-    let size = |suffix: &str| metadata.size(&key(suffix));
-    let size_or = |suffix: &str, default: usize| match metadata.get(&key(suffix)) {
-        None => Ok(default),
-        Some(_) => size(suffix),
+    let has = |id: TensorId| {
+        let name = family.gguf_name(id);
+        file.tensors.iter().any(|tensor| tensor.spec.name == name)
     };
-    let has = |id: TensorId| file.tensors.iter().any(|tensor| tensor.spec.name == id.gguf_name());
     let has_bias = |role| has(TensorId::in_layer(0, role).bias());
-    let (hidden_size, heads) = (size("embedding_length")?, size("attention.head_count")?);
-    let intermediate_size = size("feed_forward_length")?;
-    let num_hidden_layers = size("block_count")?;
-    let head_dim = size_or("attention.key_length", hidden_size / heads.max(1))?;
-    let value_width = size_or("attention.value_length", head_dim)?;
-    ensure!(
-        value_width == head_dim,
-        "GGUF key `{}` is {value_width}, wanted the head size {head_dim}",
-        key("attention.value_length")
-    );
-    let max_position_embeddings = size("context_length")?;
-    let experts = size_or("expert_count", 0)?;
-    ensure!(
-        experts == 0,
-        "GGUF key `{}` is {experts}; mixtures of experts are not supported",
-        key("expert_count")
-    );
-    refuse_unread(metadata, name)?;
+    let (hidden_size, heads) = (keys.required("embedding_length")?, keys.required("attention.head_count")?);
+    let intermediate_size = keys.required("feed_forward_length")?;
+    let num_hidden_layers = keys.required("block_count")?;
+    let max_position_embeddings = keys.required("context_length")?;
+    let head_dim = head_dim(&keys, hidden_size / heads.max(1))?;
+    refuse_unread(&keys, &family.gguf)?;
+    let mut layers = LayerKind::alike(num_hidden_layers, intermediate_size)?;
+    let window = keys.size("attention.sliding_window")?.filter(|&window| window > 0);
+    layers.iter_mut().for_each(|layer| layer.window = window);
+    if let Some(experts) = mixture::read(&keys, &family.gguf, intermediate_size)? {
+        layers.iter_mut().for_each(|layer| layer.ffn = Ffn::Mixture(experts));
+    }
     let token = |name: &str| {
-        let id = metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(Value::as_u64);
+        let id = file.metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(Value::as_u64);
         id.and_then(|id| u32::try_from(id).ok())
     };
     Config {
@@ -154,18 +149,18 @@ pub fn read(file: &Gguf) -> Result<Config> {
         intermediate_size,
         num_hidden_layers,
         num_attention_heads: heads,
-        num_key_value_heads: size_or("attention.head_count_kv", heads)?,
+        num_key_value_heads: keys.size("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         vocab_size: embedding_rows(file)?,
         max_position_embeddings,
-        rms_norm_eps: metadata.float(&key("attention.layer_norm_rms_epsilon"))?,
-        rope: rope::read(file, name, head_dim, max_position_embeddings)?,
+        rms_norm_eps: file.metadata.float(&keys.name("attention.layer_norm_rms_epsilon"))?,
+        rope: rope::read(file, &family.gguf, head_dim, max_position_embeddings)?,
         tie_word_embeddings: !has(TensorId::global(Role::Head)),
         qkv_bias: has_bias(Role::Q),
         o_bias: has_bias(Role::O),
         mlp_bias: has_bias(Role::Up),
         qk_norm: has(TensorId::in_layer(0, Role::QNorm)),
-        layers: LayerKind::alike(num_hidden_layers, intermediate_size)?,
+        layers,
         bos_token_id: token("bos"),
         eos_token_ids: token("eos").into_iter().collect(),
         pad_token_id: token("padding"),
@@ -173,12 +168,23 @@ pub fn read(file: &Gguf) -> Result<Config> {
     .validated()
 }
 
+/// Returns the width of a head; `usual` is that of heads that share the hidden size.
+fn head_dim(keys: &Keys, usual: usize) -> Result<usize> {
+    let head_dim = keys.size("attention.key_length")?.unwrap_or(usual);
+    let value_width = keys.size("attention.value_length")?.unwrap_or(head_dim);
+    ensure!(
+        value_width == head_dim,
+        "GGUF key `{}` is {value_width}, wanted the head size {head_dim}",
+        keys.name("attention.value_length")
+    );
+    Ok(head_dim)
+}
+
 /// Keys of an architecture that change the numbers, which no forward pass here honours, and the value with which they do not.
-const UNREAD: [(&str, f64); 14] = [
+const UNREAD: [(&str, f64); 13] = [
     ("attention.scale", 0.0),
     ("attention.output_scale", 0.0),
     ("attention.temperature_scale", 0.0),
-    ("attention.sliding_window", 0.0),
     ("attention.clamp_kqv", 0.0),
     ("attention.max_alibi_bias", 0.0),
     ("attention.causal", 1.0),
@@ -191,15 +197,12 @@ const UNREAD: [(&str, f64); 14] = [
     ("use_parallel_residual", 0.0),
 ];
 
-/// Refuses keys of [`UNREAD`] that say something.
-fn refuse_unread(metadata: &Metadata, architecture: &str) -> Result<()> {
-    for (suffix, neutral) in UNREAD {
-        let key = format!("{architecture}.{suffix}");
-        let Some(value) = metadata.get(&key) else { continue };
-        let number = value.as_f64().or(value.as_u64().map(|x| x as f64)).or(value.as_bool().map(f64::from));
-        ensure!(number == Some(neutral), "GGUF key `{key}` is {value:?}, which no forward pass here honours");
+/// Refuses keys of [`UNREAD`] that say something, and a window where files of that architecture name none.
+fn refuse_unread(keys: &Keys, architecture: &Architecture) -> Result<()> {
+    if !architecture.names_window {
+        keys.refuse_others(&[("attention.sliding_window", 0.0)])?;
     }
-    Ok(())
+    keys.refuse_others(&UNREAD)
 }
 
 /// `{architecture}.vocab_size` is optional, and the embedding table is what counts.
@@ -214,226 +217,4 @@ fn embedding_rows(file: &Gguf) -> Result<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::container::gguf::GgufSink;
-    use crate::container::{Opening, Sink, Storage, TensorSpec};
-    use crate::dialect::Dialect;
-    use crate::model::rope::RopeScaling;
-    use crate::tensor::Dtype;
-
-    fn config(class: &str, extra: &[(&str, serde_json::Value)]) -> Config {
-        let mut json = json!({
-            "architectures": [class], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 10,
-            "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "bos_token_id": 0,
-            "eos_token_id": 1, "pad_token_id": 2,
-        });
-        for (key, value) in extra {
-            json[key] = value.clone();
-        }
-        Config::from_json(&json).unwrap()
-    }
-
-    fn files(config: &Config) -> TokenizerFiles {
-        TokenizerFiles {
-            tokenizer: json!({
-                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
-                "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []},
-            }),
-            config: json!({"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_ids,
-                           "pad_token_id": config.pad_token_id}),
-            ..TokenizerFiles::default()
-        }
-    }
-
-    /// Writes a model of that configuration, zeros but for computed tensors, with some keys changed; opens it again.
-    fn written(config: &Config, change: impl Fn(&mut Metadata)) -> Gguf {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("model.gguf");
-        let mut metadata = write(config, &files(config), "test", "f32").unwrap();
-        change(&mut metadata);
-        let dense = config.expected_tensors().into_iter().map(|(id, shape)| {
-            let zeros = vec![0.0; shape.iter().product()];
-            (id, shape, zeros)
-        });
-        let computed = crate::dialect::gguf::Gguf.computed_tensors(config).into_iter();
-        let tensors: Vec<_> =
-            dense.chain(computed.map(|(id, values)| (id, vec![values.len()], values))).collect();
-        let spec = |(id, shape, _): &(TensorId, Vec<usize>, Vec<f32>)| TensorSpec {
-            name: id.gguf_name(),
-            storage: Storage::Plain(Dtype::F32),
-            shape: shape.clone(),
-        };
-        let specs: Vec<_> = tensors.iter().map(spec).collect();
-        let sink = GgufSink::create(&path, Opening::default(), &metadata, &specs).unwrap();
-        for (i, (_, _, values)) in tensors.iter().enumerate() {
-            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            sink.write(i, 0, &bytes).unwrap();
-        }
-        Box::new(sink).finish().unwrap();
-        Gguf::open(&path).unwrap()
-    }
-
-    fn refusal(change: impl Fn(&mut Metadata)) -> String {
-        format!("{:#}", read(&written(&config("LlamaForCausalLM", &[]), change)).unwrap_err())
-    }
-
-    #[test]
-    fn every_architecture_survives_a_round_trip() {
-        for config in [
-            config("LlamaForCausalLM", &[]),
-            config("LlamaForCausalLM", &[("attention_bias", json!(true)), ("mlp_bias", json!(true))]),
-            config("LlamaForCausalLM", &[("rope_scaling", json!({"type": "linear", "factor": 4.0}))]),
-            config("Qwen2ForCausalLM", &[("tie_word_embeddings", json!(true))]),
-            config("Qwen3ForCausalLM", &[("head_dim", json!(16))]),
-        ] {
-            assert_eq!(read(&written(&config, |_| ())).unwrap(), config);
-        }
-    }
-
-    fn scaled(class: &str, scaling: serde_json::Value) -> Config {
-        config(class, &[("rope_scaling", scaling)])
-    }
-
-    #[test]
-    fn rope_scaling_survives_a_round_trip() {
-        let table = json!([1.0, 1.1, 2.5, 9.0]);
-        for config in [
-            scaled("LlamaForCausalLM", json!({"type": "yarn", "factor": 4.0})),
-            scaled("Qwen2ForCausalLM", json!({"type": "yarn", "factor": 3.3, "attention_factor": 1.0})),
-            scaled(
-                "Qwen3ForCausalLM",
-                json!({"type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 0.9,
-                "beta_fast": 8, "beta_slow": 2.5, "original_max_position_embeddings": 64}),
-            ),
-            scaled(
-                "LlamaForCausalLM",
-                json!({"type": "longrope", "short_factor": table, "long_factor": table,
-                "original_max_position_embeddings": 64}),
-            ),
-            scaled(
-                "LlamaForCausalLM",
-                json!({"type": "longrope", "short_factor": table, "long_factor": table,
-                "factor": 1.0}),
-            ),
-            scaled("Qwen2ForCausalLM", json!({"type": "linear", "factor": 1.7})),
-        ] {
-            assert_eq!(read(&written(&config, |_| ())).unwrap(), config);
-        }
-    }
-
-    #[test]
-    fn what_gguf_cannot_say_of_rope_is_told_or_refused() {
-        let gguf = crate::dialect::gguf::Gguf;
-        let dynamic = scaled("Qwen2ForCausalLM", json!({"type": "dynamic", "factor": 2.0}));
-        assert!(gguf.losses(&dynamic)[0].contains("beyond 512 tokens only"));
-        assert_eq!(read(&written(&dynamic, |_| ())).unwrap(), config("Qwen2ForCausalLM", &[]));
-        let fractions = scaled("LlamaForCausalLM", json!({"type": "yarn", "factor": 2.0, "truncate": false}));
-        assert!(gguf.losses(&fractions)[0].contains("`truncate` is false"));
-        // Only some architectures look for tables of divisors, and llama.cpp refuses tensors that nobody asks for.
-        for scaling in [
-            json!({"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
-            json!({"type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1, 1, 1, 1]}),
-        ] {
-            let qwen = scaled("Qwen2ForCausalLM", scaling);
-            let error = write(&qwen, &files(&qwen), "x", "f32").unwrap_err().to_string();
-            assert!(error.contains("no scaling for `qwen2`"), "{error}");
-        }
-    }
-
-    #[test]
-    fn rope_keys_mean_what_llama_cpp_takes_them_for() {
-        let plain = config("LlamaForCausalLM", &[]);
-        let rope = |change: &dyn Fn(&mut Metadata)| read(&written(&plain, change)).unwrap().rope;
-        let key = |name: &str| format!("llama.rope.{name}");
-        assert_eq!(
-            rope(&|m| m.set(&key("scale_linear"), 4.0f32)).scaling,
-            RopeScaling::Linear { factor: 4.0 }
-        );
-        let none = rope(&|m| {
-            m.set(&key("scaling.type"), "none");
-            m.set(&key("scaling.factor"), 4.0f32);
-            m.set(&key("scaling.finetuned"), true);
-        });
-        assert_eq!(none.scaling, RopeScaling::None);
-        let yarn = rope(&|m| {
-            m.set(&key("scaling.type"), "yarn");
-            m.set(&key("scaling.factor"), 4.0f32);
-            m.set(&key("scaling.yarn_log_multiplier"), 0.5f32);
-            m.set(&key("scaling.attn_factor"), 2.0f32);
-        });
-        let magnitude = 2.0 * (0.1 * 4f32.ln() + 1.0) / (0.05 * 4f32.ln() + 1.0);
-        assert!((yarn.magnitude() - magnitude).abs() < 1e-6, "{}", yarn.magnitude());
-        let RopeScaling::Yarn(yarn) = yarn.scaling else { panic!("{yarn:?}") };
-        assert_eq!((yarn.original_context, yarn.beta_fast, yarn.beta_slow), (512, 32.0, 1.0));
-        for (name, value) in [
-            ("rope.scaling.yarn_ext_factor", 1.0),
-            ("rope.scaling.alpha", 1000.0),
-            ("rope.freq_base_swa", 1e4),
-            ("rope.scaling.attn_factor", 1.5),
-            ("attention.scale", 0.5),
-            ("final_logit_softcapping", 30.0),
-        ] {
-            let message = refusal(|m| m.set(&format!("llama.{name}"), value as f32));
-            assert!(message.contains(&format!("`llama.{name}`")), "{message}");
-        }
-        assert!(refusal(|m| m.set("llama.attention.sliding_window", 128u32)).contains("sliding_window"));
-        assert!(refusal(|m| m.set("llama.rope.scaling.type", "longrope")).contains("rope_factors_long"));
-    }
-
-    #[test]
-    fn mistral_is_read_as_llama_without_a_window() {
-        let mistral = config("MistralForCausalLM", &[("sliding_window", json!(8))]);
-        assert_eq!(read(&written(&mistral, |_| ())).unwrap(), config("LlamaForCausalLM", &[]));
-    }
-
-    #[test]
-    fn llama3_scaling_is_read_as_its_divisors() {
-        let llama3 = json!({"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                            "original_max_position_embeddings": 8192});
-        let config = config("LlamaForCausalLM", &[("rope_scaling", llama3)]);
-        let back = read(&written(&config, |_| ())).unwrap();
-        let rounded: Vec<f32> = config.rope.divisors(8).into_iter().map(|x| x as f32).collect();
-        assert_eq!(rounded.last(), Some(&32.0));
-        assert_eq!(back.rope.scaling, RopeScaling::Divisors(rounded));
-        let again = read(&written(&back, |_| ())).unwrap();
-        assert_eq!(again, back, "a table of divisors survives");
-    }
-
-    #[test]
-    fn keys_have_the_names_and_types_llama_cpp_checks() {
-        let metadata = written(&config("Qwen3ForCausalLM", &[]), |_| ()).metadata;
-        for (key, value) in [
-            ("general.architecture", Value::from("qwen3")),
-            ("general.quantization_version", Value::U32(2)),
-            ("general.file_type", Value::U32(0)),
-            ("qwen3.context_length", Value::U32(512)),
-            ("qwen3.attention.head_count_kv", Value::U32(2)),
-            ("qwen3.attention.key_length", Value::U32(8)),
-            ("qwen3.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
-            ("qwen3.rope.freq_base", Value::F32(500_000.0)),
-            ("tokenizer.ggml.eos_token_id", Value::U32(1)),
-        ] {
-            assert_eq!(metadata.get(key), Some(&value), "{key}");
-        }
-    }
-
-    #[test]
-    fn what_is_unknown_is_refused_by_name() {
-        assert!(refusal(|m| m.set("general.architecture", "gemma2")).contains("`gemma2`; known are"));
-        assert!(
-            refusal(|m| m.set("llama.rope.scaling.type", "ntk"))
-                .contains("`llama.rope.scaling.type` is `ntk`")
-        );
-        assert!(refusal(|m| m.set("llama.expert_count", 8u32)).contains("mixtures of experts"));
-        assert!(
-            refusal(|m| m.set("llama.rope.dimension_count", 4u32)).contains("is 4, wanted the head size 8")
-        );
-        assert!(refusal(|m| m.set("llama.block_count", 0u32)).contains("`num_hidden_layers` is 0"));
-        assert!(refusal(|m| m.0.retain(|(key, _)| key != "llama.context_length")).contains("context_length"));
-        assert!(refusal(|m| m.set("llama.embedding_length", "x")).contains("wanted a non-negative integer"));
-    }
-}
+mod tests;

@@ -4,7 +4,9 @@
 //! - [`metadata`]: configuration ↔ keys, those of `rope` apart. [`tokenizer`]: `tokenizer.json` ↔ keys.
 
 mod blocks;
+mod keys;
 pub mod metadata;
+mod mixture;
 mod pre_tokenizer;
 mod rope;
 pub mod tokenizer;
@@ -55,22 +57,30 @@ impl Dialect for Gguf {
     }
 
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {
-        let place = Place::whole(id.gguf_name(), rows);
+        if let Some(share) = config.share(id) {
+            return share.place(id.gguf_name_as(share.fused.stem));
+        }
+        if let Some(place) = mixture::place(id, rows, config) {
+            return place;
+        }
+        let place = Place::whole(config.family.gguf_name(id), rows);
         let rotated = matches!(id.role, Role::Q | Role::K);
         let apart = config.rope.pairing == Pairing::Halves;
-        if !(rotated && apart && config.family.gguf_neighbours) {
+        if !(rotated && apart && config.family.gguf.neighbours) {
             return place;
         }
         let order = interleaved(config.head_dim, config.rope.rotary_dim(config.head_dim));
         Place { rows: RowMap::SAME.reordered(&order), ..place }
     }
 
-    /// Vectors are F32 (norms, biases: ggml's element-wise kernels take nothing else); matrices keep their type.
-    fn kept_dtype(&self, _id: TensorId, shape: &[usize], stored: Dtype) -> Dtype {
-        if shape.len() == 1 { Dtype::F32 } else { stored }
+    /// Vectors are F32 (norms, biases: ggml's element-wise kernels take nothing else), as are routers; other matrices keep
+    /// their type.
+    fn kept_dtype(&self, id: TensorId, shape: &[usize], stored: Dtype) -> Dtype {
+        if shape.len() == 1 || mixture::chooses(id) { Dtype::F32 } else { stored }
     }
 
-    /// llama.cpp reads no window for these architectures (`llama_model::load_hparams`): attention is always full.
+    /// llama.cpp reads no window for these architectures, or makes nothing of it (`load_arch_hparams` in src/models):
+    /// attention is always full.
     fn losses(&self, config: &Config) -> Vec<String> {
         let windows = || config.layers.iter().filter_map(|layer| layer.window);
         let window = windows().min().filter(|&window| window < config.max_position_embeddings);
@@ -80,8 +90,8 @@ impl Dialect for Gguf {
         };
         let loss = |window| {
             format!(
-                "attention{layers} is limited to the last {window} positions, which GGUF cannot say of this architecture: \
-                 llama.cpp attends to all, so answers differ beyond {window} tokens"
+                "attention{layers} is limited to the last {window} positions, which llama.cpp cannot do for this \
+                 architecture: it attends to all, so answers differ beyond {window} tokens"
             )
         };
         let rotary = rope::losses(&config.rope, config.max_position_embeddings);
@@ -389,7 +399,7 @@ mod tests {
                 assert_eq!(Gguf.place(id, 32, &config).rows, order, "{id}");
             }
         }
-        config.family = Family::of_gguf("qwen3").unwrap();
+        config.family = Family::of_gguf("qwen3", false).unwrap();
         assert_eq!(Gguf.place(TensorId::in_layer(0, Role::Q), 32, &config).rows, RowMap::SAME);
     }
 }

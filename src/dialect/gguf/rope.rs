@@ -13,40 +13,37 @@
 
 use anyhow::{Result, bail, ensure};
 
+use super::keys::Keys;
 use crate::backend::Pairing;
 use crate::container::Storage;
 use crate::container::gguf::{Gguf, Metadata, Value};
+use crate::model::family::Architecture;
 use crate::model::rope::{LongRope, RopeParameters, RopeScaling, Yarn};
 use crate::names::{Role, TensorId};
 use crate::tensor::{Dtype, floats_from_bytes};
-
-/// Whether llama.cpp divides the angles of that architecture by `rope_freqs` or `rope_factors_*`; others do not load a file
-/// that has them.
-fn takes_divisors(architecture: &str) -> bool {
-    matches!(architecture, "llama" | "phi3")
-}
-
-/// Whether llama.cpp rotates a part of each head of that architecture; others do not load a file that asks for it.
-fn takes_parts(architecture: &str) -> bool {
-    architecture == "phi3"
-}
 
 /// Sets the keys of heads of `head_dim` values, all but `dimension_count`.
 ///
 /// # Errors
 /// Name what llama.cpp cannot do for that architecture.
-pub fn write(rope: &RopeParameters, head_dim: usize, architecture: &str, out: &mut Metadata) -> Result<()> {
+pub fn write(
+    rope: &RopeParameters,
+    head_dim: usize,
+    architecture: &Architecture,
+    out: &mut Metadata,
+) -> Result<()> {
+    let name = architecture.name;
     let rotary = rope.rotary_dim(head_dim);
     ensure!(
-        rotary == head_dim || takes_parts(architecture),
-        "llama.cpp rotates whole heads of `{architecture}`, not {rotary} of {head_dim} values"
+        rotary == head_dim || architecture.partial_rotation,
+        "llama.cpp rotates whole heads of `{name}`, not {rotary} of {head_dim} values"
     );
     ensure!(
-        tensors(rope, head_dim).is_empty() || takes_divisors(architecture),
-        "llama.cpp has no scaling for `{architecture}` that divides each RoPE frequency on its own; remove the scaling \
+        tensors(rope, head_dim).is_empty() || architecture.rope_divisors,
+        "llama.cpp has no scaling for `{name}` that divides each RoPE frequency on its own; remove the scaling \
          from the source's `config.json`, or try another `--dialect`"
     );
-    let mut set = |key: &str, value: Value| out.set(&format!("{architecture}.rope.{key}"), value);
+    let mut set = |key: &str, value: Value| out.set(&format!("{name}.rope.{key}"), value);
     set("freq_base", Value::F32(rope.theta));
     let kind = match &rope.scaling {
         RopeScaling::None
@@ -142,12 +139,17 @@ pub fn losses(rope: &RopeParameters, context: usize) -> Vec<String> {
 ///
 /// # Errors
 /// Name the key that is malformed, unknown or not supported.
-pub fn read(file: &Gguf, architecture: &str, head_dim: usize, context: usize) -> Result<RopeParameters> {
-    let keys = Keys { metadata: &file.metadata, prefix: format!("{architecture}.rope.") };
-    keys.refuse_unknown()?;
+pub fn read(
+    file: &Gguf,
+    architecture: &Architecture,
+    head_dim: usize,
+    context: usize,
+) -> Result<RopeParameters> {
+    let keys = Keys::new(&file.metadata, format!("{}.rope.", architecture.name));
+    keys.refuse_unknown(&READ, &SILENT)?;
     let rotary = keys.size("dimension_count")?.unwrap_or(head_dim);
     ensure!(
-        rotary == head_dim || takes_parts(architecture) && (2..=head_dim).contains(&rotary),
+        rotary == head_dim || architecture.partial_rotation && (2..=head_dim).contains(&rotary),
         "GGUF key `{}` is {rotary}, wanted the head size {head_dim}",
         keys.name("dimension_count")
     );
@@ -244,12 +246,6 @@ fn table(file: &Gguf, id: TensorId) -> Result<Option<Vec<f32>>> {
     Ok(Some(divisors))
 }
 
-/// The keys `{architecture}.rope.*`.
-struct Keys<'a> {
-    metadata: &'a Metadata,
-    prefix: String,
-}
-
 /// What [`read`] reads.
 const READ: [&str; 10] = [
     "dimension_count",
@@ -267,36 +263,3 @@ const READ: [&str; 10] = [
 /// What changes no number: whether the model was trained so; the sections of positions of images, of which text has none; what
 /// llama.cpp replaces by its own where YaRN acts, and does not look at elsewhere.
 const SILENT: [&str; 3] = ["scaling.finetuned", "dimension_sections", "scaling.yarn_attn_factor"];
-
-impl Keys<'_> {
-    fn name(&self, key: &str) -> String {
-        format!("{}{key}", self.prefix)
-    }
-
-    fn float(&self, key: &str) -> Result<Option<f32>> {
-        let name = self.name(key);
-        self.metadata.get(&name).map(|_| self.metadata.float(&name)).transpose()
-    }
-
-    fn size(&self, key: &str) -> Result<Option<usize>> {
-        let name = self.name(key);
-        self.metadata.get(&name).map(|_| self.metadata.size(&name)).transpose()
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&str>> {
-        let name = self.name(key);
-        self.metadata.get(&name).map(|_| self.metadata.str(&name)).transpose()
-    }
-
-    /// Refuses every key that is neither read nor known to change nothing.
-    fn refuse_unknown(&self) -> Result<()> {
-        for (name, value) in &self.metadata.0 {
-            let Some(key) = name.strip_prefix(&self.prefix) else { continue };
-            ensure!(
-                READ.contains(&key) || SILENT.contains(&key),
-                "GGUF key `{name}` is {value:?}, which no forward pass here knows"
-            );
-        }
-        Ok(())
-    }
-}

@@ -3,15 +3,16 @@
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::Family;
+use super::{Architecture, Family};
 use crate::model::config::{Config, json::flag};
 use crate::model::rope::json::RopeClass;
 
 pub const LLAMA: Family = Family {
     class: "LlamaForCausalLM",
     model_type: "llama",
-    gguf: "llama",
-    gguf_neighbours: true,
+    gguf: Architecture { name: "llama", neighbours: true, rope_divisors: true, ..Architecture::PLAIN },
+    names: &[],
+    fused: &[],
     rope: RopeClass::PLAIN,
     read,
     write,

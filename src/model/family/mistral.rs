@@ -4,25 +4,18 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::Family;
+use super::llama::LLAMA;
 use crate::model::config::{Config, json::size};
-use crate::model::rope::json::RopeClass;
 
-pub const MISTRAL: Family = Family {
-    class: "MistralForCausalLM",
-    model_type: "mistral",
-    gguf: "llama",
-    gguf_neighbours: true,
-    rope: RopeClass::PLAIN,
-    read,
-    write,
-};
+pub const MISTRAL: Family =
+    Family { class: "MistralForCausalLM", model_type: "mistral", read, write, ..LLAMA };
 
-fn read(json: &Value, config: &mut Config) -> Result<()> {
+pub(super) fn read(json: &Value, config: &mut Config) -> Result<()> {
     let window = size(json, "sliding_window")?;
     config.layers.iter_mut().for_each(|layer| layer.window = window);
     Ok(())
 }
 
-fn write(config: &Config, json: &mut Map<String, Value>) {
+pub(super) fn write(config: &Config, json: &mut Map<String, Value>) {
     json.insert("sliding_window".into(), json!(config.layers.first().and_then(|layer| layer.window)));
 }

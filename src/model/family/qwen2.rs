@@ -3,19 +3,18 @@
 use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
-use super::Family;
+use super::llama::LLAMA;
+use super::{Architecture, Family};
 use crate::model::config::Config;
 use crate::model::config::json::{flag, size};
-use crate::model::rope::json::RopeClass;
 
 pub const QWEN2: Family = Family {
     class: "Qwen2ForCausalLM",
     model_type: "qwen2",
-    gguf: "qwen2",
-    gguf_neighbours: false,
-    rope: RopeClass::PLAIN,
+    gguf: Architecture { name: "qwen2", ..Architecture::PLAIN },
     read,
     write,
+    ..LLAMA
 };
 
 fn read(json: &Value, config: &mut Config) -> Result<()> {

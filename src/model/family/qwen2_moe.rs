@@ -4,19 +4,28 @@
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::{Family, qwen2, qwen3_moe};
+use super::llama::LLAMA;
+use super::{Architecture, Family, GgufMixture, qwen2, qwen3_moe};
 use crate::model::config::json::{flag, flag_or, size};
 use crate::model::config::{Config, Experts, Ffn, SharedExpert};
-use crate::model::rope::json::RopeClass;
+use crate::model::router::Scores;
 
 pub const QWEN2_MOE: Family = Family {
     class: "Qwen2MoeForCausalLM",
     model_type: "qwen2_moe",
-    gguf: "qwen2moe",
-    gguf_neighbours: false,
-    rope: RopeClass::PLAIN,
+    gguf: Architecture {
+        name: "qwen2moe",
+        mixture: Some(GgufMixture {
+            scores: Scores::Softmax,
+            renormalises: false,
+            own_width: true,
+            shared: true,
+        }),
+        ..Architecture::PLAIN
+    },
     read,
     write,
+    ..LLAMA
 };
 
 fn read(json: &Value, config: &mut Config) -> Result<()> {

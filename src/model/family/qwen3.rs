@@ -3,19 +3,18 @@
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::{Family, qwen2};
+use super::llama::LLAMA;
+use super::{Architecture, Family, qwen2};
 use crate::model::config::Config;
 use crate::model::config::json::{flag, size};
-use crate::model::rope::json::RopeClass;
 
 pub const QWEN3: Family = Family {
     class: "Qwen3ForCausalLM",
     model_type: "qwen3",
-    gguf: "qwen3",
-    gguf_neighbours: false,
-    rope: RopeClass::PLAIN,
+    gguf: Architecture { name: "qwen3", ..Architecture::PLAIN },
     read,
     write,
+    ..LLAMA
 };
 
 pub(super) fn read(json: &Value, config: &mut Config) -> Result<()> {

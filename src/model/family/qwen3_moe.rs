@@ -4,20 +4,28 @@
 use anyhow::{Result, ensure};
 use serde_json::{Map, Value, json};
 
-use super::{Family, qwen3};
+use super::llama::LLAMA;
+use super::{Architecture, Family, GgufMixture, qwen3};
 use crate::model::config::json::{flag, required, size};
 use crate::model::config::{Config, Experts, Ffn};
-use crate::model::rope::json::RopeClass;
 use crate::model::router::{Router, Scores};
 
 pub const QWEN3_MOE: Family = Family {
     class: "Qwen3MoeForCausalLM",
     model_type: "qwen3_moe",
-    gguf: "qwen3moe",
-    gguf_neighbours: false,
-    rope: RopeClass::PLAIN,
+    gguf: Architecture {
+        name: "qwen3moe",
+        mixture: Some(GgufMixture {
+            scores: Scores::Softmax,
+            renormalises: true,
+            own_width: true,
+            shared: false,
+        }),
+        ..Architecture::PLAIN
+    },
     read,
     write,
+    ..LLAMA
 };
 
 fn read(json: &Value, config: &mut Config) -> Result<()> {
