@@ -1,4 +1,5 @@
-//! What a forward pass needs to know of a model. `json` reads it from `config.json`; anything unknown is refused by name.
+//! What a forward pass needs to know of a model, and the [`Family`] that a configuration belongs to. The families read it from
+//! `config.json` ([`super::family`]); anything unknown is refused by name.
 //!
 //! Field names and defaults are those of the configuration classes of transformers 5.17 (`LlamaConfig`, `MistralConfig`,
 //! `Qwen2Config`, `Qwen3Config`). The keys of RoPE are those of
@@ -6,12 +7,15 @@
 
 pub(in crate::model) mod json;
 
-use anyhow::{Result, ensure};
+use std::fmt;
 
-use super::family::Family;
+use anyhow::{Result, ensure};
+use serde_json::{Map, Value};
+
+use super::architecture::Architecture;
 use super::rope::RopeParameters;
+use super::rope::json::RopeClass;
 use super::router::Router;
-use super::stages::LinearSpec;
 use crate::backend::Rope;
 use crate::names::{Role, TensorId};
 
@@ -169,49 +173,77 @@ impl Config {
         self.layers.iter().any(|layer| matches!(layer.ffn, Ffn::Mixture(_)))
     }
 
-    /// Returns every tensor that a checkpoint must hold with its shape, in the order of a forward pass.
-    pub fn expected_tensors(&self) -> Vec<(TensorId, Vec<usize>)> {
-        let mut tensors = vec![(TensorId::global(Role::Embed), vec![self.vocab_size, self.hidden_size])];
-        for layer in 0..self.num_hidden_layers {
-            self.push_layer_tensors(layer, &mut tensors);
-        }
-        tensors.push((TensorId::global(Role::OutputNorm), vec![self.hidden_size]));
-        if !self.tie_word_embeddings {
-            tensors.push((TensorId::global(Role::Head), vec![self.vocab_size, self.hidden_size]));
-        }
-        tensors
-    }
-
-    fn push_layer_tensors(&self, layer: usize, tensors: &mut Vec<(TensorId, Vec<usize>)>) {
-        let hidden = self.hidden_size;
-        let id = |role| TensorId::in_layer(layer, role);
-        for LinearSpec { id, shape, bias } in self.linears_of(layer) {
-            tensors.push((id, shape.to_vec()));
-            if bias {
-                tensors.push((id.bias(), vec![shape[0]]));
-            }
-        }
-        if let Ffn::Mixture(experts) = self.layers[layer].ffn {
-            let count = experts.rule.experts;
-            tensors.push((id(Role::Router), vec![count, hidden]));
-            if experts.choice_bias {
-                tensors.push((id(Role::ChoiceBias), vec![count]));
-            }
-            if experts.shared.is_some_and(|shared| shared.gated) {
-                tensors.push((id(Role::SharedRouter), vec![1, hidden]));
-            }
-        }
-        tensors.push((id(Role::AttnNorm), vec![hidden]));
-        tensors.push((id(Role::FfnNorm), vec![hidden]));
-        if self.qk_norm {
-            tensors.push((id(Role::QNorm), vec![self.head_dim]));
-            tensors.push((id(Role::KNorm), vec![self.head_dim]));
-        }
-    }
-
     /// Returns the rotation of every head.
     pub fn rope(&self) -> Rope {
         self.rope.rope(self.head_dim)
+    }
+}
+
+/// What a family's files call things, and what its configuration class means by its keys.
+pub struct Family {
+    /// Entry of `architectures`.
+    pub class: &'static str,
+    /// `model_type`
+    pub model_type: &'static str,
+    /// What llama.cpp makes of it.
+    pub gguf: Architecture,
+    /// What its files call otherwise than Llama's.
+    pub(super) names: &'static [Name],
+    /// Stored tensors that hold several of its matrices.
+    pub(super) fused: &'static [Fused],
+    /// What the class means by the keys of rotary embedding.
+    pub(super) rope: RopeClass,
+    /// Sets what the class's own keys and defaults say in a configuration whose common keys are read.
+    pub(super) read: fn(&Value, &mut Config) -> Result<()>,
+    /// Inverse of `read`: adds the class's own keys.
+    pub(super) write: fn(&Config, &mut Map<String, Value>),
+}
+
+/// What a family's files call a tensor.
+pub struct Name {
+    /// Which tensor.
+    pub role: Role,
+    /// Module within its layer, or within the model, in Hugging Face checkpoints.
+    pub module: &'static str,
+    /// Stem of its name in GGUF files.
+    pub stem: &'static str,
+}
+
+/// Matrices that are stored as one, the rows of each after those of the one before.
+pub struct Fused {
+    /// Which ones, in their order.
+    pub roles: &'static [Role],
+    /// Module within its layer in Hugging Face checkpoints.
+    pub module: &'static str,
+    /// Stem of its name in GGUF files.
+    pub stem: &'static str,
+}
+
+impl Family {
+    /// Returns what Hugging Face checkpoints call a tensor that is stored on its own.
+    pub fn hf_name(&self, id: TensorId) -> String {
+        self.name(id.role).map_or_else(|| id.hf_name(), |name| id.hf_name_as(name.module))
+    }
+
+    /// Returns what GGUF files call a tensor that is stored on its own.
+    pub fn gguf_name(&self, id: TensorId) -> String {
+        self.name(id.role).map_or_else(|| id.gguf_name(), |name| id.gguf_name_as(name.stem))
+    }
+
+    fn name(&self, role: Role) -> Option<&'static Name> {
+        self.names.iter().find(|name| name.role == role)
+    }
+}
+
+impl PartialEq for Family {
+    fn eq(&self, other: &Family) -> bool {
+        self.class == other.class
+    }
+}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.class)
     }
 }
 

@@ -3,6 +3,7 @@
 //! ids → embeddings → layers ([`block`]) → final norm; the loss head is [`Backend::score`] and [`Backend::compare`].
 
 mod added_tokens;
+pub mod architecture;
 pub mod backward;
 pub mod block;
 pub mod chat_template;
@@ -19,6 +20,7 @@ mod older_tokenizers;
 pub mod rope;
 pub mod router;
 pub mod stages;
+mod tensors;
 pub mod tokenizer;
 
 use anyhow::{Context, Result, ensure};

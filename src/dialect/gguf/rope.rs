@@ -17,7 +17,7 @@ use super::keys::Keys;
 use crate::backend::Pairing;
 use crate::container::Storage;
 use crate::container::gguf::{Gguf, Metadata, Value};
-use crate::model::family::Architecture;
+use crate::model::architecture::Architecture;
 use crate::model::rope::{LongRope, RopeParameters, RopeScaling, Yarn};
 use crate::names::{Role, TensorId};
 use crate::tensor::{Dtype, floats_from_bytes};

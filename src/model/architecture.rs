@@ -1,6 +1,6 @@
 //! What llama.cpp makes of an architecture, beyond what the keys of its files say.
 
-use crate::model::router::Scores;
+use super::router::Scores;
 
 /// An architecture of GGUF files.
 pub struct Architecture {
