@@ -1,20 +1,19 @@
-//! The output of a plan: a compressed-tensors folder or a GGUF file, with everything but the weights in place.
+//! The output of a plan: a folder or a file of its dialect, with everything but the weights in place.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::container::gguf::{GgufSink, Metadata};
 use crate::container::safetensors::SafetensorsSink;
 use crate::container::{Opening, Sink, TensorSpec};
-use crate::dialect::compressed_tensors::config::Quantization;
-use crate::dialect::gguf;
-use crate::names::TensorId;
+use crate::dialect::{Description, Surroundings};
+use crate::names::{Role, TensorId};
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::{Activations, Scheme};
+use crate::tensor::Dtype;
 
 /// A planned output, complete but for its weights.
 pub struct Artifact {
@@ -42,9 +41,30 @@ impl Artifact {
         provenance: &[(String, String)],
         shard_bytes: u64,
     ) -> Result<Self> {
-        let rest = match plan.recipe.dialect.name() {
-            "gguf" => Rest::File(metadata(plan, source, name, provenance)?),
-            _ => Rest::Folder { shard_bytes, files: folder_files(plan, source)? },
+        let matrices: Vec<_> = (plan.steps.iter())
+            .filter(|step| step.shape.len() == 2)
+            .map(|step| (step.id, step.place.module().to_string(), stored(step)))
+            .collect();
+        let embeddings = plan.steps.iter().find(|step| step.id == TensorId::global(Role::Embed));
+        let output = Description {
+            config: &source.config,
+            config_json: source.config_json(),
+            tokenizer: &|| source.tokenizer_files(),
+            side_files: &|| side_files(source),
+            matrices: &matrices,
+            dtype: match embeddings.map(|step| step.action) {
+                Some(Action::Keep(dtype)) => dtype,
+                _ => Dtype::BF16,
+            },
+            fp8_cache: plan.fp8_cache,
+            name,
+            format: (!plan.recipe.pure).then_some(plan.recipe.format.name),
+            provenance,
+        };
+        let rest = plan.recipe.dialect.surround(&output);
+        let rest = match rest.with_context(|| format!("{}", source.path.display()))? {
+            Surroundings::File(metadata) => Rest::File(metadata),
+            Surroundings::Folder(files) => Rest::Folder { shard_bytes, files },
         };
         Ok(Artifact { specs: plan.specs(), rest })
     }
@@ -108,48 +128,14 @@ fn stored(step: &Step) -> Option<(Scheme, Activations)> {
     }
 }
 
-/// Returns `config.json` with the quantization described, and the source's side files.
-fn folder_files(plan: &Plan, source: &Checkpoint) -> Result<Vec<(String, Vec<u8>)>> {
-    let config = source.config_json().with_context(|| {
-        format!(
-            "{}: a GGUF file has no config.json to write beside compressed-tensors; convert the original folder, or \
-             choose a GGUF format",
-            source.path.display()
-        )
-    })?;
-    let mut config: Map<String, Value> = serde_json::from_str(config)?;
-    let steps = plan.steps.iter().filter(|step| step.shape.len() == 2 && step.id.role.is_linear());
-    let mut linears: Vec<_> = steps.map(|step| (step.place.module().to_string(), stored(step))).collect();
-    // Of a fused module, the same is said once.
-    linears.dedup();
-    config.insert(
-        "quantization_config".into(),
-        Quantization::of_plan(&linears)?.with_fp8_cache(plan.fp8_cache).to_json(),
-    );
-    let mut files = vec![("config.json".to_string(), format!("{:#}\n", Value::Object(config)).into_bytes())];
-    for name in source.side_files()? {
+/// Reads the files beside the source's weights that an output takes along.
+fn side_files(source: &Checkpoint) -> Result<Vec<(String, Vec<u8>)>> {
+    let read = |name: String| {
         let path = source.folder().unwrap_or(&source.path).join(&name);
         let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
-        files.push((name, bytes));
-    }
-    Ok(files)
-}
-
-/// Returns a GGUF file's metadata: model, tokenizer, provenance.
-fn metadata(
-    plan: &Plan,
-    source: &Checkpoint,
-    name: &str,
-    provenance: &[(String, String)],
-) -> Result<Metadata> {
-    let files = source.tokenizer_files()?;
-    let format = if plan.recipe.pure { "mixed" } else { plan.recipe.format.name };
-    let mut metadata = gguf::metadata::write(&source.config, &files, name, format)
-        .with_context(|| format!("{}: cannot be written as GGUF", source.path.display()))?;
-    for (key, value) in provenance {
-        metadata.set(key, value.as_str());
-    }
-    Ok(metadata)
+        Ok((name, bytes))
+    };
+    source.side_files()?.into_iter().map(read).collect()
 }
 
 /// Returns the last component of a path as text.

@@ -1,6 +1,6 @@
 //! Who can load an output, and why not: known before the first weight is read.
 //!
-//! One table; for each loader the first row that applies is the verdict. Facts were read in the source of the versions
+//! Each dialect has a table; for each loader the first row that applies is the verdict. Facts were read in the source of the versions
 //! in [`LOADERS`] or found by running them. The four architectures this project reads are known to all of them.
 
 use std::fmt;
@@ -12,8 +12,6 @@ use crate::scheme::{Activations, Scheme, Span};
 /// A planned output.
 #[derive(Clone, Copy, Debug)]
 pub struct Output<'a> {
-    /// Name of its dialect.
-    pub dialect: &'a str,
     /// Every matrix with what it becomes, `None` if it is kept.
     pub tensors: &'a [(TensorId, Option<(Scheme, Activations)>)],
 }
@@ -55,123 +53,26 @@ pub const LOADERS: [(&str, &str); 7] = [
     ("MLX", "mlx-lm 0.32.2"),
 ];
 
-/// Returns every loader's verdict, in the order of [`LOADERS`].
-pub fn verdicts(output: &Output) -> Vec<Verdict> {
+/// Returns every loader's verdict by a dialect's rows, in the order of [`LOADERS`].
+pub fn verdicts(rows: &[Row], output: &Output) -> Vec<Verdict> {
     LOADERS
         .into_iter()
-        .map(|(loader, version)| {
-            let applies = |row: &&Row| row.0 == output.dialect && row.1 == loader && (row.2)(output);
-            match ROWS.iter().find(applies) {
-                Some(&(.., loads, reason)) => Verdict { loader, version, loads, reason },
-                None => Verdict { loader, version, loads: Loads::Unchecked, reason: "" },
-            }
+        .map(|(loader, version)| match rows.iter().find(|row| row.0 == loader && (row.1)(output)) {
+            Some(&(.., loads, reason)) => Verdict { loader, version, loads, reason },
+            None => Verdict { loader, version, loads: Loads::Unchecked, reason: "" },
         })
         .collect()
 }
 
-/// (dialect, loader, condition, verdict, reason)
-type Row = (&'static str, &'static str, fn(&Output) -> bool, Loads, &'static str);
+/// (loader, condition, verdict, reason); of a dialect's rows the first that applies to an output decides.
+pub type Row = (&'static str, fn(&Output) -> bool, Loads, &'static str);
 
-const CT: &str = "compressed-tensors";
-const GGUF: &str = "gguf";
-const FUSED_APART: &str = "it fuses q, k, v and gate, up, and here members of one layer are stored differently; drop \
+/// Why engines that join matrices refuse an output.
+pub const FUSED_APART: &str = "it fuses q, k, v and gate, up, and here members of one layer are stored differently; drop \
                            the exception or extend it to all of them";
 
-use Loads::{If, No, Unchecked, Yes};
-
-const ROWS: &[Row] = &[
-    (CT, "vLLM", fused_apart, No, FUSED_APART),
-    (CT, "vLLM", odd_group, No, "its 8-bit kernels know groups of 32, 64 and 128 columns, and whole rows"),
-    (
-        CT,
-        "vLLM",
-        has_mxfp4,
-        If,
-        "GPU of compute capability 8.0 or later, `--dtype bfloat16` (float16 loses small scales); from 10.0 on inputs \
-         are quantized to 4 bits too unless VLLM_DISABLED_KERNELS=FlashInferMxFp4LinearKernel; not on CPUs",
-    ),
-    (
-        CT,
-        "vLLM",
-        has_nvfp4,
-        If,
-        "GPU of compute capability 7.5 or later: unpacked as it multiplies (Marlin); not on CPUs",
-    ),
-    (
-        CT,
-        "vLLM",
-        has_fp8,
-        If,
-        "CPU, or GPU of compute capability 7.5 or later; below 8.9 inputs stay in 16 bits",
-    ),
-    (
-        CT,
-        "vLLM",
-        has_w8a8,
-        If,
-        "CPU, or GPU of compute capability 7.5 to 9.0; from 10.0 on it fails unless \
-         VLLM_DISABLED_KERNELS=CutlassInt8ScaledMMLinearKernel",
-    ),
-    (CT, "vLLM", always, If, "GPU of compute capability 7.5 or later; not on CPUs"),
-    (
-        CT,
-        "SGLang",
-        has_mxfp4,
-        No,
-        "it has no dense MXFP4 in compressed-tensors; use `--format int8` or int8-w8a8",
-    ),
-    (CT, "SGLang", fused_apart, No, FUSED_APART),
-    (CT, "SGLang", has_fp8, If, "GPU of compute capability 8.9 or later"),
-    (
-        CT,
-        "SGLang",
-        has_static,
-        If,
-        "GPU of compute capability 8.0 or later; it passes over the fixed scales of inputs and finds one per token",
-    ),
-    (CT, "SGLang", always, If, "GPU of compute capability 8.0 or later"),
-    (
-        CT,
-        "transformers",
-        always,
-        Yes,
-        "with compressed-tensors 0.15 or later; unpacked to BF16 on the first forward pass",
-    ),
-    (CT, "llama.cpp", always, No, "it reads GGUF; use `--dialect gguf` or a GGUF format"),
-    (
-        CT,
-        "Ollama",
-        always,
-        No,
-        "of safetensors it imports only unquantized ones; use `--dialect gguf` or a GGUF format",
-    ),
-    (CT, "LM Studio", always, No, "it reads GGUF and MLX; use `--dialect gguf` or a GGUF format"),
-    (CT, "MLX", always, No, "mlx-lm renames packed weights only for three mixture-of-experts models"),
-    (GGUF, "vLLM", always, Unchecked, "its GGUF loader was not checked; use a compressed-tensors format"),
-    (GGUF, "SGLang", always, Unchecked, "its GGUF loader was not checked; use a compressed-tensors format"),
-    (
-        GGUF,
-        "transformers",
-        always,
-        Unchecked,
-        "its GGUF loader was not checked; use a compressed-tensors format",
-    ),
-    (GGUF, "llama.cpp", has_mxfp4, If, "builds since August 2025, which know the MXFP4 type"),
-    (GGUF, "llama.cpp", always, Yes, "`llama-cli -m FILE`"),
-    (
-        GGUF,
-        "Ollama",
-        has_mxfp4,
-        If,
-        "a version whose llama.cpp knows the MXFP4 type; `FROM ./FILE` in a Modelfile",
-    ),
-    (GGUF, "Ollama", always, Yes, "`FROM ./FILE` in a Modelfile, then `ollama create NAME -f Modelfile`"),
-    (GGUF, "LM Studio", has_mxfp4, If, "an engine whose llama.cpp knows the MXFP4 type; `lms import FILE`"),
-    (GGUF, "LM Studio", always, Yes, "`lms import FILE`"),
-    (GGUF, "MLX", always, No, "mlx-lm loads folders of safetensors in its own layout"),
-];
-
-fn always(_: &Output) -> bool {
+/// Of every output.
+pub fn always(_: &Output) -> bool {
     true
 }
 
@@ -183,29 +84,35 @@ fn stores(output: &Output, test: impl Fn(&Scheme, Activations) -> bool) -> bool 
         .any(|(scheme, activations)| test(&scheme, activations))
 }
 
-fn has_mxfp4(output: &Output) -> bool {
+/// Whether it holds MXFP4.
+pub fn has_mxfp4(output: &Output) -> bool {
     stores(output, |scheme, _| scheme.element == Element::E2M1 && scheme.outer.is_none())
 }
 
-fn has_nvfp4(output: &Output) -> bool {
+/// Whether it holds NVFP4.
+pub fn has_nvfp4(output: &Output) -> bool {
     stores(output, |scheme, _| scheme.element == Element::E2M1 && scheme.outer.is_some())
 }
 
-fn has_fp8(output: &Output) -> bool {
+/// Whether it holds FP8.
+pub fn has_fp8(output: &Output) -> bool {
     stores(output, |scheme, _| scheme.element == Element::E4M3)
 }
 
-fn has_w8a8(output: &Output) -> bool {
+/// Whether linears round their inputs to INT8.
+pub fn has_w8a8(output: &Output) -> bool {
     stores(output, |_, activations| {
         matches!(activations, Activations::Int8PerToken | Activations::Int8PerTensor(()))
     })
 }
 
-fn has_static(output: &Output) -> bool {
+/// Whether the scales of inputs are fixed.
+pub fn has_static(output: &Output) -> bool {
     stores(output, |_, activations| activations.is_static())
 }
 
-fn odd_group(output: &Output) -> bool {
+/// Whether integers have groups of a length that kernels do not know.
+pub fn odd_group(output: &Output) -> bool {
     stores(output, |scheme, _| {
         matches!(scheme.element, Element::Int(_))
             && matches!(scheme.group, Span::Cols(n) if ![32, 64, 128].contains(&n))
@@ -213,7 +120,7 @@ fn odd_group(output: &Output) -> bool {
 }
 
 /// Whether projections that engines join into one matrix are stored differently in some layer.
-fn fused_apart(output: &Output) -> bool {
+pub fn fused_apart(output: &Output) -> bool {
     let members =
         || output.tensors.iter().map(|(id, stored)| ((id.layer, id.expert, id.role.joined()), stored));
     members().any(|(key, stored)| members().any(|(other, differently)| key == other && stored != differently))
@@ -233,7 +140,9 @@ impl fmt::Display for Loads {
 
 #[cfg(test)]
 mod tests {
+    use super::Loads::{If, No, Yes};
     use super::*;
+    use crate::dialect::{self, DIALECTS};
     use crate::names::Role;
     use crate::scheme::schemes::{INT8, MXFP4, Q4_K, int8_grouped};
 
@@ -243,28 +152,31 @@ mod tests {
             .into()
     }
 
+    const CT: &str = "compressed-tensors";
+    const GGUF: &str = "gguf";
+
     fn verdict(
         dialect: &str,
         loader: &str,
         tensors: &[(TensorId, Option<(Scheme, Activations)>)],
     ) -> Verdict {
-        let all = verdicts(&Output { dialect, tensors });
+        let all = verdicts(dialect::by_name(dialect).unwrap().loaders(), &Output { tensors });
         all.into_iter().find(|verdict| verdict.loader == loader).unwrap()
     }
 
     #[test]
     fn every_loader_has_a_last_word_on_every_dialect() {
-        for dialect in [CT, GGUF] {
+        for dialect in DIALECTS {
             for (loader, _) in LOADERS {
-                let rows: Vec<_> = ROWS.iter().filter(|row| row.0 == dialect && row.1 == loader).collect();
-                let last = rows.last().unwrap_or_else(|| panic!("{loader} on {dialect}"));
+                let rows: Vec<_> = dialect.loaders().iter().filter(|row| row.0 == loader).collect();
+                let last = rows.last().unwrap_or_else(|| panic!("{loader} on {}", dialect.name()));
                 // The default applies to an output that nothing else describes.
-                assert!((last.2)(&Output { dialect, tensors: &[] }), "{loader} on {dialect}");
-                assert!(rows.iter().all(|row| !row.4.is_empty()));
+                assert!((last.1)(&Output { tensors: &[] }), "{loader} on {}", dialect.name());
+                assert!(rows.iter().all(|row| !row.3.is_empty()));
             }
+            let known = |loader| LOADERS.iter().any(|(name, _)| *name == loader);
+            assert!(dialect.loaders().iter().all(|row| known(row.0)));
         }
-        let known = |loader| LOADERS.iter().any(|(name, _)| *name == loader);
-        assert!(ROWS.iter().all(|row| known(row.1) && crate::dialect::by_name(row.0).is_some()));
     }
 
     #[test]

@@ -3,12 +3,11 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::checkpoint::{Checkpoint, Stored};
 use crate::container::{Storage, TensorSpec};
 use crate::dialect::Part;
-use crate::dialect::compressed_tensors::{INPUT_SCALE, KV_SCALES};
 use crate::model::config::Config;
 use crate::names::TensorId;
 use crate::recipe::Recipe;
@@ -83,10 +82,13 @@ impl Plan {
         let rules = recipe.rules(config);
         for (&id, info) in &source.tensors {
             let stored = match info.stored {
-                Stored::Dense(dtype) => dtype,
+                Stored::Dense(dtype) => recipe.format.base.dtype().unwrap_or(dtype),
+                Stored::Quantized(..) if recipe.format.base.dtype().is_some() => {
+                    recipe.format.base.dtype().unwrap_or(Dtype::BF16)
+                }
                 Stored::Quantized(scheme, _) if !recipe.allow_requantize => bail!(
-                    "{}: `{id}` is already quantized ({}); start from the original model, or pass \
-                     `--allow-requantize` and lose quality twice",
+                    "{}: `{id}` is already quantized ({}); start from the original model, pass \
+                     `--allow-requantize` and lose quality twice, or unpack it with `--format bf16`",
                     source.path.display(),
                     scheme.name
                 ),
@@ -117,7 +119,11 @@ impl Plan {
         step.parts = self.outputs.len()..self.outputs.len() + outputs.len();
         self.outputs.extend(outputs);
         if step.inputs.is_static() {
-            let name = format!("{}{INPUT_SCALE}", step.place.prefix());
+            let scale = self.recipe.dialect.input_scale();
+            let scale = scale.with_context(|| {
+                format!("dialect `{}` has no place for the scales of inputs", self.recipe.dialect.name())
+            })?;
+            let name = format!("{}{scale}", step.place.prefix());
             let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
             step.input_scale = Some(self.outputs.len());
             self.outputs.push(Output { spec, fixed: None });
@@ -169,16 +175,20 @@ impl Plan {
     }
 
     /// Asks for an FP8 cache with these scales of every layer's keys and values.
-    /// Only for compressed-tensors.
-    pub fn add_kv_scales(&mut self, scales: &[[f32; 2]]) {
+    ///
+    /// # Errors
+    /// If the dialect has no place for them.
+    pub fn add_kv_scales(&mut self, scales: &[[f32; 2]]) -> Result<()> {
         for (layer, pair) in scales.iter().enumerate() {
-            for (name, scale) in KV_SCALES.iter().zip(pair) {
-                let name = format!("model.layers.{layer}.self_attn.{name}");
+            let names = self.recipe.dialect.kv_scales(layer);
+            let names = names.context("the dialect has no place for the scales of keys and values")?;
+            for (name, scale) in names.into_iter().zip(pair) {
                 let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
                 self.outputs.push(Output { spec, fixed: Some(scale.to_le_bytes().to_vec()) });
             }
         }
         self.fp8_cache = true;
+        Ok(())
     }
 
     /// Returns the stored tensors in file order.

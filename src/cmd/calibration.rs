@@ -67,7 +67,9 @@ pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Resu
         args.imatrix.is_none() || args.method != MethodArg::Gptq,
         "`--imatrix` weighs the errors of round-to-nearest; `--method gptq` measures its own on `--calib`: give one of them"
     );
+    let quantizes = |format: &String| formats::by_name(format).is_none_or(|f| f.base.choice().is_some());
     Ok(match args.method {
+        _ if !args.format.iter().any(quantizes) => Method::Rtn,
         MethodArg::Auto if args.imatrix.is_some() => Method::Rtn,
         MethodArg::Rtn => Method::Rtn,
         MethodArg::Gptq => Method::Gptq,
@@ -86,7 +88,7 @@ pub fn method(args: &ConvertArgs, source: &Checkpoint, printer: Printer) -> Resu
 
 /// Whether a format of that name has input scales that only calibration finds.
 fn is_static(format: &str) -> bool {
-    formats::by_name(format).is_some_and(|format| format.base.inputs.is_static())
+    formats::by_name(format).is_some_and(|format| format.base.choice().is_some_and(|c| c.inputs.is_static()))
 }
 
 /// Weights times calibration tokens.

@@ -66,7 +66,8 @@ pub fn run(args: &ConvertArgs, printer: Printer) -> Result<Status> {
         if let Some(imatrix) = &imatrix {
             calibration::report_missing(imatrix, &task.plan, printer)?;
         }
-        write(args, &source, &hashes, task, windows.as_ref(), imatrix.as_ref(), printer)?;
+        let windows = windows.as_ref().filter(|_| task.plan.recipe.method == Method::Gptq);
+        write(args, &source, &hashes, task, windows, imatrix.as_ref(), printer)?;
     }
     let artifacts = tasks.iter().map(|task| Checkpoint::open(&task.out)).collect::<Result<Vec<_>>>()?;
     let measured = request
@@ -105,12 +106,15 @@ fn tasks(
     let method = if windows.is_some() { Method::Gptq } else { Method::Rtn };
     let mut tasks = Vec::new();
     for format in &args.format {
-        let recipe = recipe(args, format, method)?;
+        let mut recipe = recipe(args, format, method)?;
+        // There is nothing to choose for plain floats.
+        let windows = windows.filter(|_| recipe.format.base.choice().is_some());
+        recipe.method = if windows.is_some() { Method::Gptq } else { Method::Rtn };
         let out = out_path(args, model, &recipe)?;
         let mut plan = Plan::new(source, &recipe)?;
         let mut json = recipe_json(args, &recipe)?;
         if let Some(scales) = kv_scales {
-            plan.add_kv_scales(scales);
+            plan.add_kv_scales(scales)?;
             json["kv_cache"] = "fp8".into();
         }
         let mut manifest = Manifest::new(json, record.clone());
@@ -173,10 +177,11 @@ fn kv_scales(
         "`--kv-cache {kind}`: a checkpoint holds scales for fp8 only; engines round to other caches by themselves"
     );
     for format in &args.format {
-        let dialect = recipe(args, format, Method::Rtn)?.dialect.name();
+        let dialect = recipe(args, format, Method::Rtn)?.dialect;
         ensure!(
-            dialect == "compressed-tensors",
-            "`--kv-cache fp8`: `{format}` is written as {dialect}, which has no place for scales; use a compressed-tensors format"
+            dialect.kv_scales(0).is_some(),
+            "`--kv-cache fp8`: `{format}` is written as {}, which has no place for scales; use a compressed-tensors format",
+            dialect.name()
         );
     }
     if args.dry_run {
@@ -194,13 +199,13 @@ fn kv_scales(
 /// Returns where a format goes: `--out` itself, or `MODEL-FORMAT` in it when several formats or GGUF files go into one
 /// folder.
 fn out_path(args: &ConvertArgs, model: &ModelRef, recipe: &Recipe) -> Result<PathBuf> {
-    let gguf = recipe.dialect.name() == "gguf";
-    let name = format!("{}-{}{}", model.short_name(), recipe.format.name, if gguf { ".gguf" } else { "" });
+    let end = recipe.dialect.extension().map_or(String::new(), |end| format!(".{end}"));
+    let (name, file) = (format!("{}-{}{end}", model.short_name(), recipe.format.name), !end.is_empty());
     match args.out.as_deref() {
         None => Ok(PathBuf::from(name)),
         Some(out) if is_gguf(out) => {
             ensure!(
-                gguf,
+                file,
                 "`--out {}` names a GGUF file, but `{}` is written for {}; name a folder, or pass `--dialect gguf`",
                 out.display(),
                 recipe.format.name,
@@ -212,7 +217,7 @@ fn out_path(args: &ConvertArgs, model: &ModelRef, recipe: &Recipe) -> Result<Pat
             "`--out {}` names a safetensors file, but a folder is written; name the folder",
             out.display()
         ),
-        Some(out) if args.format.len() > 1 || gguf => Ok(out.join(name)),
+        Some(out) if args.format.len() > 1 || file => Ok(out.join(name)),
         Some(out) => Ok(out.to_path_buf()),
     }
 }
@@ -278,9 +283,8 @@ fn recipe_json(args: &ConvertArgs, recipe: &Recipe) -> Result<Value> {
         "method": recipe.method.to_string(),
         "scale_rule": recipe.scale_rule.to_string(),
     });
-    if let (Some(object), Span::Cols(size), Some(_)) =
-        (json.as_object_mut(), recipe.format.base.scheme.group, recipe.format.grouped)
-    {
+    let group = recipe.format.base.choice().map_or(Span::Row, |choice| choice.scheme.group);
+    if let (Some(object), Span::Cols(size), Some(_)) = (json.as_object_mut(), group, recipe.format.grouped) {
         object.insert("group_size".into(), size.into());
     }
     if let (Some(object), true) = (json.as_object_mut(), recipe.pure) {

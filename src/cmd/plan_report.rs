@@ -71,7 +71,7 @@ pub fn json(plan: &Plan, out: &str, bytes: u64) -> Value {
 
 fn verdicts(plan: &Plan) -> Vec<Verdict> {
     let tensors = artifact::matrices(plan);
-    loaders::verdicts(&loaders::Output { dialect: plan.recipe.dialect.name(), tensors: &tensors })
+    loaders::verdicts(plan.recipe.dialect.loaders(), &loaders::Output { tensors: &tensors })
 }
 
 fn step_bytes(plan: &Plan, step: &Step) -> u64 {

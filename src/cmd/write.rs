@@ -68,6 +68,7 @@ pub fn write(
         }
     };
     report_deviations(task.plan.recipe.format.name, &task.plan, &outcomes, printer);
+    report_rounded(task.plan.recipe.format.name, &task.plan, &outcomes, printer);
     for (step, outcome) in task.plan.steps.iter().zip(outcomes) {
         let record = record(&task.plan, step, outcome);
         printer.detail(detail(task.plan.recipe.format.name, step, outcome));
@@ -307,6 +308,21 @@ fn report_deviations(format: &str, plan: &Plan, outcomes: &[Outcome], printer: P
     }
 }
 
+/// Tells of values that the output's number type does not hold.
+fn report_rounded(format: &str, plan: &Plan, outcomes: &[Outcome], printer: Printer) {
+    let kept = plan.steps.iter().zip(outcomes).filter(|(step, _)| matches!(step.action, Action::Keep(_)));
+    let rounded: Vec<f64> = kept.map(|(_, outcome)| outcome.error).filter(|&error| error > 0.0).collect();
+    if let Some(most) = rounded.iter().copied().reduce(f64::max) {
+        printer.note(format!(
+            "note: {format}: {} of {} tensors hold values that the output's number type rounds, by {:.1e} of their size at \
+             most (root mean square of a tensor); `--format f32` keeps all",
+            rounded.len(),
+            plan.steps.len(),
+            most.sqrt()
+        ));
+    }
+}
+
 /// One line about a quantized tensor for `--verbose`.
 fn detail(format: &str, step: &Step, outcome: Outcome) -> String {
     let nearest =
@@ -334,7 +350,8 @@ fn record(plan: &Plan, step: &Step, outcome: Outcome) -> TensorRecord {
                 _ => "search".to_string(),
             },
             outcome,
-            fallback_from: step.fallback.as_ref().map(|_| plan.recipe.format.base.scheme.name.to_string()),
+            fallback_from: (step.fallback.as_ref().and(plan.recipe.format.base.choice()))
+                .map(|choice| choice.scheme.name.to_string()),
         },
     }
 }

@@ -16,7 +16,7 @@ use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::fit::{self, fit_under};
 use crate::scheme::{Distortion, Scheme};
-use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite};
+use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite, floats_from_bytes};
 
 /// Returns the memory a conversion takes beside the program itself, whatever the model's size.
 pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
@@ -145,7 +145,12 @@ fn run(
     let (distortion, parts) = match step.action {
         Action::Keep(dtype) => {
             ensure_finite(weights, first_row, cols)?;
-            (Distortion::default(), vec![keep(&matrix, weights, dtype)])
+            let bytes = keep(&matrix, weights, dtype);
+            let distortion = match &matrix {
+                Matrix::Dense(dense) if dense.dtype == dtype => Distortion::default(),
+                _ => rounding(weights, dtype, &bytes)?,
+            };
+            (distortion, vec![bytes])
         }
         Action::Quantize(scheme) => {
             let (rule, importances) = (plan.recipe.scale_rule, given.importances);
@@ -160,6 +165,21 @@ fn run(
     };
     write_rows(plan, sink, step, rows, &parts)?;
     Ok(distortion)
+}
+
+/// Returns what a number type loses of finite values.
+///
+/// # Errors
+/// Names the first value beyond the type's range.
+fn rounding(weights: &[f32], dtype: Dtype, bytes: &[u8]) -> Result<Distortion> {
+    let mut stored = vec![0.0; weights.len()];
+    floats_from_bytes(dtype, bytes, &mut stored);
+    if let Some(at) = first_non_finite(&stored) {
+        bail!("{} lies beyond the range of {dtype}; use `--format bf16` or `f32`", weights[at]);
+    }
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let error = weights.iter().zip(&stored).map(|(x, y)| square(x - y)).sum();
+    Ok(Distortion { error, power: weights.iter().map(|&x| square(x)).sum() })
 }
 
 /// Refuses NaN and infinities.

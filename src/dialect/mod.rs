@@ -2,12 +2,17 @@
 //! in one file per dialect; nothing else in the project knows a nibble order.
 
 pub mod compressed_tensors;
+mod dense;
 pub mod gguf;
+pub mod hugging_face;
 
 use anyhow::Result;
 
 use crate::container::Storage;
+use crate::container::gguf::Metadata;
+use crate::loaders::Row;
 use crate::model::config::Config;
+use crate::model::tokenizer::TokenizerFiles;
 use crate::names::TensorId;
 use crate::rows::Place;
 use crate::scheme::{Activations, QTensor, Scheme};
@@ -38,6 +43,38 @@ impl Part {
     }
 }
 
+/// What a dialect is told of an output to surround its weights.
+pub struct Description<'a> {
+    /// The model.
+    pub config: &'a Config,
+    /// The source's own `config.json`, where it has one.
+    pub config_json: Option<&'a str>,
+    /// Reads the source's tokenizer.
+    pub tokenizer: &'a dyn Fn() -> Result<TokenizerFiles>,
+    /// Reads the files beside the source's weights, by name.
+    pub side_files: &'a dyn Fn() -> Result<Vec<(String, Vec<u8>)>>,
+    /// Every matrix by the path of its module, with what it becomes, `None` if it is kept.
+    pub matrices: &'a [(TensorId, String, Option<(Scheme, Activations)>)],
+    /// Number type of the embeddings, or of what they are unpacked to.
+    pub dtype: Dtype,
+    /// Whether the output asks for an FP8 cache of keys and values.
+    pub fp8_cache: bool,
+    /// The model's name.
+    pub name: &'a str,
+    /// The format's name; `None` if its mix is not what that name says.
+    pub format: Option<&'a str>,
+    /// Where the output comes from.
+    pub provenance: &'a [(String, String)],
+}
+
+/// What surrounds the weights of an output.
+pub enum Surroundings {
+    /// A folder of safetensors files: the files beside them, by name.
+    Folder(Vec<(String, Vec<u8>)>),
+    /// A GGUF file.
+    File(Metadata),
+}
+
 /// One ecosystem's spelling of a [`QTensor`].
 pub trait Dialect: Sync {
     /// Returns the name users type after `--dialect`.
@@ -56,6 +93,31 @@ pub trait Dialect: Sync {
     /// Returns what this ecosystem's files cannot say of such a model, each with what engines do instead.
     fn losses(&self, _config: &Config) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Returns what lies around the weights: configuration, tokenizer, metadata.
+    ///
+    /// # Errors
+    /// Name what this ecosystem cannot say of the model, and what the source lacks.
+    fn surround(&self, output: &Description) -> Result<Surroundings>;
+
+    /// Returns how the names of outputs end, where they are files; `None`: they are folders.
+    fn extension(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Returns who loads it.
+    fn loaders(&self) -> &'static [Row];
+
+    /// Returns what follows the module path in the name of the scale of a linear's inputs (F32 `[1]`: `code = x / scale`), a
+    /// number of the linear and no part of its matrix; `None` where there is no place for one.
+    fn input_scale(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Returns the names of the scales of a layer's keys and values in an FP8 cache; `None` where there is no place for them.
+    fn kv_scales(&self, _layer: usize) -> Option<[String; 2]> {
+        None
     }
 
     /// Returns the parts a `[rows, cols]` matrix of that scheme becomes; the error says why there is no spelling and
@@ -80,19 +142,10 @@ pub trait Dialect: Sync {
     ) -> Result<QTensor>;
 }
 
-/// Returns where Hugging Face checkpoints keep a tensor of `rows` rows.
-pub fn hugging_face_place(id: TensorId, rows: usize, config: &Config) -> Place {
-    match config.share(id) {
-        Some(share) => share.place(id.hf_name_as(share.fused.module)),
-        None => Place::whole(config.family.hf_name(id), rows),
-    }
-}
+/// All dialects.
+pub const DIALECTS: [&dyn Dialect; 3] = [&compressed_tensors::CompressedTensors, &gguf::Gguf, &dense::Dense];
 
 /// Returns the dialect of that name.
 pub fn by_name(name: &str) -> Option<&'static dyn Dialect> {
-    match name {
-        "compressed-tensors" => Some(&compressed_tensors::CompressedTensors),
-        "gguf" => Some(&gguf::Gguf),
-        _ => None,
-    }
+    DIALECTS.into_iter().find(|dialect| dialect.name() == name)
 }

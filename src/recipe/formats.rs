@@ -8,6 +8,7 @@ use crate::model::config::Config;
 use crate::names::Role;
 use crate::scheme::schemes::*;
 use crate::scheme::{Activations, Choice, Scheme};
+use crate::tensor::Dtype;
 
 /// What the tensors of a model become, given what most of them do.
 pub type Mix = fn(Choice, &Config) -> Vec<Rule>;
@@ -24,11 +25,39 @@ pub struct Format {
     /// Who can read it, the default first, and the mix that each gets.
     pub dialects: &'static [(&'static str, Mix)],
     /// What the linears of layers become unless the mix says otherwise.
-    pub base: Choice,
+    pub base: Base,
     /// The scheme with a scale for that many columns, where `--group-size` may ask for one.
     pub grouped: Option<fn(u32) -> Scheme>,
 }
 
+/// What a format makes of a model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Base {
+    /// Most linears are quantized so.
+    Quantized(Choice),
+    /// All tensors are plain floats of that type.
+    Dense(Dtype),
+}
+
+impl Base {
+    /// Returns what most linears become; `None` if nothing is quantized.
+    pub fn choice(self) -> Option<Choice> {
+        match self {
+            Base::Quantized(choice) => Some(choice),
+            Base::Dense(_) => None,
+        }
+    }
+
+    /// Returns the number type of all tensors; `None` if that is the source's business.
+    pub fn dtype(self) -> Option<Dtype> {
+        match self {
+            Base::Quantized(_) => None,
+            Base::Dense(dtype) => Some(dtype),
+        }
+    }
+}
+
+const DENSE: &str = "dense";
 const CT: &str = "compressed-tensors";
 const GGUF: &str = "gguf";
 
@@ -39,7 +68,14 @@ const fn gguf(
     base: Scheme,
     dialects: &'static [(&'static str, Mix)],
 ) -> Format {
-    Format { name, aliases: &[], about, dialects, base: Choice::weights(base), grouped: None }
+    Format {
+        name,
+        aliases: &[],
+        about,
+        dialects,
+        base: Base::Quantized(Choice::weights(base)),
+        grouped: None,
+    }
 }
 
 /// A compressed-tensors format of the linears of layers.
@@ -55,19 +91,31 @@ const fn linears(
         aliases,
         about,
         dialects: &[(CT, decoder)],
-        base: Choice { scheme, inputs },
+        base: Base::Quantized(Choice { scheme, inputs }),
+        grouped: None,
+    }
+}
+
+/// Plain floats.
+const fn floats(name: &'static str, about: &'static str, dtype: Dtype) -> Format {
+    Format {
+        name,
+        aliases: &[],
+        about,
+        dialects: &[(DENSE, nothing), (GGUF, nothing)],
+        base: Base::Dense(dtype),
         grouped: None,
     }
 }
 
 /// All formats.
-pub const FORMATS: [Format; 21] = [
+pub const FORMATS: [Format; 24] = [
     Format {
         name: "mxfp4",
         aliases: &["mxfp4a16"],
         about: "4.25 bits: E2M1 in blocks of 32 with a power-of-two scale (vLLM, transformers; --dialect gguf: llama.cpp)",
         dialects: &[(CT, decoder), (GGUF, decoder_and_q8_0)],
-        base: Choice::weights(MXFP4),
+        base: Base::Quantized(Choice::weights(MXFP4)),
         grouped: None,
     },
     linears(
@@ -167,12 +215,28 @@ pub const FORMATS: [Format; 21] = [
     },
     gguf("q3_k_s", "llama.cpp's Q3_K_S: 3.4 bits", Q3_K, &[(GGUF, uniform)]),
     gguf("q2_k", "llama.cpp's Q2_K: 2.6 bits, sensitive tensors in Q3_K", Q2_K, &[(GGUF, two_bits)]),
+    floats(
+        "bf16",
+        "an ordinary checkpoint in BF16, whatever the source was (--dialect gguf: llama.cpp)",
+        Dtype::BF16,
+    ),
+    floats("f16", "an ordinary checkpoint in F16 (--dialect gguf: llama.cpp)", Dtype::F16),
+    floats(
+        "f32",
+        "an ordinary checkpoint in F32, which holds every value (--dialect gguf: llama.cpp)",
+        Dtype::F32,
+    ),
 ];
 
 /// Returns the format of that name or alias, in any case.
 pub fn by_name(name: &str) -> Option<Format> {
     let name = name.to_ascii_lowercase();
     FORMATS.into_iter().find(|f| f.name == name || f.aliases.contains(&name.as_str()))
+}
+
+/// No tensor is quantized.
+fn nothing(_: Choice, _: &Config) -> Vec<Rule> {
+    Vec::new()
 }
 
 /// The linears of layers only: embeddings and head stay as they are.
@@ -282,9 +346,10 @@ mod tests {
 
     fn lifted(format: &str, role: Role, layers: usize) -> Vec<usize> {
         let format = by_name(format).unwrap();
-        let rules = (format.dialects[0].1)(format.base, &config(layers, 4));
+        let base = format.base.choice();
+        let rules = (format.dialects[0].1)(base.unwrap(), &config(layers, 4));
         let choice = |i| choose(&rules, TensorId::in_layer(i, role));
-        (0..layers).filter(|&i| choice(i) != Some(format.base)).collect()
+        (0..layers).filter(|&i| choice(i) != base).collect()
     }
 
     #[test]
@@ -318,7 +383,7 @@ mod tests {
             ("iq4_nl", Role::Down, 0, 1, "iq4_nl"),
         ] {
             let format = by_name(format).unwrap();
-            let rules = (format.dialects[0].1)(format.base, &config(32, kv_heads));
+            let rules = (format.dialects[0].1)(format.base.choice().unwrap(), &config(32, kv_heads));
             let chosen = choose(&rules, TensorId::in_layer(layer, role)).map(|choice| choice.scheme.name);
             assert_eq!(chosen, Some(wanted), "{} {role:?} {layer} {kv_heads}", format.name);
         }

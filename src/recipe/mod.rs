@@ -10,7 +10,7 @@ use std::fmt;
 use anyhow::{Result, bail, ensure};
 use serde::Serialize;
 
-use self::formats::{FORMATS, Format, Mix};
+use self::formats::{Base, FORMATS, Format, Mix};
 use self::rules::Rule;
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
@@ -88,7 +88,9 @@ impl Recipe {
                 matches!(size, 32 | 64 | 128),
                 "`--group-size {size}`: engines read groups of 32, 64 or 128"
             );
-            format.base.scheme = grouped(size);
+            if let Base::Quantized(choice) = &mut format.base {
+                choice.scheme = grouped(size);
+            }
         }
         Ok(Recipe {
             format,
@@ -104,9 +106,10 @@ impl Recipe {
 
     /// Returns which tensor of a model becomes what.
     pub fn rules(&self, config: &Config) -> Vec<Rule> {
-        let mut rules = (self.mix)(self.format.base, config);
+        let Base::Quantized(base) = self.format.base else { return Vec::new() };
+        let mut rules = (self.mix)(base, config);
         if self.pure {
-            rules.iter_mut().for_each(|rule| rule.choice = rule.choice.map(|_| self.format.base));
+            rules.iter_mut().for_each(|rule| rule.choice = rule.choice.map(|_| base));
         }
         rules
     }
@@ -132,6 +135,6 @@ mod tests {
     #[test]
     fn the_group_size_becomes_part_of_the_scheme() {
         let recipe = Recipe::new("int8", None, Some(64)).unwrap();
-        assert_eq!(recipe.format.base.scheme.group, Span::Cols(64));
+        assert_eq!(recipe.format.base.choice().unwrap().scheme.group, Span::Cols(64));
     }
 }

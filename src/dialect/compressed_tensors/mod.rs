@@ -12,13 +12,17 @@
 //! Layouts checked against compressed-tensors 0.17.0 (`tests/golden_compressed_tensors.rs`).
 
 pub mod config;
+mod loaders;
 
 use anyhow::{Context, Result, bail, ensure};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Dialect, Part, hugging_face_place};
+use self::config::Quantization;
+use super::hugging_face::{self, Configuration};
+use super::{Description, Dialect, Part, Surroundings};
 use crate::container::Storage;
+use crate::loaders::Row;
 use crate::model::config::Config;
 use crate::names::TensorId;
 use crate::num::{Codec, Element};
@@ -120,7 +124,7 @@ impl Dialect for CompressedTensors {
     }
 
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {
-        hugging_face_place(id, rows, config)
+        hugging_face::place(id, rows, config)
     }
 
     fn kept_dtype(&self, _id: TensorId, _shape: &[usize], stored: Dtype) -> Dtype {
@@ -129,6 +133,30 @@ impl Dialect for CompressedTensors {
 
     fn computed_tensors(&self, _config: &Config) -> Vec<(TensorId, Vec<f32>)> {
         Vec::new()
+    }
+
+    fn surround(&self, output: &Description) -> Result<Surroundings> {
+        let mut linears: Vec<_> = (output.matrices.iter())
+            .filter(|(id, ..)| id.role.is_linear())
+            .map(|(_, module, stored)| (module.clone(), *stored))
+            .collect();
+        // Of a fused module, the same is said once.
+        linears.dedup();
+        let quantization = Quantization::of_plan(&linears)?.with_fp8_cache(output.fp8_cache).to_json();
+        let configuration = Configuration { quantization: Some(quantization), dtype: None };
+        Ok(Surroundings::Folder(hugging_face::files(output, &configuration)?))
+    }
+
+    fn loaders(&self) -> &'static [Row] {
+        loaders::ROWS
+    }
+
+    fn input_scale(&self) -> Option<&'static str> {
+        Some(INPUT_SCALE)
+    }
+
+    fn kv_scales(&self, layer: usize) -> Option<[String; 2]> {
+        Some(KV_SCALES.map(|name| format!("model.layers.{layer}.self_attn.{name}")))
     }
 
     fn parts(

@@ -5,6 +5,7 @@
 
 mod blocks;
 mod keys;
+mod loaders;
 pub mod metadata;
 mod mixture;
 mod pre_tokenizer;
@@ -15,10 +16,11 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use rayon::prelude::*;
 
 use self::blocks::{Block, BlockMut, LAYOUTS, Layout};
-use super::{Dialect, Part};
+use super::{Description, Dialect, Part, Surroundings};
 use crate::backend::Pairing;
 use crate::container::Storage;
 use crate::container::gguf::GgmlType;
+use crate::loaders::Row;
 use crate::model::config::Config;
 use crate::names::{Role, TensorId};
 use crate::rows::{Place, RowMap};
@@ -101,6 +103,25 @@ impl Dialect for Gguf {
     /// Tables of RoPE divisors have no metadata.
     fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)> {
         rope::tensors(&config.rope, config.head_dim)
+    }
+
+    fn surround(&self, output: &Description) -> Result<Surroundings> {
+        let files = (output.tokenizer)()?;
+        let format = output.format.unwrap_or("mixed");
+        let mut metadata = metadata::write(output.config, &files, output.name, format)
+            .context("cannot be written as GGUF")?;
+        for (key, value) in output.provenance {
+            metadata.set(key, value.as_str());
+        }
+        Ok(Surroundings::File(metadata))
+    }
+
+    fn extension(&self) -> Option<&'static str> {
+        Some("gguf")
+    }
+
+    fn loaders(&self) -> &'static [Row] {
+        loaders::ROWS
     }
 
     fn parts(

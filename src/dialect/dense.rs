@@ -1,0 +1,70 @@
+//! Ordinary checkpoints: folders of safetensors files in F32, F16 or BF16, `config.json`, tokenizer. What every trainer and
+//! engine reads, and what other tools quantize.
+
+use anyhow::{Result, bail};
+
+use super::hugging_face::{self, Configuration};
+use super::{Description, Dialect, Part, Surroundings};
+use crate::loaders::Loads::{No, Yes};
+use crate::loaders::{Row, always};
+use crate::model::config::Config;
+use crate::names::TensorId;
+use crate::rows::Place;
+use crate::scheme::{Activations, QTensor, Scheme};
+use crate::tensor::Dtype;
+
+/// The dialect of unquantized Hugging Face folders.
+pub struct Dense;
+
+const ROWS: &[Row] = &[
+    ("vLLM", always, Yes, "as it is"),
+    ("SGLang", always, Yes, "as it is"),
+    ("transformers", always, Yes, "as it is"),
+    ("llama.cpp", always, No, "it reads GGUF; use `--dialect gguf`"),
+    ("Ollama", always, Yes, "`FROM ./FOLDER` in a Modelfile"),
+    ("LM Studio", always, No, "it reads GGUF and MLX; use `--dialect gguf`"),
+    ("MLX", always, Yes, "as it is"),
+];
+
+impl Dialect for Dense {
+    fn name(&self) -> &'static str {
+        "dense"
+    }
+
+    fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {
+        hugging_face::place(id, rows, config)
+    }
+
+    fn kept_dtype(&self, _id: TensorId, _shape: &[usize], stored: Dtype) -> Dtype {
+        stored
+    }
+
+    fn computed_tensors(&self, _config: &Config) -> Vec<(TensorId, Vec<f32>)> {
+        Vec::new()
+    }
+
+    fn surround(&self, output: &Description) -> Result<Surroundings> {
+        let configuration = Configuration { quantization: None, dtype: Some(output.dtype) };
+        Ok(Surroundings::Folder(hugging_face::files(output, &configuration)?))
+    }
+
+    fn loaders(&self) -> &'static [Row] {
+        ROWS
+    }
+
+    fn parts(&self, scheme: &Scheme, _: Activations, _: usize, _: usize) -> Result<Vec<Part>> {
+        refuse(scheme)
+    }
+
+    fn pack(&self, q: &QTensor, _: Activations) -> Result<Vec<Vec<u8>>> {
+        refuse(&q.scheme)
+    }
+
+    fn unpack(&self, scheme: &Scheme, _: Activations, _: usize, _: usize, _: &[&[u8]]) -> Result<QTensor> {
+        refuse(scheme)
+    }
+}
+
+fn refuse<T>(scheme: &Scheme) -> Result<T> {
+    bail!("dialect `dense` holds floats only, not `{}`; try `--dialect compressed-tensors`", scheme.name)
+}
