@@ -3,7 +3,7 @@
 //! Each dialect has a table; for each loader the first row that applies is the verdict. Facts were read in the source of the versions
 //! in [`LOADERS`] or found by running them. The four architectures this project reads are known to all of them.
 
-use std::fmt;
+use serde_json::{Value, json};
 
 use crate::names::TensorId;
 use crate::num::Element;
@@ -126,15 +126,22 @@ pub fn fused_apart(output: &Output) -> bool {
     members().any(|(key, stored)| members().any(|(other, differently)| key == other && stored != differently))
 }
 
-/// What plans print.
-impl fmt::Display for Loads {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
+impl Loads {
+    /// Returns the verdict in a word.
+    pub fn word(self) -> &'static str {
+        match self {
             Loads::Yes => "yes",
             Loads::If => "if",
             Loads::No => "no",
             Loads::Unchecked => "unchecked",
-        })
+        }
+    }
+}
+
+impl Verdict {
+    /// Returns what reports say of it.
+    pub fn to_json(&self) -> Value {
+        json!({"loader": self.loader, "version": self.version, "loads": self.loads.word(), "reason": self.reason})
     }
 }
 

@@ -81,19 +81,16 @@ impl Plan {
         let config = &source.config;
         let rules = recipe.rules(config);
         for (&id, info) in &source.tensors {
-            let stored = match info.stored {
-                Stored::Dense(dtype) => recipe.format.base.dtype().unwrap_or(dtype),
-                Stored::Quantized(..) if recipe.format.base.dtype().is_some() => {
-                    recipe.format.base.dtype().unwrap_or(Dtype::BF16)
-                }
-                Stored::Quantized(scheme, _) if !recipe.allow_requantize => bail!(
+            let stored = match (recipe.format.base.dtype(), info.stored) {
+                (Some(dtype), _) | (None, Stored::Dense(dtype)) => dtype,
+                (None, Stored::Quantized(scheme, _)) if !recipe.allow_requantize => bail!(
                     "{}: `{id}` is already quantized ({}); start from the original model, pass \
                      `--allow-requantize` and lose quality twice, or unpack it with `--format bf16`",
                     source.path.display(),
                     scheme.name
                 ),
                 // What the tensor would be if a mix keeps it dense.
-                Stored::Quantized(..) => Dtype::BF16,
+                (None, Stored::Quantized(..)) => Dtype::BF16,
             };
             let choice = chosen(&rules, id, config);
             let (action, inputs, fallback) = decide(recipe, choice, id, &info.shape, stored)?;

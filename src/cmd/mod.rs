@@ -6,6 +6,7 @@ mod calibration;
 mod completions;
 mod convert;
 mod eval;
+mod formats;
 mod inspect;
 mod measure;
 mod plan_report;
@@ -54,6 +55,7 @@ pub fn run(cli: Cli) -> Result<Status> {
         Command::Calibrate(args) => calibrate::run(&args, printer),
         Command::Bench(args) => bench::run(&args, printer),
         Command::Inspect(args) => inspect::run(&args, printer),
+        Command::Formats(args) => formats::run(&args, printer),
         Command::Completions(args) => completions::run(&args, printer),
     }?;
     if let Some(bytes) = memory::peak_bytes() {

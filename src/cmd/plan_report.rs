@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::artifact;
 use crate::convert;
-use crate::loaders::{self, Loads, Verdict};
+use crate::loaders::{self, Verdict};
 use crate::output;
 use crate::plan::{Plan, Step};
 
@@ -57,10 +57,7 @@ pub fn json(plan: &Plan, out: &str, bytes: u64) -> Value {
             })
         })
         .collect();
-    let loaders: Vec<_> = verdicts(plan)
-        .iter()
-        .map(|v| json!({"loader": v.loader, "version": v.version, "loads": v.loads.word(), "reason": v.reason}))
-        .collect();
+    let loaders: Vec<_> = verdicts(plan).iter().map(Verdict::to_json).collect();
     json!({
         "out": out, "format": recipe.format.name, "dialect": recipe.dialect.name(), "method": recipe.method.to_string(),
         "bytes": bytes, "bits_per_weight": plan.payload_bytes() as f64 * 8.0 / plan.weights().max(1) as f64,
@@ -76,16 +73,4 @@ fn verdicts(plan: &Plan) -> Vec<Verdict> {
 
 fn step_bytes(plan: &Plan, step: &Step) -> u64 {
     plan.outputs[step.parts.clone()].iter().map(|output| output.spec.bytes()).sum()
-}
-
-impl Loads {
-    /// Returns the verdict in a word.
-    fn word(self) -> &'static str {
-        match self {
-            Loads::Yes => "yes",
-            Loads::If => "if",
-            Loads::No => "no",
-            Loads::Unchecked => "unchecked",
-        }
-    }
 }

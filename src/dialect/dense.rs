@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 
 use super::hugging_face::{self, Configuration};
 use super::{Description, Dialect, Part, Surroundings};
-use crate::loaders::Loads::{No, Yes};
+use crate::loaders::Loads::{If, No, Unchecked, Yes};
 use crate::loaders::{Row, always};
 use crate::model::config::Config;
 use crate::names::TensorId;
@@ -21,8 +21,14 @@ const ROWS: &[Row] = &[
     ("SGLang", always, Yes, "as it is"),
     ("transformers", always, Yes, "as it is"),
     ("llama.cpp", always, No, "it reads GGUF; use `--dialect gguf`"),
-    ("Ollama", always, Yes, "`FROM ./FOLDER` in a Modelfile"),
-    ("LM Studio", always, No, "it reads GGUF and MLX; use `--dialect gguf`"),
+    (
+        "Ollama",
+        always,
+        If,
+        "`FROM ./FOLDER` in a Modelfile, for classes that its converter knows: Llama, Qwen2 and Phi-3, not Mistral or \
+         Qwen3; or use `--dialect gguf`",
+    ),
+    ("LM Studio", always, Unchecked, "its MLX engine was not tried on such folders; use `--dialect gguf`"),
     ("MLX", always, Yes, "as it is"),
 ];
 

@@ -120,19 +120,14 @@ fn post_processor(tokenizer: &TokenizerFiles) -> Result<Option<Value>> {
     let (mut ids, mut single, mut pair) = (Map::new(), Vec::new(), Vec::new());
     let mut special = |id: Option<u32>| -> Result<Option<Value>> {
         let Some(id) = id else { return Ok(None) };
-        let token = token_text(tokenizer, id).with_context(|| format!("the tokenizer has no token {id}"))?;
-        ids.insert(token.clone(), json!({"id": token, "ids": [id], "tokens": [token]}));
+        let token = tokenizer.token_text(id).with_context(|| format!("the tokenizer has no token {id}"))?;
+        ids.insert(token.to_string(), json!({"id": token, "ids": [id], "tokens": [token]}));
         Ok(Some(json!({"SpecialToken": {"id": token, "type_id": 0}})))
     };
     let (first, last) = (special(first)?, special(last)?);
     single.extend(first.iter().cloned().chain([sequence("A")]).chain(last.clone()));
     pair.extend(first.into_iter().chain([sequence("A"), sequence("B")]).chain(last));
     Ok(Some(json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": ids})))
-}
-
-fn token_text(tokenizer: &TokenizerFiles, id: u32) -> Option<String> {
-    let vocab = tokenizer.tokenizer["model"]["vocab"].as_object()?;
-    vocab.iter().find(|(_, value)| value.as_u64() == Some(id.into())).map(|(text, _)| text.clone())
 }
 
 #[cfg(test)]
@@ -144,7 +139,7 @@ mod tests {
         TokenizerFiles {
             tokenizer: json!({
                 "version": "1.0",
-                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
                 "added_tokens": [{"id": 0, "content": "<s>", "special": true, "single_word": false,
                                   "lstrip": false, "rstrip": false, "normalized": false}],
                 "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2}, "merges": []},
