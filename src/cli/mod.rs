@@ -79,8 +79,10 @@ pub enum Command {
 pub struct ConvertArgs {
     /// Folder, safetensors file, GGUF file or hub id [default: the embedded tiny-llama]
     pub model: Option<String>,
+    /// Names of formats.
     #[arg(long, short, required = true, value_delimiter = ',', value_name = "FORMAT", help = format_help())]
     pub format: Vec<String>,
+    /// Name of a dialect; the format's own if none is given.
     #[arg(long, value_name = "DIALECT", help = dialect_help("Who will read it"))]
     pub dialect: Option<String>,
     /// How codes are chosen
@@ -189,6 +191,7 @@ pub struct SensitivityArgs {
     /// The format whose schemes are tried, as for convert
     #[arg(long, short, value_name = "FORMAT")]
     pub format: String,
+    /// Name of a dialect; the format's own if none is given.
     #[arg(long, value_name = "DIALECT", help = dialect_help("Whose spelling decides sizes"))]
     pub dialect: Option<String>,
     /// Columns that share a scale (int8): 32, 64 or 128 [default: the whole row]

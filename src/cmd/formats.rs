@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::Outcome;
+use super::Status;
 use crate::cli::FormatsArgs;
 use crate::dialect::{DIALECTS, Dialect};
 use crate::loaders::{self, Verdict};
@@ -15,14 +15,14 @@ use crate::recipe::formats::{Base, FORMATS, Format};
 const SIDE: usize = 4096;
 
 /// Prints all formats and who loads them.
-pub fn run(args: &FormatsArgs, printer: Printer) -> Result<Outcome> {
+pub fn run(args: &FormatsArgs, printer: Printer) -> Result<Status> {
     if let Some(file) = &args.json {
         output::write_report(file, &format!("{:#}\n", json()), printer)?;
     }
     if args.json.as_deref().is_none_or(|file| file.as_os_str() != "-") {
         printer.result(&text())?;
     }
-    Ok(Outcome::Ok)
+    Ok(Status::Ok)
 }
 
 /// Returns the tables for people: the formats, then each dialect's loaders.
