@@ -377,8 +377,59 @@ fn dialect_help(what: &str) -> String {
 mod tests {
     use clap::CommandFactory;
 
+    use crate::manifest::SILENT;
+
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();
+    }
+
+    /// Options of `quant convert` that change what is written: a manifest repeats them.
+    const RECORDED: [&str; 18] = [
+        "--format",
+        "--dialect",
+        "--method",
+        "--scale-rule",
+        "--group-size",
+        "--pure",
+        "--calib",
+        "--calib-tokens",
+        "--calib-ctx",
+        "--calib-seed",
+        "--imatrix",
+        "--effort",
+        "--kv-cache",
+        "--no-fallback",
+        "--allow-requantize",
+        "--shard-size",
+        "--device",
+        "--precise",
+    ];
+
+    #[test]
+    fn the_manifest_repeats_every_option_or_leaves_it_out_on_purpose() {
+        let mut command = super::Cli::command();
+        command.build();
+        let convert = command.find_subcommand("convert").unwrap();
+        let options = convert.get_arguments().filter(|option| !option.is_positional());
+        let mut known = 0;
+        for option in options.filter(|option| !matches!(option.get_id().as_str(), "help" | "version")) {
+            let long = format!("--{}", option.get_long().unwrap());
+            let short = option.get_short().map(|short| format!("-{short}"));
+            let takes_value = option.get_action().takes_values();
+            let silent = |name: &str| SILENT.iter().find(|(silent, _)| *silent == name);
+            let names = [Some(&long), short.as_ref()].into_iter().flatten();
+            if RECORDED.contains(&long.as_str()) {
+                known += 1;
+                assert!(names.into_iter().all(|name| silent(name).is_none()), "{long} is in both lists");
+            } else {
+                for name in names {
+                    known += 1;
+                    let listed = silent(name).unwrap_or_else(|| panic!("{name} is in neither list"));
+                    assert_eq!(listed.1, takes_value, "whether a value follows {name}");
+                }
+            }
+        }
+        assert_eq!(known, RECORDED.len() + SILENT.len(), "a list names an option that is gone");
     }
 }
