@@ -60,7 +60,10 @@ impl Imatrix {
         let gguf = Gguf::open(path)?;
         let kind = gguf.metadata.get("general.type").and_then(Value::as_str);
         ensure!(kind == Some("imatrix"), "`general.type` is {kind:?}, wanted `imatrix`");
-        let number = |key: &str| gguf.metadata.get(key).and_then(Value::as_u64).unwrap_or(0) as u32;
+        let number = |key: &str| {
+            let number = gguf.metadata.get(key).and_then(Value::as_u64).unwrap_or(0);
+            u32::try_from(number).with_context(|| format!("`{key}` is {number}, wanted at most {}", u32::MAX))
+        };
         let datasets = match gguf.metadata.get("imatrix.datasets") {
             Some(Value::Array(Array::String(names))) => names.clone(),
             _ => vec![],
@@ -86,7 +89,7 @@ impl Imatrix {
                 importances.insert(id, sums.iter().map(mean).collect());
             }
         }
-        let (chunks, chunk_size) = (number("imatrix.chunk_count"), number("imatrix.chunk_size"));
+        let (chunks, chunk_size) = (number("imatrix.chunk_count")?, number("imatrix.chunk_size")?);
         Ok(Imatrix { datasets, chunks, chunk_size, importances })
     }
 

@@ -21,7 +21,7 @@ use crate::scheme::{QTensor, Scheme};
 use crate::tensor::{Dtype, bytes_from_floats};
 
 pub use calibrated::{Calibration, Draft, choose_settings, convert_calibrated, tune_gains};
-pub use stream::{convert, peak_bytes};
+pub use stream::{SharedFactors, convert, peak_bytes, shared_factors};
 
 /// Writes what the plan alone decides: computed tensors and parts of fixed content.
 fn write_decided(plan: &Plan, sink: &dyn Sink) -> Result<()> {

@@ -70,7 +70,7 @@ pub(super) fn stream(
             };
             let step_plan = &plan.steps[step];
             let given = Given {
-                global: globals.get(&joined(step_plan.id)).copied(),
+                global: globals.of(step_plan.id),
                 importances: imatrix.map(|m| m.of(step_plan.id, step_plan.cols())).transpose()?.flatten(),
             };
             let distortion = run(source, plan, sink, step_plan, rows.clone(), given, weights)
@@ -88,11 +88,21 @@ pub(super) fn stream(
     Ok(distortions.iter().map(|d| Outcome { error: d.relative(), ..Outcome::default() }).collect())
 }
 
-/// Returns the factors of schemes that have one for a whole tensor: one for all linears that engines join.
-fn shared_factors<'a>(
+/// The factors of schemes that have one for a whole tensor: one for all linears that engines join.
+pub struct SharedFactors(BTreeMap<TensorId, f32>);
+
+impl SharedFactors {
+    /// Returns a tensor's factor, if its scheme has one.
+    pub fn of(&self, id: TensorId) -> Option<f32> {
+        self.0.get(&joined(id)).copied()
+    }
+}
+
+/// Reads the weights of these steps for the factors that their schemes share.
+pub fn shared_factors<'a>(
     source: &Checkpoint,
     steps: impl Iterator<Item = &'a Step>,
-) -> Result<BTreeMap<TensorId, f32>> {
+) -> Result<SharedFactors> {
     let mut members: BTreeMap<TensorId, (Scheme, Vec<&Step>)> = BTreeMap::new();
     for step in steps {
         if let Action::Quantize(scheme) = step.action
@@ -110,7 +120,7 @@ fn shared_factors<'a>(
         }
         Ok((id, fit::global_scale(&scheme, amax).unwrap_or(1.0)))
     };
-    members.into_par_iter().map(factor).collect()
+    Ok(SharedFactors(members.into_par_iter().map(factor).collect::<Result<_>>()?))
 }
 
 /// Returns the tensor that stands for all that engines join with this one.

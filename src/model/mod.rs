@@ -12,6 +12,7 @@ pub mod family;
 pub mod feed_forward;
 pub mod footprint;
 pub mod gated;
+pub(crate) mod joins;
 pub mod kv_cache;
 pub mod layers;
 pub mod linear;

@@ -396,6 +396,28 @@ mod tests {
     }
 
     #[test]
+    fn an_array_takes_no_more_memory_than_twice_its_bytes_in_the_file() {
+        let count = 100_000u64;
+        let header =
+            |kind: Kind| [(kind as u32).to_le_bytes().to_vec(), count.to_le_bytes().to_vec()].concat();
+        for (kind, bytes) in [(Kind::Bool, 1), (Kind::U16, 2), (Kind::I32, 4), (Kind::F64, 8)] {
+            let file = [header(kind), vec![1; bytes * count as usize]].concat();
+            let mut reader = Reader { input: file.as_slice(), at: 0, len: file.len() as u64 };
+            let Value::Array(array) = reader.value(Kind::Array).unwrap() else { panic!("no array") };
+            let capacity = match &array {
+                Array::Bool(items) => items.capacity() * size_of::<bool>(),
+                Array::U16(items) => items.capacity() * size_of::<u16>(),
+                Array::I32(items) => items.capacity() * size_of::<i32>(),
+                Array::F64(items) => items.capacity() * size_of::<f64>(),
+                other => panic!("{other:?}"),
+            };
+            assert_eq!((array.len() as u64, array.kind()), (count, kind));
+            // Vectors double as they grow.
+            assert!(capacity <= 2 * bytes * count as usize, "{kind:?}: {capacity} bytes");
+        }
+    }
+
+    #[test]
     fn a_sink_with_missing_bytes_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.gguf");

@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::pre_tokenizer;
 use crate::container::gguf::{Metadata, Value as Gguf};
+use crate::model::joins::Joins;
 use crate::model::tokenizer::TokenizerFiles;
 
 /// Types of `tokenizer.ggml.token_type`.
@@ -362,7 +363,7 @@ fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<Value> 
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     let unknown = tokens.iter().find(|(_, kind)| *kind == token_type::UNKNOWN).map(|(text, _)| *text);
-    // Looking for the merges of a token takes time in the square of its length.
+    // The merges of a token can take memory in the square of its length.
     let long = tokens.iter().map(|(text, _)| text.len()).find(|&len| len > LONGEST);
     ensure!(long.is_none(), "a token has {} bytes; wanted at most {LONGEST}", long.unwrap_or_default());
     let merges = merges_by_score(tokens, &scores);
@@ -380,16 +381,12 @@ fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<Value> 
 /// Returns every way to join two tokens into a third, best score first: what llama.cpp looks for pair by pair.
 fn merges_by_score(tokens: &[(&str, i32)], scores: &[f64]) -> Vec<Value> {
     let joinable = |kind| matches!(kind, token_type::NORMAL | token_type::USER_DEFINED);
-    let known: HashSet<&str> =
-        tokens.iter().filter(|(_, kind)| joinable(*kind)).map(|(text, _)| *text).collect();
+    let joins = Joins::of(tokens.iter().filter(|(_, kind)| joinable(*kind)).map(|(text, _)| *text));
     let mut order: Vec<usize> = (0..tokens.len()).filter(|&id| tokens[id].1 == token_type::NORMAL).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-    let cuts = |text: &'_ str| -> Vec<Value> {
-        // Longer left parts first, as transformers orders the merges of one token.
-        let starts = text.char_indices().rev().filter(|(i, _)| *i > 0).map(|(i, _)| text.split_at(i));
-        starts.filter(|(l, r)| known.contains(l) && known.contains(r)).map(|(l, r)| json!([l, r])).collect()
-    };
-    order.into_iter().flat_map(|id| cuts(tokens[id].0)).collect()
+    // Longer left parts first, as transformers orders the merges of one token.
+    let halves = order.into_iter().flat_map(|id| joins.halves(tokens[id].0).rev());
+    halves.map(|(left, right)| json!([left, right])).collect()
 }
 
 #[cfg(test)]

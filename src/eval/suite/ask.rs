@@ -95,7 +95,7 @@ fn plain(chat: &Chat) -> String {
 fn stop_tokens(files: &TokenizerFiles, generation: &Value) -> Vec<u32> {
     let ids = |value: &Value| -> Vec<u32> {
         let list = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
-        list.iter().filter_map(Value::as_u64).map(|id| id as u32).collect()
+        list.iter().filter_map(Value::as_u64).filter_map(|id| id.try_into().ok()).collect()
     };
     let mut stops: Vec<u32> = files.special_ids().eos.into_iter().collect();
     stops.extend(ids(&files.config["eos_token_id"]));

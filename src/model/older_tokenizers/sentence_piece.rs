@@ -10,7 +10,6 @@
 //! Numbers of fields: sentencepiece_model.proto of google/sentencepiece; wire format:
 //! protobuf.dev/programming-guides/encoding.
 
-use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -18,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
 use crate::container::text;
+use crate::model::joins::Joins;
 
 /// The space of SentencePiece.
 const SPACE: &str = "\u{2581}";
@@ -102,14 +102,9 @@ fn tokenizer_json(model: &Model, config: &Value) -> Result<Value> {
 /// Returns every way to join two pieces into a third, in the order of its id, short left parts first
 /// (transformers, `generate_merges`): SentencePiece numbers pieces in the order of its merges.
 fn merges(pieces: &[Piece]) -> Vec<Value> {
-    let known: HashSet<&str> = pieces.iter().map(|piece| piece.text.as_str()).collect();
-    let cuts = |piece: &Piece| -> Vec<Value> {
-        let text = piece.text.as_str();
-        let cuts = text.char_indices().skip(1).map(|(at, _)| text.split_at(at));
-        let both = cuts.filter(|(left, right)| known.contains(left) && known.contains(right));
-        both.map(|(left, right)| json!([left, right])).collect()
-    };
-    pieces.iter().flat_map(cuts).collect()
+    let joins = Joins::of(pieces.iter().map(|piece| piece.text.as_str()));
+    let halves = pieces.iter().flat_map(|piece| joins.halves(&piece.text));
+    halves.map(|(left, right)| json!([left, right])).collect()
 }
 
 fn parse(bytes: &[u8]) -> Result<Model> {
