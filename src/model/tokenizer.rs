@@ -30,6 +30,8 @@ pub struct TokenizerFiles {
     pub config: Value,
     /// (name, Jinja source); the one named `default` is the chat template, others are alternatives (`tool_use`, …).
     pub chat_templates: Vec<(String, String)>,
+    /// Scores of a SentencePiece model's pieces, which say in which order pieces are joined; none where merges are given.
+    pub scores: Vec<f32>,
 }
 
 /// The tokens with a meaning of their own, by id. Names as in `tokenizer_config.json`, without `_token`.
@@ -52,14 +54,15 @@ impl TokenizerFiles {
         let json = |name: &str| Ok::<_, anyhow::Error>(read_json(&folder.join(name))?.unwrap_or_default());
         let mut tokenizer_config = json("tokenizer_config.json")?;
         let tokenizer = match read_json(&folder.join("tokenizer.json"))? {
-            Some(tokenizer) => Some(tokenizer),
+            Some(tokenizer) => Some((tokenizer, vec![])),
             None => older::tokenizer_json(folder, &tokenizer_config)?,
         };
-        let Some(mut tokenizer) = tokenizer else { return Ok(None) };
+        let Some((mut tokenizer, scores)) = tokenizer else { return Ok(None) };
         let (special, added) = (json("special_tokens_map.json")?, json("added_tokens.json")?);
         added_tokens::complete(&mut tokenizer, &mut tokenizer_config, &special, &added);
         let chat_templates = chat_templates(folder, &tokenizer_config)?;
-        Ok(Some(TokenizerFiles { tokenizer, tokenizer_config, config: json("config.json")?, chat_templates }))
+        let config = json("config.json")?;
+        Ok(Some(TokenizerFiles { tokenizer, tokenizer_config, config, chat_templates, scores }))
     }
 
     /// Returns the ids of the special tokens: by the token's text in `tokenizer_config.json`, else by the id in
@@ -379,7 +382,7 @@ mod tests {
             }),
             tokenizer_config: json!({"bos_token": "<s>", "eos_token": {"content": "b"}}),
             config: json!({"bos_token_id": 4, "pad_token_id": 1, "eos_token_id": [3, 2]}),
-            chat_templates: Vec::new(),
+            ..TokenizerFiles::default()
         }
     }
 

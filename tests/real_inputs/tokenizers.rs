@@ -8,6 +8,7 @@ use quant::dialect::gguf::tokenizer;
 use quant::eval::tokenization::parting;
 use quant::model::tokenizer::{Tokenizer, TokenizerFiles};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 fn root() -> &'static Path {
@@ -143,30 +144,38 @@ fn a_token_that_only_the_post_processor_names_is_the_bos() {
     assert!(error.contains("3 tokens around a text") || error.contains("2 tokens around a text"), "{error}");
 }
 
-/// `scripts/golden_tokenizers.py`: what transformers 5.17 reads with files from before `tokenizer.json`.
-#[test]
-fn older_tokenizers_give_the_ids_that_transformers_gives() {
-    let golden = root().join("tests/golden/tokenizers");
-    let ids: Value = serde_json::from_slice(&fs::read(golden.join("ids.json")).unwrap()).unwrap();
+/// Writes the older files of a golden case: the SentencePiece model, or the embedded model's vocabulary and merges.
+fn older_folder(case: &Value) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+    write("tokenizer_config.json", &case["config"].to_string());
+    if case["files"] == "tokenizer.model" {
+        let model = root().join("tests/golden/tokenizers/sentence_piece.model");
+        fs::copy(model, dir.path().join("tokenizer.model")).unwrap();
+        return dir;
+    }
     let bpe: Value =
         serde_json::from_slice(&fs::read(root().join("eval/tiny-llama/tokenizer.json")).unwrap()).unwrap();
     let merges = bpe["model"]["merges"].as_array().unwrap().iter().map(|merge| match merge.as_str() {
         Some(merge) => merge.to_string(),
         None => format!("{} {}", merge[0].as_str().unwrap(), merge[1].as_str().unwrap()),
     });
-    let merges = format!("#version: 0.2\n{}\n", merges.collect::<Vec<_>>().join("\n"));
+    write("config.json", &json!({"model_type": case["model_type"]}).to_string());
+    write("vocab.json", &bpe["model"]["vocab"].to_string());
+    write("merges.txt", &format!("#version: 0.2\n{}\n", merges.collect::<Vec<_>>().join("\n")));
+    dir
+}
+
+fn golden(name: &str) -> Value {
+    serde_json::from_slice(&fs::read(root().join("tests/golden/tokenizers").join(name)).unwrap()).unwrap()
+}
+
+/// `scripts/golden_tokenizers.py`: what transformers 5.17 reads with files from before `tokenizer.json`.
+#[test]
+fn older_tokenizers_give_the_ids_that_transformers_gives() {
+    let ids = golden("ids.json");
     for case in ids["cases"].as_array().unwrap() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        write("tokenizer_config.json", &case["config"].to_string());
-        if case["files"] == "tokenizer.model" {
-            fs::copy(golden.join("sentence_piece.model"), dir.path().join("tokenizer.model")).unwrap();
-        } else {
-            write("config.json", &json!({"model_type": case["model_type"]}).to_string());
-            write("vocab.json", &bpe["model"]["vocab"].to_string());
-            write("merges.txt", &merges);
-        }
-        let files = files(dir.path());
+        let files = files(older_folder(case).path());
         let tokenizer = Tokenizer::from_files(&files).unwrap();
         for (text, wanted) in ids["probes"].as_array().unwrap().iter().zip(case["ids"].as_array().unwrap()) {
             let wanted: Vec<u32> =
@@ -174,6 +183,49 @@ fn older_tokenizers_give_the_ids_that_transformers_gives() {
             let found = tokenizer.encode(text.as_str().unwrap(), false).unwrap();
             assert_eq!(found, wanted, "{} {} {text}", case["files"], case["config"]);
         }
+    }
+}
+
+/// `scripts/golden_tokenizers.py`: the keys that llama.cpp's converter writes for such folders.
+#[test]
+fn older_tokenizers_become_the_gguf_keys_that_llama_cpp_writes() {
+    for case in golden("gguf.json")["cases"].as_array().unwrap() {
+        let files = files(older_folder(case).path());
+        let metadata = tokenizer::write(&files, case["rows"].as_u64().unwrap() as usize).unwrap();
+        // A piece of the model's own that nothing beside it names. The converter makes it a plain piece, which no join ever
+        // makes; SentencePiece and transformers look for it in the text.
+        let own = case["config"]["added_tokens_decoder"].is_null().then_some(4);
+        for (key, wanted) in case["keys"].as_object().unwrap() {
+            let name = format!("{key} of {} {}", case["files"], case["config"]);
+            match (metadata.get(key).unwrap(), wanted) {
+                (Gguf::String(found), wanted) => assert_eq!(found, wanted, "{name}"),
+                (found, Value::String(hash)) => {
+                    let found: Vec<Value> = found.as_array().unwrap().values().map(json_of).collect();
+                    let found = Sha256::digest(Value::from(found).to_string());
+                    let found: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
+                    assert_eq!(found, *hash, "{name}");
+                }
+                (found, wanted) => {
+                    let found: Vec<Value> = found.as_array().unwrap().values().map(json_of).collect();
+                    let mut wanted = wanted.as_array().unwrap().clone();
+                    if let (Some(own), true) = (own, key.ends_with("token_type")) {
+                        assert_eq!(wanted[own], 1);
+                        wanted[own] = 4.into();
+                    }
+                    let different = found.iter().zip(&wanted).position(|(found, wanted)| found != wanted);
+                    assert_eq!((different, found.len()), (None, wanted.len()), "{name}");
+                }
+            }
+        }
+    }
+}
+
+fn json_of(value: Gguf) -> Value {
+    match value {
+        Gguf::String(text) => text.into(),
+        Gguf::I32(number) => number.into(),
+        Gguf::F32(number) => number.into(),
+        other => panic!("{other:?}"),
     }
 }
 

@@ -49,7 +49,11 @@ pub fn write(files: &TokenizerFiles, rows: usize) -> Result<Metadata> {
         out.set("tokenizer.ggml.model", "llama");
         out.set("tokenizer.ggml.pre", "default");
         out.set("tokenizer.ggml.add_space_prefix", adds_space_prefix(&files.tokenizer)?);
-        out.set("tokenizer.ggml.scores", scores(model, &tokens));
+        let scores = match files.scores.is_empty() {
+            true => scores_of_merges(model, &tokens),
+            false => scores_of_pieces(files, &tokens),
+        };
+        out.set("tokenizer.ggml.scores", scores);
     } else {
         out.set("tokenizer.ggml.model", "gpt2");
         out.set("tokenizer.ggml.pre", pre_tokenizer::recognise(&files.tokenizer)?.id);
@@ -148,7 +152,7 @@ fn merges(model: &Value) -> impl Iterator<Item = Result<[&str; 2]>> {
 
 /// Returns the scores that make llama.cpp join what the merges join, in their order: a token's score is minus the rank
 /// of the first merge that makes it, so the earliest merge scores highest. Tokens that no merge makes come last.
-fn scores(model: &Value, tokens: &[(String, i32)]) -> Vec<f32> {
+fn scores_of_merges(model: &Value, tokens: &[(String, i32)]) -> Vec<f32> {
     let mut ranks = HashMap::new();
     for (rank, [left, right]) in merges(model).flatten().enumerate() {
         ranks.entry(format!("{left}{right}")).or_insert(rank);
@@ -160,6 +164,18 @@ fn scores(model: &Value, tokens: &[(String, i32)]) -> Vec<f32> {
         _ => 0.0,
     };
     tokens.iter().map(score).collect()
+}
+
+/// Returns the scores of a SentencePiece model, and convert_hf_to_gguf.py's numbers for tokens that are named beside it and
+/// for rows without a token.
+fn scores_of_pieces(files: &TokenizerFiles, tokens: &[(String, i32)]) -> Vec<f32> {
+    let beside = &files.tokenizer_config["added_tokens_decoder"];
+    let score = |(id, (_, kind)): (usize, &(String, i32))| match files.scores.get(id) {
+        Some(&score) if beside[id.to_string()].is_null() => score,
+        None if *kind == token_type::UNUSED => -10_000.0,
+        _ => -1_000.0,
+    };
+    tokens.iter().enumerate().map(score).collect()
 }
 
 /// Returns whether a space is put before a text. Errors unless spaces, and nothing else, become U+2581.
@@ -252,9 +268,14 @@ pub fn read(metadata: &Metadata) -> Result<TokenizerFiles> {
     );
     let tokens: Vec<(&str, i32)> = texts.into_iter().zip(types).collect();
     let model = metadata.str("tokenizer.ggml.model")?;
-    let (tokenizer, add_bos) = match model {
-        "gpt2" => byte_level_bpe(metadata, &tokens)?,
-        "llama" => (sentence_piece(metadata, &tokens)?, true),
+    let (tokenizer, add_bos, scores) = match model {
+        "gpt2" => {
+            byte_level_bpe(metadata, &tokens).map(|(tokenizer, add_bos)| (tokenizer, add_bos, vec![]))?
+        }
+        "llama" => {
+            let scores = scores(metadata, tokens.len())?;
+            (sentence_piece(metadata, &tokens, &scores)?, true, scores)
+        }
         other => bail!("`tokenizer.ggml.model` is `{other}`; known are `gpt2` and `llama`"),
     };
     let flag = |name: &str| metadata.get(&format!("tokenizer.ggml.{name}")).and_then(Gguf::as_bool);
@@ -281,7 +302,13 @@ pub fn read(metadata: &Metadata) -> Result<TokenizerFiles> {
             chat_templates.push((name.to_string(), source.to_string()));
         }
     }
-    Ok(TokenizerFiles { tokenizer, tokenizer_config: config.into(), config: Value::Null, chat_templates })
+    Ok(TokenizerFiles {
+        tokenizer,
+        tokenizer_config: config.into(),
+        config: Value::Null,
+        chat_templates,
+        scores,
+    })
 }
 
 /// Returns what llama.cpp puts before and after texts where a file says that it should, but not what
@@ -340,17 +367,24 @@ fn byte_level_bpe(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<(Value,
     Ok((tokenizer, pre.adds_bos))
 }
 
-/// Returns the `tokenizer.json` of a `llama` model: its scores become merges.
-fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<Value> {
+/// Returns one score per token of a `llama` model.
+fn scores(metadata: &Metadata, tokens: usize) -> Result<Vec<f32>> {
     let scores = metadata.get("tokenizer.ggml.scores").and_then(Gguf::as_array);
-    let scores: Vec<f64> =
-        scores.map_or_else(Vec::new, |scores| scores.values().filter_map(|score| score.as_f64()).collect());
+    let scores: Vec<f32> = scores
+        .into_iter()
+        .flat_map(|scores| scores.values())
+        .filter_map(|score| score.as_f64().map(|score| score as f32))
+        .collect();
     ensure!(
-        scores.len() == tokens.len(),
-        "{} numbers in `tokenizer.ggml.scores`, wanted {}, one per token",
-        scores.len(),
-        tokens.len()
+        scores.len() == tokens,
+        "{} numbers in `tokenizer.ggml.scores`, wanted {tokens}, one per token",
+        scores.len()
     );
+    Ok(scores)
+}
+
+/// Returns the `tokenizer.json` of a `llama` model: its scores become merges.
+fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)], scores: &[f32]) -> Result<Value> {
     let prefix = metadata.get("tokenizer.ggml.add_space_prefix").and_then(Gguf::as_bool).unwrap_or(true);
     let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})];
     let mut decoders = vec![
@@ -366,7 +400,7 @@ fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<Value> 
     // The merges of a token can take memory in the square of its length.
     let long = tokens.iter().map(|(text, _)| text.len()).find(|&len| len > LONGEST);
     ensure!(long.is_none(), "a token has {} bytes; wanted at most {LONGEST}", long.unwrap_or_default());
-    let merges = merges_by_score(tokens, &scores);
+    let merges = merges_by_score(tokens, scores);
     let (vocab, added_tokens) = vocabulary(tokens);
     Ok(json!({
         "version": "1.0",
@@ -379,7 +413,7 @@ fn sentence_piece(metadata: &Metadata, tokens: &[(&str, i32)]) -> Result<Value> 
 }
 
 /// Returns every way to join two tokens into a third, best score first: what llama.cpp looks for pair by pair.
-fn merges_by_score(tokens: &[(&str, i32)], scores: &[f64]) -> Vec<Value> {
+fn merges_by_score(tokens: &[(&str, i32)], scores: &[f32]) -> Vec<Value> {
     let joinable = |kind| matches!(kind, token_type::NORMAL | token_type::USER_DEFINED);
     let joins = Joins::of(tokens.iter().filter(|(_, kind)| joinable(*kind)).map(|(text, _)| *text));
     let mut order: Vec<usize> = (0..tokens.len()).filter(|&id| tokens[id].1 == token_type::NORMAL).collect();

@@ -14,12 +14,12 @@ use crate::container::text::{self, read_json};
 /// What Qwen cuts texts by (transformers, models/qwen2/tokenization_qwen2.py).
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Returns the `tokenizer.json` of a folder that has none but older files; `None` if it has no tokenizer at
-/// all.
+/// Returns the `tokenizer.json` of a folder that has none but older files, with the scores of its pieces if it is a
+/// SentencePiece model; `None` if it has no tokenizer at all.
 ///
 /// # Errors
 /// Damaged files; tokenizer classes whose steps are not known; SentencePiece models other than BPE.
-pub(super) fn tokenizer_json(folder: &Path, config: &Value) -> Result<Option<Value>> {
+pub(super) fn tokenizer_json(folder: &Path, config: &Value) -> Result<Option<(Value, Vec<f32>)>> {
     let model = folder.join("tokenizer.model");
     if let Some(vocab) = read_json(&folder.join("vocab.json"))? {
         let merges = folder.join("merges.txt");
@@ -30,7 +30,8 @@ pub(super) fn tokenizer_json(folder: &Path, config: &Value) -> Result<Option<Val
         );
         let class = class(folder, config)?;
         let tokenizer = byte_level(vocab, &text::read(&merges)?, &class, config);
-        return tokenizer.with_context(|| format!("{}", folder.display())).map(Some);
+        let tokenizer = tokenizer.with_context(|| format!("{}", folder.display()))?;
+        return Ok(Some((tokenizer, vec![])));
     }
     match model.is_file() {
         true => sentence_piece::read(&model, config).map(Some),

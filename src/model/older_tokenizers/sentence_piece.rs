@@ -25,6 +25,7 @@ const SPACE: &str = "\u{2581}";
 #[derive(Clone, Debug, Default)]
 struct Piece {
     text: String,
+    score: f32,
     kind: u64,
 }
 
@@ -40,13 +41,14 @@ struct Model {
     charsmap: bool,
 }
 
-/// Reads a file; `config` is `tokenizer_config.json`, which says whether a space is put before a text.
-pub(super) fn read(path: &Path, config: &Value) -> Result<Value> {
+/// Reads a file, with the score of every piece; `config` is `tokenizer_config.json`, which says whether a space is put before a text.
+pub(super) fn read(path: &Path, config: &Value) -> Result<(Value, Vec<f32>)> {
     let shown = || format!("{}", path.display());
     let bytes = fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))?;
     text::refuse_pointer(path, &bytes)?;
     let model = parse(&bytes).with_context(|| format!("{}: no SentencePiece model", path.display()))?;
-    tokenizer_json(&model, config).with_context(shown)
+    let scores = model.pieces.iter().map(|piece| piece.score).collect();
+    Ok((tokenizer_json(&model, config).with_context(shown)?, scores))
 }
 
 fn tokenizer_json(model: &Model, config: &Value) -> Result<Value> {
@@ -140,6 +142,7 @@ fn parse_piece(bytes: &[u8]) -> Result<Piece> {
     for field in Fields(bytes) {
         match field? {
             (1, Wire::Bytes(text)) => piece.text = std::str::from_utf8(text).context("a piece")?.to_string(),
+            (2, Wire::Fixed(score)) => piece.score = f32::from_le_bytes(score.try_into().context("a score")?),
             (3, Wire::Number(kind)) => piece.kind = kind,
             _ => {}
         }
@@ -151,8 +154,8 @@ fn parse_piece(bytes: &[u8]) -> Result<Piece> {
 enum Wire<'a> {
     Number(u64),
     Bytes(&'a [u8]),
-    /// Four or eight bytes that nothing here needs.
-    Fixed,
+    /// Four or eight bytes.
+    Fixed(&'a [u8]),
 }
 
 /// The fields of a protobuf message: (number, content).
@@ -182,12 +185,12 @@ impl<'a> Fields<'a> {
         let key = self.varint()?;
         let wire = match key & 7 {
             0 => Wire::Number(self.varint()?),
-            1 => self.take(8).map(|_| Wire::Fixed)?,
+            1 => Wire::Fixed(self.take(8)?),
             2 => {
                 let len = self.varint()?;
                 Wire::Bytes(self.take(len)?)
             }
-            5 => self.take(4).map(|_| Wire::Fixed)?,
+            5 => Wire::Fixed(self.take(4)?),
             _ => return None,
         };
         Some((key >> 3, wire))

@@ -20,6 +20,7 @@ fn byte_level_files() -> TokenizerFiles {
         tokenizer_config: json!({"eos_token": "<|end|>", "bos_token": "<|end|>", "add_bos_token": true}),
         config: json!({"pad_token_id": 2}),
         chat_templates: vec![("default".into(), "{{ x }}".into()), ("rag".into(), "{{ y }}".into())],
+        ..TokenizerFiles::default()
     }
 }
 
