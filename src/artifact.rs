@@ -122,10 +122,7 @@ pub fn matrices(plan: &Plan) -> Vec<(TensorId, Option<(Scheme, Activations)>)> {
 }
 
 fn stored(step: &Step) -> Option<(Scheme, Activations)> {
-    match step.action {
-        Action::Keep(_) => None,
-        Action::Quantize(scheme) => Some((scheme, step.inputs)),
-    }
+    Some((step.action.scheme()?, step.inputs))
 }
 
 /// Reads the files beside the source's weights that an output takes along.

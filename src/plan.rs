@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::checkpoint::{Checkpoint, Stored};
+use crate::checkpoint::{Checkpoint, Stored, TensorInfo};
 use crate::container::{Storage, TensorSpec};
 use crate::dialect::Part;
 use crate::model::config::Config;
 use crate::names::TensorId;
+use crate::num::Codec;
 use crate::recipe::Recipe;
 use crate::recipe::formats::fallback;
 use crate::recipe::rules::{self, Rule};
@@ -20,10 +21,12 @@ use crate::tensor::Dtype;
 /// What happens to one tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Action {
-    /// Copied, as this number type.
+    /// Plain floats, as this number type.
     Keep(Dtype),
     /// Rounded to this scheme.
     Quantize(Scheme),
+    /// Its codes and scales as they are stored, which mean the same in this scheme.
+    Copy(Scheme),
 }
 
 /// One tensor of the output.
@@ -81,32 +84,49 @@ impl Plan {
         let config = &source.config;
         let rules = recipe.rules(config);
         for (&id, info) in &source.tensors {
-            let stored = match (recipe.format.base.dtype(), info.stored) {
+            let dtype = match (recipe.format.base.dtype(), info.stored) {
                 (Some(dtype), _) | (None, Stored::Dense(dtype)) => dtype,
-                (None, Stored::Quantized(scheme, _)) if !recipe.allow_requantize => bail!(
-                    "{}: `{id}` is already quantized ({}); start from the original model, pass \
-                     `--allow-requantize` and lose quality twice, or unpack it with `--format bf16`",
-                    source.path.display(),
-                    scheme.name
-                ),
-                // What the tensor would be if a mix keeps it dense.
+                // What the tensor becomes if a mix keeps it dense.
                 (None, Stored::Quantized(..)) => Dtype::BF16,
             };
             let choice = chosen(&rules, id, config);
-            let (action, inputs, fallback) = decide(recipe, choice, id, &info.shape, stored)?;
+            let (action, inputs, fallback) = decide(recipe, choice, id, &info.shape, dtype)?;
+            let action = copied(recipe, action, inputs, info)
+                .with_context(|| format!("{}: `{id}`", source.path.display()))?;
             let place = recipe.dialect.place(id, info.shape[0], config);
-            plan.push(Step { inputs, fallback, ..Step::new(id, info.shape.clone(), action, place) })?;
+            let step = Step { inputs, fallback, ..Step::new(id, info.shape.clone(), action, place) };
+            plan.push(step, info.rounding.scale())?;
         }
+        plan.losses.extend(plan.losses_of(source));
         for (id, values) in recipe.dialect.computed_tensors(config) {
             let place = recipe.dialect.place(id, values.len(), config);
             let step = Step::new(id, vec![values.len()], Action::Keep(Dtype::F32), place);
-            plan.push(Step { values: Some(values), ..step })?;
+            plan.push(Step { values: Some(values), ..step }, None)?;
         }
         Ok(plan)
     }
 
-    /// Appends a step and the stored tensors it becomes.
-    fn push(&mut self, mut step: Step) -> Result<()> {
+    /// Returns what the source says beside its weights and the output does not.
+    fn losses_of(&self, source: &Checkpoint) -> Vec<String> {
+        let rounded = |step: &&Step| {
+            let rounding = source.tensors.get(&step.id).map(|info| info.rounding);
+            step.inputs == Activations::Full && rounding.is_some_and(|rounding| rounding != Activations::Full)
+        };
+        let rounded = match self.steps.iter().filter(rounded).count() {
+            0 => None,
+            count => Some(format!(
+                "engines round the inputs of {count} linears of the source, but not of the output"
+            )),
+        };
+        let cache = !source.kv_scales().is_empty() && self.recipe.dialect.kv_scales(0).is_none();
+        let cache =
+            cache.then(|| "the source's scales of keys and values in an FP8 cache have no place".to_string());
+        rounded.into_iter().chain(cache).collect()
+    }
+
+    /// Appends a step and the stored tensors it becomes; `input_scale` is the source's fixed scale of the inputs, if it has
+    /// one.
+    fn push(&mut self, mut step: Step, input_scale: Option<f32>) -> Result<()> {
         let outputs = self.outputs_of(&step)?;
         if let Some(other) = self.stored_already(&step, &outputs)? {
             (step.parts, step.input_scale) = (other.parts.clone(), other.input_scale);
@@ -123,7 +143,8 @@ impl Plan {
             let name = format!("{}{scale}", step.place.prefix());
             let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
             step.input_scale = Some(self.outputs.len());
-            self.outputs.push(Output { spec, fixed: None });
+            let copied = input_scale.filter(|_| matches!(step.action, Action::Copy(_)));
+            self.outputs.push(Output { spec, fixed: copied.map(|scale| scale.to_le_bytes().to_vec()) });
         }
         self.steps.push(step);
         Ok(())
@@ -133,7 +154,7 @@ impl Plan {
     fn outputs_of(&self, step: &Step) -> Result<Vec<Output>> {
         let place = &step.place;
         let scheme = match step.action {
-            Action::Quantize(scheme) => scheme,
+            Action::Quantize(scheme) | Action::Copy(scheme) => scheme,
             Action::Keep(dtype) => {
                 let shape = place.shape(step.shape.get(1).copied());
                 let spec = TensorSpec { name: place.name.clone(), storage: Storage::Plain(dtype), shape };
@@ -186,6 +207,11 @@ impl Plan {
         }
         self.fp8_cache = true;
         Ok(())
+    }
+
+    /// Whether codes of any tensor are copied.
+    pub fn copies(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step.action, Action::Copy(_)))
     }
 
     /// Returns the stored tensors in file order.
@@ -254,6 +280,34 @@ fn decide(
     Ok((action, inputs, Some(note)))
 }
 
+/// Returns the action for a tensor that may be quantized already: its codes are copied where they mean what is wanted.
+///
+/// # Errors
+/// If codes would have to be chosen anew and the recipe does not accept that.
+fn copied(recipe: &Recipe, action: Action, inputs: Activations, info: &TensorInfo) -> Result<Action> {
+    let (Action::Quantize(wanted), Stored::Quantized(stored, _)) = (action, info.stored) else {
+        return Ok(action);
+    };
+    // The same grid under the wanted name. A dialect that takes any float for scales takes the stored type.
+    let same = Scheme { name: wanted.name, ..stored };
+    let float = |codec| matches!(codec, Codec::F32 | Codec::F16 | Codec::BF16);
+    let alike = Scheme { scale: wanted.scale, ..same } == wanted
+        && (stored.scale == wanted.scale || float(stored.scale) && float(wanted.scale));
+    let spelled = || recipe.dialect.parts(&same, inputs, info.shape[0], info.shape[1]).is_ok();
+    let inputs_known = !inputs.is_static() || info.rounding.is_static();
+    if alike && inputs_known && spelled() {
+        return Ok(Action::Copy(same));
+    }
+    ensure!(
+        recipe.allow_requantize,
+        "already quantized ({}), and not on the grid of {}; start from the original model, pass `--allow-requantize` and \
+         lose quality twice, or unpack it with `--format bf16`",
+        stored.name,
+        wanted.name
+    );
+    Ok(action)
+}
+
 impl Step {
     fn new(id: TensorId, shape: Vec<usize>, action: Action, place: Place) -> Self {
         let (inputs, fallback, values) = (Activations::Full, None, None);
@@ -277,6 +331,15 @@ impl Action {
         match self {
             Action::Keep(dtype) => dtype.to_string().to_lowercase(),
             Action::Quantize(scheme) => scheme.name.to_string(),
+            Action::Copy(scheme) => format!("{}, copied", scheme.name),
+        }
+    }
+
+    /// Returns the scheme of codes; `None` for plain floats.
+    pub fn scheme(self) -> Option<Scheme> {
+        match self {
+            Action::Keep(_) => None,
+            Action::Quantize(scheme) | Action::Copy(scheme) => Some(scheme),
         }
     }
 }

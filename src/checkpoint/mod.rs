@@ -157,6 +157,33 @@ impl Checkpoint {
             "`{id}`: rows {rows:?} wanted, but it has {count}"
         );
         let info = self.info(id)?;
+        let mut buffers = self.read_parts(id, rows.clone())?;
+        match info.stored {
+            Stored::Dense(dtype) => {
+                let mut shape = info.shape.clone();
+                shape.iter_mut().take(1).for_each(|n| *n = rows.len());
+                Ok(Matrix::Dense(Dense { dtype, shape, bytes: buffers.swap_remove(0) }))
+            }
+            Stored::Quantized(scheme, activations) => {
+                let cols = info.shape.last().copied().unwrap_or(1);
+                let parts: Vec<_> = buffers.iter().map(Bytes::as_ref).collect();
+                let unpacked = self.dialect.unpack(&scheme, activations, rows.len(), cols, &parts);
+                Ok(Matrix::Quantized(unpacked.with_context(|| format!("{}: `{id}`", self.path.display()))?))
+            }
+        }
+    }
+
+    /// Whether a quantized tensor is stored here as `dialect` would spell it for a linear with such inputs.
+    pub fn spells(&self, id: TensorId, dialect: &dyn Dialect, inputs: Activations) -> bool {
+        let stored = self.tensors.get(&id).map(|info| info.stored);
+        self.dialect.name() == dialect.name()
+            && matches!(stored, Some(Stored::Quantized(_, activations)) if activations == inputs)
+    }
+
+    /// Reads the stored parts of some rows of a tensor, in Hugging Face row order; what belongs to all rows comes whole.
+    pub fn read_parts(&self, id: TensorId, rows: Range<usize>) -> Result<Vec<Bytes>> {
+        let info = self.info(id)?;
+        let count = info.shape.first().copied().unwrap_or(1);
         let Location { place, parts } = &self.locations[&id];
         let span = place.rows.span(rows.clone());
         let mut buffers = Vec::new();
@@ -176,19 +203,7 @@ impl Checkpoint {
                 file.read(start, len)?.into()
             });
         }
-        match info.stored {
-            Stored::Dense(dtype) => {
-                let mut shape = info.shape.clone();
-                shape.iter_mut().take(1).for_each(|n| *n = rows.len());
-                Ok(Matrix::Dense(Dense { dtype, shape, bytes: buffers.swap_remove(0) }))
-            }
-            Stored::Quantized(scheme, activations) => {
-                let cols = info.shape.last().copied().unwrap_or(1);
-                let parts: Vec<_> = buffers.iter().map(Bytes::as_ref).collect();
-                let unpacked = self.dialect.unpack(&scheme, activations, rows.len(), cols, &parts);
-                Ok(Matrix::Quantized(unpacked.with_context(|| format!("{}: `{id}`", self.path.display()))?))
-            }
-        }
+        Ok(buffers)
     }
 
     fn info(&self, id: TensorId) -> Result<&TensorInfo> {

@@ -26,7 +26,7 @@ use crate::convert::journal::Journal;
 use crate::eval::{Metric, ModelRow, Report};
 use crate::manifest::{self, Evaluation, Hashes, Manifest, Source};
 use crate::output::{self, Printer, Unit};
-use crate::plan::Plan;
+use crate::plan::{Action, Plan, Step};
 use crate::recipe::{Method, Recipe};
 use crate::scheme::Span;
 
@@ -112,8 +112,15 @@ fn tasks(
         recipe.method = if windows.is_some() { Method::Gptq } else { Method::Rtn };
         let out = out_path(args, model, &recipe)?;
         let mut plan = Plan::new(source, &recipe)?;
-        let mut json = recipe_json(args, &recipe)?;
-        if let Some(scales) = kv_scales {
+        // Copied codes cannot follow the smoothing and gains that calibration gives their neighbours.
+        let windows = windows.filter(|_| !plan.copies());
+        if windows.is_none() {
+            plan.recipe.method = Method::Rtn;
+        }
+        let mut json = recipe_json(args, &plan.recipe)?;
+        let stored = source.kv_scales();
+        let stored = (!stored.is_empty() && recipe.dialect.kv_scales(0).is_some()).then_some(stored);
+        if let Some(scales) = kv_scales.or(stored) {
             plan.add_kv_scales(scales)?;
             json["kv_cache"] = "fp8".into();
         }
@@ -227,6 +234,13 @@ fn report_losses(tasks: &[Task], printer: Printer) {
         let format = task.plan.recipe.format.name;
         for loss in &task.plan.losses {
             printer.note(format!("note: {format}: {loss}"));
+        }
+        let copied = |step: &&Step| matches!(step.action, Action::Copy(_));
+        match task.plan.steps.iter().filter(copied).count() {
+            0 => {}
+            count => printer.note(format!(
+                "note: {format}: codes and scales of {count} tensors are copied as they are stored; any others are rounded to nearest"
+            )),
         }
         for (step, reason) in task.plan.fallbacks() {
             printer.detail(format!("{format}: {}: {reason}", step.id));

@@ -328,7 +328,7 @@ fn detail(format: &str, step: &Step, outcome: Outcome) -> String {
     let nearest =
         outcome.error_nearest.map_or(String::new(), |e| format!(", nearest codes {:.3} %", 100.0 * e));
     match step.action {
-        Action::Keep(_) => format!("{format}: {}: {}", step.id, step.action.name()),
+        Action::Keep(_) | Action::Copy(_) => format!("{format}: {}: {}", step.id, step.action.name()),
         Action::Quantize(_) => {
             format!(
                 "{format}: {}: {}, error {:.3} %{nearest}",
@@ -343,9 +343,10 @@ fn detail(format: &str, step: &Step, outcome: Outcome) -> String {
 fn record(plan: &Plan, step: &Step, outcome: Outcome) -> TensorRecord {
     match step.action {
         Action::Keep(dtype) => TensorRecord::kept(dtype),
-        Action::Quantize(scheme) => TensorRecord::Quantized {
+        Action::Quantize(scheme) | Action::Copy(scheme) => TensorRecord::Quantized {
             scheme: Box::new(SchemeRecord::new(&scheme, step.inputs)),
             scale_rule: match scheme.scale {
+                _ if step.action == Action::Copy(scheme) => "given".to_string(),
                 Codec::E8M0 => plan.recipe.scale_rule.to_string(),
                 _ => "search".to_string(),
             },

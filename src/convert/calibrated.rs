@@ -42,7 +42,7 @@ pub fn convert_calibrated<B: SecondMoments>(
     let choice = |id| choices.get(&id).copied();
     let finished = Recovery { output, place: &place, broken: Cell::new(false) };
     let request = Request { finished: Some(&finished), ..calibration.request(plan, &choice) };
-    let kept = |step: &Step| matches!(step.action, Action::Keep(_)) && !request.rewrites(step.id);
+    let kept = |step: &Step| !matches!(step.action, Action::Quantize(_)) && !request.rewrites(step.id);
     let mut outcomes = stream(source, plan, sink, None, &[], progress, kept)?;
     let mut layer = Vec::new();
     let held_out = driver::calibrate(backend, &source.config, source, &request, &mut |done| {
@@ -192,7 +192,7 @@ pub fn choose_settings<B: SecondMoments>(
 fn choices(plan: &Plan) -> BTreeMap<TensorId, Choice> {
     let quantized = plan.steps.iter().filter_map(|step| match step.action {
         Action::Quantize(scheme) => Some((step.id, Choice { scheme, inputs: step.inputs })),
-        Action::Keep(_) => None,
+        Action::Keep(_) | Action::Copy(_) => None,
     });
     quantized.collect()
 }
@@ -296,7 +296,7 @@ impl TensorSource for Written<'_> {
                 floats_from_bytes(dtype, &parts()?[0], &mut values);
                 Ok(Matrix::Dense(Dense::from_f32(vec![values.len()], &values)))
             }
-            Action::Keep(_) => self.source.read(id),
+            Action::Keep(_) | Action::Copy(_) => self.source.read(id),
         }
     }
 

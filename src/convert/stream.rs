@@ -15,7 +15,7 @@ use crate::method::solve::Outcome;
 use crate::names::TensorId;
 use crate::plan::{Action, Plan, Step};
 use crate::scheme::fit::{self, fit_under};
-use crate::scheme::{Distortion, Scheme};
+use crate::scheme::{Distortion, QTensor, Scheme};
 use crate::tensor::{Dtype, Matrix, bytes_from_floats, first_non_finite, floats_from_bytes};
 
 /// Returns the memory a conversion takes beside the program itself, whatever the model's size.
@@ -35,8 +35,9 @@ pub fn convert(
     hashes: &[FileHash],
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Vec<Outcome>> {
+    let known = |step: &Step| step.input_scale.is_none_or(|index| plan.outputs[index].fixed.is_some());
     ensure!(
-        plan.steps.iter().all(|step| step.input_scale.is_none()),
+        plan.steps.iter().all(known),
         "`{}` has scales that only calibration finds",
         plan.recipe.format.name
     );
@@ -148,11 +149,17 @@ fn run(
     weights: &mut Vec<f32>,
 ) -> Result<Distortion> {
     let matrix = source.read_rows(step.id, rows.clone())?;
+    if let Action::Copy(scheme) = step.action {
+        let parts = copy(source, matrix, scheme, plan, step, rows.clone())?;
+        write_rows(plan, sink, step, rows, &parts)?;
+        return Ok(Distortion::default());
+    }
     let [chunk_rows, cols] = matrix.dims();
     weights.resize(chunk_rows * cols, 0.0);
     matrix.decode_rows(0, weights);
     let first_row = rows.start;
     let (distortion, parts) = match step.action {
+        Action::Copy(_) => bail!("codes are copied, not converted"),
         Action::Keep(dtype) => {
             ensure_finite(weights, first_row, cols)?;
             let bytes = keep(&matrix, weights, dtype);
@@ -175,6 +182,25 @@ fn run(
     };
     write_rows(plan, sink, step, rows, &parts)?;
     Ok(distortion)
+}
+
+/// Returns the parts of rows whose codes and scales stay as they are: the stored bytes where source and output spell them
+/// alike, else the same numbers in the other spelling.
+fn copy(
+    source: &Checkpoint,
+    matrix: Matrix,
+    scheme: Scheme,
+    plan: &Plan,
+    step: &Step,
+    rows: Range<usize>,
+) -> Result<Vec<Vec<u8>>> {
+    if source.spells(step.id, plan.recipe.dialect, step.inputs) {
+        return Ok(source.read_parts(step.id, rows)?.into_iter().map(Into::into).collect());
+    }
+    match matrix {
+        Matrix::Quantized(q) => pack(&QTensor { scheme, ..q }, plan, step),
+        Matrix::Dense(_) => bail!("plain floats have no codes to copy"),
+    }
 }
 
 /// Returns what a number type loses of finite values.

@@ -255,12 +255,13 @@ impl Dialect for CompressedTensors {
             None => vec![],
             Some(bytes) => {
                 let divisor = unpack_scales(Codec::F32, bytes).context("`weight_global_scale`")?;
+                let factor = 1.0 / divisor[0];
                 ensure!(
-                    divisor[0] > 0.0,
-                    "`weight_global_scale` is {}, wanted a positive number",
+                    divisor[0] > 0.0 && factor.is_finite(),
+                    "`weight_global_scale` is {}, wanted a positive number whose reciprocal is finite",
                     divisor[0]
                 );
-                vec![1.0 / divisor[0]]
+                vec![factor]
             }
         };
         let (offsets, outer_offsets) = (vec![], vec![]);
@@ -339,7 +340,9 @@ fn unpack_scales(codec: Codec, bytes: &[u8]) -> Result<Vec<f32>> {
             scales
         }
     };
-    match scales.iter().position(|scale: &f32| !scale.is_finite()) {
+    // Of E4M3, engines read the magnitude, or clamp at 0: a negative scale has no one meaning.
+    let damaged = |scale: &f32| !scale.is_finite() || (codec == Codec::E4M3 && *scale < 0.0);
+    match scales.iter().position(damaged) {
         Some(at) => {
             bail!("scale {at} is {}; the file is damaged, or no scale was computed for it", scales[at])
         }
