@@ -17,24 +17,34 @@ fn kernel(name: &'static str, defines: &str) -> Kernel {
     Kernel::new(name, &defines.split_whitespace().collect::<Vec<_>>())
 }
 
-/// Returns all variants of the kernels that decode weights.
-fn decoding() -> Vec<Kernel> {
+/// One scheme of every kind: a scale alone, a scale per row, two levels with minima, a table.
+const FEW: [Scheme; 4] = [schemes::MXFP4, schemes::INT8, schemes::Q2_K, schemes::IQ4_XS];
+
+/// Returns the kernels that decode weights, for dense ones and these schemes.
+fn decoding(schemes: &[Scheme]) -> Vec<Kernel> {
     let dense = ["F32", "F16", "BF16"].map(|dtype| vec![format!("ELEMENT=DENSE_{dtype}")]);
-    let grouped = schemes::int8_grouped(128);
-    let stored = schemes::ALL.into_iter().chain(schemes::READ_ONLY).chain([grouped]);
-    let mut packed: Vec<Vec<String>> =
-        stored.map(|scheme| scheme_defines(&scheme_on_device(scheme, 1 << 12, 1 << 12))).collect();
-    packed.sort();
-    packed.dedup();
+    let packed = |schemes: &[Scheme]| -> Vec<Vec<String>> {
+        schemes.iter().map(|&scheme| scheme_defines(&scheme_on_device(scheme, 1 << 12, 1 << 12))).collect()
+    };
+    let mut every = [dense.to_vec(), packed(schemes)].concat();
+    every.sort();
+    every.dedup();
+    let in_all_shapes = [dense.to_vec(), packed(&FEW)].concat();
     let mut kernels = Vec::new();
-    for defines in dense.into_iter().chain(packed) {
+    for (number, defines) in every.into_iter().enumerate() {
         kernels.push(Kernel { name: "embed", defines: defines.clone() });
         for float in ["float", "f16"] {
             let with_output = defines.iter().cloned().chain([format!("Y={float}")]).collect();
             kernels.push(Kernel { name: "dequantize", defines: with_output });
         }
-        for (output, row_tiles, token_tiles, tokens, norm) in
-            [("F16", 1, 1, 1, 1), ("ADD", 2, 4, 32, 0), ("F32", 2, 2, 16, 0), ("SWIGLU", 1, 1, 8, 0)]
+        let shapes =
+            [("F16", 1, 1, 1, 1), ("ADD", 2, 4, 32, 0), ("F32", 2, 2, 16, 0), ("SWIGLU", 1, 1, 8, 0)];
+        // How a scheme is decoded and how a product is cut are apart in the source.
+        let all = in_all_shapes.contains(&defines);
+        for (output, row_tiles, token_tiles, tokens, norm) in shapes
+            .into_iter()
+            .enumerate()
+            .filter_map(|(at, shape)| (all || at == number % 4).then_some(shape))
         {
             let shape = [
                 format!("OUTPUT={output}"),
@@ -86,8 +96,9 @@ fn calibrating(schemes: &[Scheme]) -> Vec<Kernel> {
     kernels
 }
 
-fn variants() -> Vec<Kernel> {
-    let mut kernels = decoding();
+/// Returns all variants of the kernels that meet no scheme.
+fn plain() -> Vec<Kernel> {
+    let mut kernels = Vec::new();
     for x in ["float", "f16"] {
         let gradients = ["rms_norm_gradient", "row_energies", "scale_rows", "swiglu_gradient"];
         for rope in ["NEIGHBOURS=0 RUN=4", "NEIGHBOURS=0 RUN=1", "NEIGHBOURS=1 RUN=1"] {
@@ -169,8 +180,9 @@ fn every_kernel_compiles_for_ampere_hopper_and_blackwell() {
         return;
     }
     let grouped = [schemes::int8_grouped(128), schemes::int8_grouped(64), schemes::int4_grouped(32)];
-    let every: Vec<Scheme> = schemes::ALL.into_iter().chain(grouped).collect();
-    let kernels = [variants(), calibrating(&every)].concat();
+    let written = [&schemes::ALL[..], &grouped].concat();
+    let stored = [&written[..], &schemes::READ_ONLY].concat();
+    let kernels = [plain(), decoding(&stored), calibrating(&written)].concat();
     for name in names() {
         assert!(
             kernels.iter().any(|kernel| kernel.name == name),
@@ -178,8 +190,8 @@ fn every_kernel_compiles_for_ampere_hopper_and_blackwell() {
         );
     }
     // Architectures differ in a few lines of common.cuh and in the instructions they have, not in how definitions combine:
-    // every combination on one of them, every definition on the others.
-    let some = cover(&kernels);
+    // every scheme and combination on one of them, every definition on the others.
+    let some = cover(&[plain(), decoding(&FEW), calibrating(&FEW)].concat());
     let work: Vec<(&str, &Kernel)> = [("sm_80", &some), ("sm_90a", &kernels), ("sm_100", &some)]
         .into_iter()
         .flat_map(|(architecture, kernels)| kernels.iter().map(move |kernel| (architecture, kernel)))

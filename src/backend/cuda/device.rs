@@ -18,6 +18,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::compile::{self, Kernel};
 use super::library;
+use super::signature::{self, Parameter};
 
 /// Bytes on the device; freed in stream order.
 pub struct Buffer(CudaSlice<u8>);
@@ -49,6 +50,25 @@ pub enum Arg<'a> {
     Struct(&'a [u64]),
 }
 
+impl Arg<'_> {
+    /// Returns the parameter that it is for.
+    fn parameter(&self) -> Parameter {
+        match self {
+            Arg::Pointer(_) => Parameter::Pointer,
+            Arg::U32(_) => Parameter::U32,
+            Arg::U64(_) => Parameter::U64,
+            Arg::F32(_) => Parameter::F32,
+            Arg::Struct(_) => Parameter::Struct,
+        }
+    }
+}
+
+/// A kernel on the device.
+struct Loaded {
+    function: CudaFunction,
+    parameters: Vec<Parameter>,
+}
+
 /// Threads of a launch.
 #[derive(Clone, Copy, Debug)]
 pub struct Geometry {
@@ -77,7 +97,7 @@ pub struct Device {
     /// Most bytes a block can have.
     shared_memory: u32,
     multiprocessors: usize,
-    functions: Mutex<HashMap<Kernel, CudaFunction>>,
+    functions: Mutex<HashMap<Kernel, Arc<Loaded>>>,
     staging: Mutex<Option<Staging>>,
 }
 
@@ -154,10 +174,11 @@ impl Device {
         self.stream.synchronize().context("work on the GPU failed")
     }
 
-    /// Allocates memory with unknown contents.
+    /// Allocates memory with unknown contents, which the user writes before it is read. In builds with debug assertions they are
+    /// zeros, so that a test gives the same result each time even if something is missed.
     #[allow(unsafe_code)]
     pub fn allocate(&self, bytes: usize) -> Result<Buffer> {
-        // SAFETY: bytes of any value are valid u8; every user writes a buffer wholly before it is read.
+        // SAFETY: bytes of any value are valid u8, and only kernels see them before something is written.
         let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) };
         let slice = slice.with_context(|| {
             let (free, total) = self.memory().unwrap_or_default();
@@ -169,7 +190,11 @@ impl Device {
                 mib(total)
             )
         })?;
-        Ok(Buffer(slice))
+        let mut buffer = Buffer(slice);
+        if cfg!(debug_assertions) {
+            self.stream.memset_zeros(&mut buffer.0).context("writing zeros on the GPU failed")?;
+        }
+        Ok(buffer)
     }
 
     /// Copies bytes to the device.
@@ -279,7 +304,8 @@ impl Device {
         Ok(Buffer(self.stream.clone_dtod(&buffer.0)?))
     }
 
-    /// Queues a kernel. The caller keeps the contract in the kernel's header: argument order and types, sizes, alignment.
+    /// Queues a kernel. Its source says what it takes, which is checked; sizes, alignment and the layout of structs are
+    /// the caller's to keep, as the kernel's header says.
     pub fn launch(&self, kernel: Kernel, geometry: Geometry, args: &[Arg]) -> Result<()> {
         self.queue(kernel, geometry, args, false)
     }
@@ -298,7 +324,13 @@ impl Device {
         }
         ensure!(y <= 65535 && z <= 65535 && x < 1 << 31, "kernel `{}`: grid {x} x {y} x {z}", kernel.name);
         let name = kernel.name;
-        let function = self.function(kernel, geometry.shared)?;
+        let loaded = self.loaded(kernel, geometry.shared)?;
+        ensure!(
+            args.iter().map(Arg::parameter).eq(loaded.parameters.iter().copied()),
+            "kernel `{name}` takes {:?}, not {:?}",
+            loaded.parameters,
+            args.iter().map(Arg::parameter).collect::<Vec<_>>()
+        );
         let mut addresses: Vec<*mut c_void> = args
             .iter()
             .map(|arg| match arg {
@@ -327,10 +359,12 @@ impl Device {
             numAttrs: u32::from(overlapping),
         };
         self.context.bind_to_thread()?;
-        // SAFETY: the arguments live until the call returns, which copies them; memory they point to is freed in stream
-        // order, so after this kernel; sizes and types are the launcher's contract, checked by tests/parity.
+        // SAFETY: the arguments are as many and of such types as the kernel's source says, and live until the call
+        // returns, which copies them; memory they point to is freed in stream order, so after this kernel; sizes are the
+        // launcher's contract, checked by tests/parity.
         unsafe {
-            cuLaunchKernelEx(&raw const config, function.cu_function(), addresses.as_mut_ptr(), null_mut())
+            let function = loaded.function.cu_function();
+            cuLaunchKernelEx(&raw const config, function, addresses.as_mut_ptr(), null_mut())
         }
         .result()
         .with_context(|| format!("kernel `{name}` does not start"))
@@ -348,10 +382,10 @@ impl Device {
     }
 
     /// Returns the compiled and loaded kernel.
-    fn function(&self, kernel: Kernel, shared: u32) -> Result<CudaFunction> {
+    fn loaded(&self, kernel: Kernel, shared: u32) -> Result<Arc<Loaded>> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = functions.get(&kernel) {
-            return Ok(function.clone());
+        if let Some(loaded) = functions.get(&kernel) {
+            return Ok(loaded.clone());
         }
         ensure!(
             shared <= self.shared_memory,
@@ -359,6 +393,7 @@ impl Device {
             kernel.name,
             self.shared_memory
         );
+        let parameters = signature::of(&kernel.source()?, kernel.name)?;
         let code = compile::compile(&kernel, &self.architecture)?;
         let module = self.context.load_module(Ptx::from_binary(code));
         let function = module
@@ -366,8 +401,9 @@ impl Device {
             .with_context(|| format!("kernel `{}` does not load", kernel.name))?;
         self.allow_shared_memory(&function)
             .with_context(|| format!("kernel `{}` gets no shared memory", kernel.name))?;
-        functions.insert(kernel, function.clone());
-        Ok(function)
+        let loaded = Arc::new(Loaded { function, parameters });
+        functions.insert(kernel, loaded.clone());
+        Ok(loaded)
     }
 }
 

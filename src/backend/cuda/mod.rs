@@ -46,6 +46,7 @@ mod linear;
 mod loss;
 mod matvec;
 pub mod rates;
+mod signature;
 mod solve;
 mod tensor;
 mod weight;
