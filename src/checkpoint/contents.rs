@@ -5,135 +5,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::folder::{OpenedFolder, some_of};
 use super::foreign;
 use super::{Location, Stored, TensorInfo};
-use crate::container::gguf::Gguf;
+use crate::container::text::some_of;
 use crate::container::{InputFile, Located, Storage};
-use crate::dialect::compressed_tensors::{CompressedTensors, INPUT_SCALE, KV_SCALES};
-use crate::dialect::{self, Dialect};
-use crate::model::config::Config;
+use crate::dialect::Dialect;
+use crate::dialect::opened::{Encoding, Opened, Parts};
 use crate::names::{Role, TensorId};
-use crate::num::Codec;
 use crate::rows::Place;
-use crate::scheme::{Activations, Scheme};
-use crate::tensor::{Dtype, floats_from_bytes};
+use crate::scheme::Activations;
 
 /// The tensors of a model, and where each lies.
 #[derive(Default)]
 pub(super) struct Contents {
     pub(super) tensors: BTreeMap<TensorId, TensorInfo>,
     pub(super) locations: BTreeMap<TensorId, Location>,
-    /// Scales of an FP8 cache, of every layer's keys and values; empty without one.
-    pub(super) kv_scales: Vec<[f32; 2]>,
-}
-
-/// The stored parts of one tensor, by what follows the module path in their name.
-type Parts = BTreeMap<String, Located>;
-
-/// Understands a Hugging Face folder.
-pub(super) fn of_folder(opened: &OpenedFolder) -> Result<Contents> {
-    let quantization = opened.quantization.as_ref();
-    let (scales, tensors): (Vec<Located>, Vec<Located>) =
-        opened.tensors.iter().cloned().partition(|tensor| is_kv_scale(&tensor.spec.name));
-    let fp8_cache = quantization.is_some_and(|quantization| quantization.has_fp8_cache());
-    let kv_scales = kv_scales(opened, &scales, fp8_cache)?;
-    if quantization.is_none()
-        && let Some(refusal) = foreign::quantized_by(tensors.iter().map(|tensor| tensor.spec.name.as_str()))
-    {
-        bail!(refusal);
-    }
-    let contents = assign(&opened.config, &CompressedTensors, &tensors, |wanted, mut parts| {
-        let linear = wanted.id.role.is_linear() || wanted.id.role == Role::Head;
-        let of_module = (quantization.filter(|_| wanted.shape.len() == 2))
-            .and_then(|quantization| quantization.of(wanted.place.module(), linear));
-        match of_module {
-            None => dense(wanted, parts),
-            Some((scheme, activations)) => {
-                let scheme = with_stored_scale(scheme, &parts);
-                let rounding = input_rounding(opened, activations, &mut parts)?;
-                let (stored, parts) =
-                    quantized(&CompressedTensors, scheme, activations, wanted, parts, &opened.files)?;
-                Ok(Described { stored, rounding, parts })
-            }
-        }
-    });
-    Ok(Contents { kv_scales, ..contents? })
-}
-
-fn is_kv_scale(name: &str) -> bool {
-    KV_SCALES.iter().any(|scale| name.strip_suffix(scale).is_some_and(|rest| rest.ends_with(".self_attn.")))
-}
-
-/// Reads the scales of every layer's keys and values, of one value each.
-fn kv_scales(opened: &OpenedFolder, found: &[Located], fp8_cache: bool) -> Result<Vec<[f32; 2]>> {
-    if !fp8_cache {
-        let stray: Vec<_> = found.iter().map(|tensor| &tensor.spec.name).collect();
-        ensure!(found.is_empty(), "`kv_cache_scheme` is null, but there are scales: {}", some_of(&stray));
-        return Ok(Vec::new());
-    }
-    let read = |layer: usize, scale: &str| -> Result<f32> {
-        let name = format!("model.layers.{layer}.self_attn.{scale}");
-        let tensor = found.iter().find(|tensor| tensor.spec.name == name);
-        let tensor = tensor.with_context(|| format!("`{name}` is missing; `kv_cache_scheme` asks for it"))?;
-        read_scale(opened, tensor)
-    };
-    (0..opened.config.num_hidden_layers)
-        .map(|layer| Ok([read(layer, KV_SCALES[0])?, read(layer, KV_SCALES[1])?]))
-        .collect()
-}
-
-/// Reads a scale that stands alone: one number, finite and positive.
-fn read_scale(opened: &OpenedFolder, tensor: &Located) -> Result<f32> {
-    let name = &tensor.spec.name;
-    let Storage::Plain(dtype) = tensor.spec.storage else { bail!("`{name}`: wanted a number") };
-    ensure!(
-        dtype.is_float() && tensor.spec.shape.iter().product::<usize>() == 1,
-        "`{name}`: found {dtype} of shape {:?}; wanted one number",
-        tensor.spec.shape
-    );
-    let bytes = opened.files[tensor.file].read(tensor.start, tensor.spec.bytes())?;
-    let mut value = [0.0];
-    floats_from_bytes(dtype, &bytes, &mut value);
-    ensure!(value[0].is_finite() && value[0] > 0.0, "`{name}` is {}; wanted more than 0", value[0]);
-    Ok(value[0])
-}
-
-/// Returns what a linear does to its inputs, by the scale that lies beside its weight, which is taken from `parts`.
-fn input_rounding(
-    opened: &OpenedFolder,
-    activations: Activations,
-    parts: &mut Parts,
-) -> Result<Activations<f32>> {
-    let scale = parts.remove(INPUT_SCALE);
-    ensure!(
-        activations.is_static() || scale.is_none(),
-        "there is an `input_scale`, but `input_activations` do not ask for one"
-    );
-    activations.with_scale(|| {
-        let wanted = "`input_scale` is missing; `input_activations` with `dynamic` false ask for it";
-        read_scale(opened, &scale.context(wanted)?)
-    })
-}
-
-/// Understands a GGUF file.
-pub(super) fn of_gguf(config: &Config, gguf: &Gguf) -> Result<Contents> {
-    // These are part of the configuration already.
-    let divisors = |name: &str| TensorId::from_gguf(name).is_some_and(|id| id.role.is_rope_divisors());
-    let tensors: Vec<_> =
-        gguf.tensors.iter().filter(|tensor| !divisors(&tensor.spec.name)).cloned().collect();
-    assign(config, &dialect::gguf::Gguf, &tensors, |wanted, parts| {
-        let kind = parts.values().find_map(|part| match part.spec.storage {
-            Storage::Ggml(kind) => Some(kind),
-            Storage::Plain(_) => None,
-        });
-        let Some(kind) = kind else { return dense(wanted, parts) };
-        let scheme = dialect::gguf::scheme_of(kind)
-            .with_context(|| format!("no scheme is known for {kind:?} of `{}`", wanted.place.name))?;
-        let (stored, parts) =
-            quantized(&dialect::gguf::Gguf, scheme, Activations::Full, wanted, parts, &gguf.files)?;
-        Ok(Described { stored, rounding: Activations::Full, parts })
-    })
 }
 
 /// A tensor that the configuration asks for.
@@ -152,13 +38,14 @@ struct Described {
     parts: Vec<Located>,
 }
 
-/// Finds each tensor that the configuration asks for where `dialect` keeps it, as `describe` understands its parts.
-fn assign(
-    config: &Config,
-    dialect: &dyn Dialect,
-    tensors: &[Located],
-    describe: impl Fn(&Wanted, Parts) -> Result<Described>,
-) -> Result<Contents> {
+/// Finds each tensor that the configuration asks for where `dialect` keeps it.
+pub(super) fn of(dialect: &dyn Dialect, opened: &Opened, files: &[InputFile]) -> Result<Contents> {
+    let Opened { config, tensors, encoding, .. } = opened;
+    if encoding.is_none()
+        && let Some(refusal) = foreign::quantized_by(tensors.iter().map(|tensor| tensor.spec.name.as_str()))
+    {
+        bail!(refusal);
+    }
     let stored: BTreeMap<&str, &Located> = tensors.iter().map(|t| (t.spec.name.as_str(), t)).collect();
     let (mut contents, mut missing, mut used) = (Contents::default(), Vec::new(), BTreeSet::new());
     for (id, shape) in config.expected_tensors() {
@@ -174,7 +61,7 @@ fn assign(
         let bytes = parts.values().map(|part| share(part.spec.bytes())).sum();
         let wanted = Wanted { id, shape: &shape, place: &place };
         let Described { stored, rounding, parts } =
-            describe(&wanted, parts).with_context(|| format!("`{id}`"))?;
+            describe(dialect, opened, &wanted, parts, files).with_context(|| format!("`{id}`"))?;
         contents.tensors.insert(id, TensorInfo { shape, stored, bytes, rounding });
         contents.locations.insert(id, Location { place, parts });
     }
@@ -225,6 +112,24 @@ fn parts_at(place: &Place, stored: &BTreeMap<&str, &Located>) -> Parts {
     whole.into_iter().chain(parts).filter_map(named).collect()
 }
 
+/// Understands a tensor by its stored parts.
+fn describe(
+    dialect: &dyn Dialect,
+    opened: &Opened,
+    wanted: &Wanted,
+    mut parts: Parts,
+    files: &[InputFile],
+) -> Result<Described> {
+    let encoding = match &opened.encoding {
+        Some(encoding) => encoding(wanted.id, wanted.shape, wanted.place, &mut parts)?,
+        None => None,
+    };
+    match encoding {
+        None => dense(wanted, parts),
+        Some(encoding) => quantized(dialect, encoding, wanted, parts, files),
+    }
+}
+
 /// Understands a tensor of plain floats.
 fn dense(wanted: &Wanted, parts: Parts) -> Result<Described> {
     let (suffixes, mut located): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
@@ -248,12 +153,11 @@ fn dense(wanted: &Wanted, parts: Parts) -> Result<Described> {
 /// Understands a tensor that `dialect` spells in parts; `fixed` parts are compared here and not kept.
 fn quantized(
     dialect: &dyn Dialect,
-    scheme: Scheme,
-    activations: Activations,
+    Encoding { scheme, activations, rounding }: Encoding,
     tensor: &Wanted,
     mut parts: Parts,
     files: &[InputFile],
-) -> Result<(Stored, Vec<Located>)> {
+) -> Result<Described> {
     let &[_, cols] = tensor.shape else {
         bail!("found quantized parts, wanted a plain vector {:?}", tensor.shape)
     };
@@ -287,19 +191,7 @@ fn quantized(
     }
     let surplus: Vec<_> = parts.keys().collect();
     ensure!(surplus.is_empty(), "{} is not part of `{}` and not supported", some_of(&surplus), scheme.name);
-    Ok((Stored::Quantized(scheme, activations), located))
-}
-
-/// Returns the scheme with the scale type that is stored: the configuration leaves it to the model's number type.
-fn with_stored_scale(scheme: Scheme, parts: &Parts) -> Scheme {
-    let stored = parts.get("weight_scale").map(|part| part.spec.storage);
-    let scale = match (scheme.scale, stored) {
-        (Codec::F32 | Codec::F16 | Codec::BF16, Some(Storage::Plain(Dtype::F32))) => Codec::F32,
-        (Codec::F32 | Codec::F16 | Codec::BF16, Some(Storage::Plain(Dtype::F16))) => Codec::F16,
-        (Codec::F32 | Codec::F16 | Codec::BF16, Some(Storage::Plain(Dtype::BF16))) => Codec::BF16,
-        (codec, _) => codec,
-    };
-    Scheme { scale, ..scheme }
+    Ok(Described { stored: Stored::Quantized(scheme, activations), rounding, parts: located })
 }
 
 fn ensure_shape(part: &Located, wanted: &[usize]) -> Result<()> {

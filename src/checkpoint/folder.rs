@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
-use serde_json::Value;
 
 use super::foreign;
 use crate::container::gguf::is_gguf;
 use crate::container::safetensors::{Safetensors, is_safetensors};
+use crate::container::text::some_of;
 use crate::container::{InputFile, Located, text};
-use crate::dialect::compressed_tensors::config::Quantization;
+use crate::dialect::opened::Folder;
 use crate::model::config::Config;
 
 /// The index of a sharded checkpoint.
@@ -76,18 +76,8 @@ pub(super) fn kind_of(path: &Path) -> Result<Kind> {
     bail!("{shown}: wanted a folder, a `.safetensors` or a GGUF file")
 }
 
-/// An opened folder, tensors not yet understood.
-pub(super) struct OpenedFolder {
-    pub(super) config: Config,
-    pub(super) config_json: String,
-    /// What `quantization_config` says.
-    pub(super) quantization: Option<Quantization>,
-    pub(super) files: Vec<InputFile>,
-    pub(super) tensors: Vec<Located>,
-}
-
 /// Opens a folder: its configuration, and the header of every weight file (or only of `weights`).
-pub(super) fn open(folder: &Path, weights: Option<PathBuf>) -> Result<OpenedFolder> {
+pub(super) fn open(folder: &Path, weights: Option<PathBuf>) -> Result<Folder> {
     let config_path = folder.join("config.json");
     foreign::refuse_adapter(folder)?;
     foreign::refuse_dangling(folder, "config.json")?;
@@ -97,16 +87,12 @@ pub(super) fn open(folder: &Path, weights: Option<PathBuf>) -> Result<OpenedFold
     let config_json = text::read(&config_path)?;
     foreign::refuse_quantized(&json).with_context(|| format!("{}", config_path.display()))?;
     let config = Config::from_json(&json).with_context(|| format!("{}", config_path.display()))?;
-    let quantization = match json.get("quantization_config") {
-        None | Some(Value::Null) => None,
-        Some(json) => Some(Quantization::parse(json).with_context(|| format!("{}", config_path.display()))?),
-    };
     let paths = match weights {
         Some(path) => shards_with(path)?,
         None => weight_files(folder)?,
     };
     let (files, tensors) = open_files(&paths)?;
-    Ok(OpenedFolder { config, config_json, quantization, files, tensors })
+    Ok(Folder { config, config_json, json, files, tensors })
 }
 
 /// Which weight files of a repository make the model.
@@ -319,14 +305,4 @@ fn list(folder: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
-}
-
-/// Returns the first few of many names for a message.
-pub(super) fn some_of<T: AsRef<str>>(names: &[T]) -> String {
-    const SHOWN: usize = 6;
-    let mut text: Vec<_> = names.iter().take(SHOWN).map(|name| format!("`{}`", name.as_ref())).collect();
-    if names.len() > SHOWN {
-        text.push(format!("and {} more", names.len() - SHOWN));
-    }
-    text.join(", ")
 }

@@ -7,6 +7,8 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
+use crate::dialect::DIALECTS;
+
 /// The cure for every quantized source.
 const ORIGINAL: &str = "name the original model in BF16, F16 or F32 instead";
 
@@ -46,7 +48,7 @@ pub(super) fn refuse_adapter(folder: &Path) -> Result<()> {
 pub(super) fn refuse_quantized(config: &Value) -> Result<()> {
     let method = |key: &str| config[key]["quant_method"].as_str();
     match method("quantization_config") {
-        Some("compressed-tensors") => Ok(()),
+        Some(method) if DIALECTS.iter().any(|dialect| dialect.quant_method() == Some(method)) => Ok(()),
         Some(method) => bail!(
             "the model is already quantized by `{method}` (`quantization_config`), which is not read; {ORIGINAL}"
         ),

@@ -19,6 +19,7 @@ use bytes::Bytes;
 
 use crate::container::gguf::{Gguf, Metadata};
 use crate::container::{InputFile, Located};
+use crate::dialect::opened::Files;
 use crate::dialect::{self, Dialect};
 use crate::model::config::Config;
 use crate::model::tokenizer::{NO_TOKENIZER, Tokenizer, TokenizerFiles};
@@ -70,6 +71,8 @@ pub struct Checkpoint {
     locations: BTreeMap<TensorId, Location>,
     /// Scales of an FP8 cache of keys and values by layer; empty without one.
     kv_scales: Vec<[f32; 2]>,
+    /// The mix that its files name.
+    format: Option<String>,
     files: Vec<InputFile>,
     /// Where it is a folder.
     folder: Option<Folder>,
@@ -99,47 +102,38 @@ impl Checkpoint {
     /// Everything that headers can show: damaged files, missing shards, unknown architectures, tensors that are missing,
     /// unknown or of the wrong shape. Each names the file and tensor, what was found and wanted, and the cure.
     pub fn open(path: &Path) -> Result<Self> {
-        match folder::kind_of(path)? {
-            folder::Kind::Gguf => Self::open_gguf(path),
-            folder::Kind::Folder { folder, weights } => Self::open_folder(path, folder, weights),
-        }
-    }
-
-    fn open_folder(path: &Path, folder: PathBuf, weights: Option<PathBuf>) -> Result<Self> {
         let shown = || format!("{}", path.display());
-        let mut opened = folder::open(&folder, weights)?;
-        let note = tied::settle(&mut opened).with_context(shown)?;
-        let contents = contents::of_folder(&opened).with_context(shown)?;
-        Ok(Checkpoint {
-            path: path.to_path_buf(),
-            config: opened.config,
-            notes: note.into_iter().collect(),
-            tensors: contents.tensors,
-            locations: contents.locations,
-            kv_scales: contents.kv_scales,
-            files: opened.files,
-            folder: Some(Folder { path: folder, config_json: opened.config_json }),
-            metadata: None,
-            dialect: &dialect::compressed_tensors::CompressedTensors,
-        })
-    }
-
-    fn open_gguf(path: &Path) -> Result<Self> {
-        let gguf = Gguf::open(path)?;
-        let shown = || format!("{}", path.display());
-        let config = dialect::gguf::metadata::read(&gguf).with_context(shown)?;
-        let contents = contents::of_gguf(&config, &gguf).with_context(shown)?;
+        let (files, place, notes) = match folder::kind_of(path)? {
+            folder::Kind::Gguf => (Files::Gguf(Gguf::open(path)?), None, Vec::new()),
+            folder::Kind::Folder { folder, weights } => {
+                let mut opened = folder::open(&folder, weights)?;
+                let note = tied::settle(&mut opened).with_context(shown)?;
+                (Files::Folder(opened), Some(folder), note.into_iter().collect())
+            }
+        };
+        let (dialect, contents, config, kv_scales, format) = {
+            let (dialect, opened) = dialect::open(&files).with_context(shown)?;
+            let contents = contents::of(dialect, &opened, files.files()).with_context(shown)?;
+            (dialect, contents, opened.config, opened.kv_scales, opened.format)
+        };
+        let (files, folder, metadata) = match files {
+            Files::Gguf(gguf) => (gguf.files, None, Some(gguf.metadata)),
+            Files::Folder(dialect::opened::Folder { files, config_json, .. }) => {
+                (files, place.map(|path| Folder { path, config_json }), None)
+            }
+        };
         Ok(Checkpoint {
             path: path.to_path_buf(),
             config,
-            notes: Vec::new(),
+            notes,
             tensors: contents.tensors,
             locations: contents.locations,
-            kv_scales: contents.kv_scales,
-            files: gguf.files,
-            folder: None,
-            metadata: Some(gguf.metadata),
-            dialect: &dialect::gguf::Gguf,
+            kv_scales,
+            format,
+            files,
+            folder,
+            metadata,
+            dialect,
         })
     }
 
@@ -231,8 +225,7 @@ impl Checkpoint {
     /// If there is none, or a GGUF file's keys do not make one.
     pub fn tokenizer_files(&self) -> Result<TokenizerFiles> {
         if let Some(metadata) = &self.metadata {
-            return dialect::gguf::tokenizer::read(metadata)
-                .with_context(|| format!("{}", self.path.display()));
+            return self.dialect.tokenizer(metadata).with_context(|| format!("{}", self.path.display()));
         }
         let folder = self.folder().unwrap_or(&self.path);
         TokenizerFiles::read(folder)?.with_context(|| format!("{}: {}", folder.display(), NO_TOKENIZER))
@@ -303,8 +296,7 @@ impl Checkpoint {
     /// Returns what reports call the model's format: the mix a GGUF file names (`q4_k_m`), else that of most
     /// weights (`bf16`, `mxfp4`, `int8-w8a8`).
     pub fn format_name(&self) -> String {
-        let named = self.metadata.as_ref().and_then(dialect::gguf::metadata::format);
-        named.map_or_else(|| contents::main_format(&self.tensors), str::to_string)
+        self.format.clone().unwrap_or_else(|| contents::main_format(&self.tensors))
     }
 }
 

@@ -5,8 +5,9 @@
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::folder::{OpenedFolder, same_bytes};
+use super::folder::same_bytes;
 use crate::container::{Located, Storage};
+use crate::dialect::opened::Folder;
 use crate::tensor::floats_from_bytes;
 
 const EMBED: &str = "model.embed_tokens.weight";
@@ -14,7 +15,7 @@ const HEAD: &str = "lm_head.weight";
 
 /// Settles what the stored head of a tied model is, in its tensors and its configuration. Returns what a user
 /// must know.
-pub(super) fn settle(opened: &mut OpenedFolder) -> Result<Option<String>> {
+pub(super) fn settle(opened: &mut Folder) -> Result<Option<String>> {
     let head = opened.tensors.iter().position(|tensor| tensor.spec.name.starts_with("lm_head."));
     let Some(head) = head.filter(|_| opened.config.tie_word_embeddings) else { return Ok(None) };
     let embed = opened.tensors.iter().find(|tensor| tensor.spec.name.starts_with("model.embed_tokens."));
@@ -38,7 +39,7 @@ pub(super) fn settle(opened: &mut OpenedFolder) -> Result<Option<String>> {
 }
 
 /// Whether two matrices hold the same numbers, be they of different types.
-fn same_values(opened: &OpenedFolder, a: &Located, b: &Located) -> Result<bool> {
+fn same_values(opened: &Folder, a: &Located, b: &Located) -> Result<bool> {
     let (Storage::Plain(x), Storage::Plain(y)) = (a.spec.storage, b.spec.storage) else { return Ok(false) };
     if x == y || !x.is_float() || !y.is_float() || a.spec.shape != b.spec.shape {
         return same_bytes(&opened.files, a, b);

@@ -86,6 +86,16 @@ pub fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Returns the first few of many names for a message.
+pub fn some_of<T: AsRef<str>>(names: &[T]) -> String {
+    const SHOWN: usize = 6;
+    let mut text: Vec<_> = names.iter().take(SHOWN).map(|name| format!("`{}`", name.as_ref())).collect();
+    if names.len() > SHOWN {
+        text.push(format!("and {} more", names.len() - SHOWN));
+    }
+    text.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@
 use anyhow::{Result, bail};
 
 use super::hugging_face::{self, Configuration};
+use super::opened::{Files, Opened};
 use super::{Description, Dialect, Part, Surroundings};
 use crate::loaders::Loads::{If, No, Unchecked, Yes};
 use crate::loaders::{Row, always};
@@ -35,6 +36,20 @@ const ROWS: &[Row] = &[
 impl Dialect for Dense {
     fn name(&self) -> &'static str {
         "dense"
+    }
+
+    fn open<'a>(&self, files: &'a Files) -> Result<Option<Opened<'a>>> {
+        let Files::Folder(folder) = files else { return Ok(None) };
+        if folder.json.get("quantization_config").is_some_and(|quantization| !quantization.is_null()) {
+            return Ok(None);
+        }
+        Ok(Some(Opened {
+            config: folder.config.clone(),
+            tensors: folder.tensors.clone(),
+            kv_scales: Vec::new(),
+            format: None,
+            encoding: None,
+        }))
     }
 
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {

@@ -5,8 +5,11 @@ pub mod compressed_tensors;
 mod dense;
 pub mod gguf;
 pub mod hugging_face;
+pub mod opened;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+
+use self::opened::{Files, Opened};
 
 use crate::container::Storage;
 use crate::container::gguf::Metadata;
@@ -80,6 +83,25 @@ pub trait Dialect: Sync {
     /// Returns the name users type after `--dialect`.
     fn name(&self) -> &'static str;
 
+    /// Reads a model's files; `None` if they are not of this ecosystem.
+    ///
+    /// # Errors
+    /// Name what the files say that is not read.
+    fn open<'a>(&self, files: &'a Files) -> Result<Option<Opened<'a>>>;
+
+    /// Returns the `quant_method` in `config.json` of its folders, if they have one.
+    fn quant_method(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Returns the tokenizer that lies in a file's metadata.
+    ///
+    /// # Errors
+    /// If there is none, or its keys do not make one.
+    fn tokenizer(&self, _metadata: &Metadata) -> Result<TokenizerFiles> {
+        bail!("dialect `{}` keeps tokenizers in files of their own", self.name())
+    }
+
     /// Returns where this ecosystem keeps a tensor of `rows` rows (elements of a vector): in which stored tensor, and in
     /// which rows of it.
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place;
@@ -144,6 +166,20 @@ pub trait Dialect: Sync {
 
 /// All dialects.
 pub const DIALECTS: [&dyn Dialect; 3] = [&compressed_tensors::CompressedTensors, &gguf::Gguf, &dense::Dense];
+
+/// Returns the first dialect whose files these are, and what it reads of them.
+///
+/// # Errors
+/// Those of [`Dialect::open`]; if they are of none.
+pub fn open(files: &Files) -> Result<(&'static dyn Dialect, Opened<'_>)> {
+    for dialect in DIALECTS {
+        if let Some(opened) = dialect.open(files)? {
+            return Ok((dialect, opened));
+        }
+    }
+    let known: Vec<_> = DIALECTS.iter().map(|dialect| dialect.name()).collect();
+    bail!("the files are of no dialect that is read ({})", known.join(", "))
+}
 
 /// Returns the dialect of that name.
 pub fn by_name(name: &str) -> Option<&'static dyn Dialect> {

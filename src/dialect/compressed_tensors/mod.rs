@@ -13,6 +13,7 @@
 
 pub mod config;
 mod loaders;
+mod open;
 
 use anyhow::{Context, Result, bail, ensure};
 use multiversion::multiversion;
@@ -20,6 +21,7 @@ use rayon::prelude::*;
 
 use self::config::Quantization;
 use super::hugging_face::{self, Configuration};
+use super::opened::{Files, Opened};
 use super::{Description, Dialect, Part, Surroundings};
 use crate::container::Storage;
 use crate::loaders::Row;
@@ -121,6 +123,17 @@ fn is_ours(scheme: &Scheme) -> bool {
 impl Dialect for CompressedTensors {
     fn name(&self) -> &'static str {
         "compressed-tensors"
+    }
+
+    fn open<'a>(&self, files: &'a Files) -> Result<Option<Opened<'a>>> {
+        match files {
+            Files::Folder(folder) => open::open(folder),
+            Files::Gguf(_) => Ok(None),
+        }
+    }
+
+    fn quant_method(&self) -> Option<&'static str> {
+        Some(self.name())
     }
 
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {

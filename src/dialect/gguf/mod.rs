@@ -8,6 +8,7 @@ mod keys;
 mod loaders;
 pub mod metadata;
 mod mixture;
+mod open;
 mod pre_tokenizer;
 mod rope;
 pub mod tokenizer;
@@ -16,12 +17,14 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use rayon::prelude::*;
 
 use self::blocks::{Block, BlockMut, LAYOUTS, Layout};
+use super::opened::{Files, Opened};
 use super::{Description, Dialect, Part, Surroundings};
 use crate::backend::Pairing;
 use crate::container::Storage;
-use crate::container::gguf::GgmlType;
+use crate::container::gguf::{GgmlType, Metadata};
 use crate::loaders::Row;
 use crate::model::config::Config;
+use crate::model::tokenizer::TokenizerFiles;
 use crate::names::{Role, TensorId};
 use crate::rows::{Place, RowMap};
 use crate::scheme::{Activations, QTensor, Scheme};
@@ -56,6 +59,17 @@ fn layout(scheme: &Scheme) -> Result<&'static Layout> {
 impl Dialect for Gguf {
     fn name(&self) -> &'static str {
         "gguf"
+    }
+
+    fn open<'a>(&self, files: &'a Files) -> Result<Option<Opened<'a>>> {
+        match files {
+            Files::Folder(_) => Ok(None),
+            Files::Gguf(gguf) => open::open(gguf).map(Some),
+        }
+    }
+
+    fn tokenizer(&self, metadata: &Metadata) -> Result<TokenizerFiles> {
+        tokenizer::read(metadata)
     }
 
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {
