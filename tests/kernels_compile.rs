@@ -181,7 +181,7 @@ fn every_kernel_compiles_for_ampere_hopper_and_blackwell() {
     }
     let grouped = [schemes::int8_grouped(128), schemes::int8_grouped(64), schemes::int4_grouped(32)];
     let written = [&schemes::ALL[..], &grouped].concat();
-    let stored = [&written[..], &schemes::READ_ONLY].concat();
+    let stored = [&schemes::ALL[..], &schemes::READ_ONLY, &grouped[..1]].concat();
     let kernels = [plain(), decoding(&stored), calibrating(&written)].concat();
     for name in names() {
         assert!(

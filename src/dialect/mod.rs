@@ -46,6 +46,9 @@ impl Part {
     }
 }
 
+/// A matrix, the path of its module, and what it becomes; `None` if it is kept.
+pub type NamedMatrix = (TensorId, String, Option<(Scheme, Activations)>);
+
 /// What a dialect is told of an output to surround its weights.
 pub struct Description<'a> {
     /// The model.
@@ -56,8 +59,8 @@ pub struct Description<'a> {
     pub tokenizer: &'a dyn Fn() -> Result<TokenizerFiles>,
     /// Reads the files beside the source's weights, by name.
     pub side_files: &'a dyn Fn() -> Result<Vec<(String, Vec<u8>)>>,
-    /// Every matrix by the path of its module, with what it becomes, `None` if it is kept.
-    pub matrices: &'a [(TensorId, String, Option<(Scheme, Activations)>)],
+    /// Every matrix.
+    pub matrices: &'a [NamedMatrix],
     /// Number type of the embeddings, or of what they are unpacked to.
     pub dtype: Dtype,
     /// Whether the output asks for an FP8 cache of keys and values.
