@@ -30,6 +30,40 @@ def phi3(config, tensors):
             tensors[f"{layer}{fused}.weight"] = torch.cat([tensors.pop(f"{layer}{part}.weight") for part in parts])
 
 
+def renamed(name, model_type, **keys):
+    """Takes a model for one of another class, which stores the same tensors."""
+    return lambda config, tensors: config.update(keys | {"architectures": [name], "model_type": model_type})
+
+
+def mixtral(config, tensors):
+    """Takes Qwen3-MoE for Mixtral: names of experts, no norms of q and k."""
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None,
+               "num_local_experts": config.get("num_experts") or config["num_local_experts"],
+               "intermediate_size": config["moe_intermediate_size"]}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        new = name.replace(".mlp.", ".block_sparse_moe.")
+        for linear, short in [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")]:
+            new = new.replace(linear, short)
+        if "_norm.weight" not in name:
+            tensors[new] = tensor
+
+
+def minimax(config, tensors):
+    """The same for MiniMax M2: q and k normed as rows, a bias that chooses, half of each head turns."""
+    norms = {name: tensor for name, tensor in tensors.items() if name.endswith(("q_norm.weight", "k_norm.weight"))}
+    mixtral(config, tensors)
+    config |= {"architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "scoring_func": "sigmoid",
+               "rotary_dim": config["head_dim"] // 2}
+    config["rope_parameters"] = config["rope_parameters"] | {"partial_rotary_factor": 0.5}
+    for name, tensor in norms.items():
+        heads = config["num_attention_heads" if "q_norm" in name else "num_key_value_heads"]
+        tensors[name] = tensor.repeat(heads)
+    for layer in range(config["num_hidden_layers"]):
+        bias = torch.arange(config["num_local_experts"], dtype=torch.float32) % 3 / 10
+        tensors[f"model.layers.{layer}.block_sparse_moe.e_score_correction_bias"] = bias
+
+
 def with_keys(**keys):
     return lambda config, tensors: config.update(keys)
 
@@ -60,7 +94,13 @@ CASES = {
     "phi3, longrope, long": ("tiny-llama", longrope(256)),
     "qwen3": ("small-qwen3", []),
     "qwen3, yarn": ("small-qwen3", [YARN]),
+    "seed_oss": ("tiny-llama", [renamed("SeedOssForCausalLM", "seed_oss", attention_bias=False)]),
+    "smollm3": ("tiny-llama", [renamed("SmolLM3ForCausalLM", "smollm3", no_rope_layers=[1, 1, 1, 0, 1, 1],
+                                       use_sliding_window=False, sliding_window=None)]),
+    "ernie4_5": ("tiny-llama", [renamed("Ernie4_5ForCausalLM", "ernie4_5", use_bias=False)]),
     "qwen3_moe": ("tiny-qwen3-moe", []),
+    "mixtral": ("tiny-qwen3-moe", [mixtral]),
+    "minimax_m2": ("tiny-qwen3-moe", [minimax]),
 }
 
 

@@ -1,7 +1,7 @@
 //! Who can load an output, and why not: known before the first weight is read.
 //!
 //! Each dialect has a table; for each loader the first row that applies is the verdict. Facts were read in the source of the versions
-//! in [`LOADERS`] or found by running them. The four architectures this project reads are known to all of them.
+//! in [`LOADERS`] or found by running them. Whether a program knows an architecture is not asked here.
 
 use serde_json::{Value, json};
 

@@ -136,6 +136,16 @@ pub enum Part {
     Bias,
 }
 
+impl Part {
+    /// Returns what follows the module in names.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Part::Weight => "weight",
+            Part::Bias => "bias",
+        }
+    }
+}
+
 /// One tensor of a decoder model. Ordered by layer, then by place in the layer, as a forward pass meets them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TensorId {
@@ -193,7 +203,7 @@ impl TensorId {
 
     /// Returns the name of this part of the module that is called `module` in its layer or model.
     pub fn hf_name_as(&self, module: &str) -> String {
-        format!("{}.{}", self.hf_module_as(module), self.suffix())
+        format!("{}.{}", self.hf_module_as(module), self.part.suffix())
     }
 
     /// Returns the GGUF tensor name.
@@ -204,8 +214,8 @@ impl TensorId {
     /// Returns the GGUF name of this part of what is called `stem` in its layer or model.
     pub fn gguf_name_as(&self, stem: &str) -> String {
         match self.layer {
-            Some(layer) => format!("blk.{layer}.{stem}.{}", self.suffix()),
-            None => format!("{stem}.{}", self.suffix()),
+            Some(layer) => format!("blk.{layer}.{stem}.{}", self.part.suffix()),
+            None => format!("{stem}.{}", self.part.suffix()),
         }
     }
 
@@ -246,13 +256,6 @@ impl TensorId {
         let row = NAMES.iter().find(|row| column(row) == module && row.0.in_layer() == layer.is_some())?;
         let known = expert.is_none() || row.0.in_experts();
         known.then_some(TensorId { layer, expert, role: row.0, part })
-    }
-
-    fn suffix(&self) -> &'static str {
-        match self.part {
-            Part::Weight => "weight",
-            Part::Bias => "bias",
-        }
     }
 }
 

@@ -12,7 +12,9 @@ use quant::scheme::Activations;
 use quant::tensor::{Dtype, floats_from_bytes};
 use safetensors::SafeTensors;
 
-const NAMES: [&str; 19] = [
+const NAMES: [&str; 24] = [
+    "ernie4_5",
+    "glm4_moe",
     "llama2",
     "llama3",
     "llama3_old",
@@ -21,6 +23,7 @@ const NAMES: [&str; 19] = [
     "llama_longrope",
     "llama_longrope_short",
     "llama_yarn",
+    "minimax_m2",
     "mistral",
     "mixtral",
     "phi3",
@@ -32,6 +35,8 @@ const NAMES: [&str; 19] = [
     "qwen3",
     "qwen3_dynamic_old",
     "qwen3_moe",
+    "seed_oss",
+    "smollm3",
 ];
 
 fn golden(name: &str) -> PathBuf {

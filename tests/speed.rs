@@ -151,6 +151,7 @@ fn random_model(cuda: &Cuda, config: Config, rules: &[Rule]) -> Result<Model<Cud
         };
         layers.push(Layer {
             window: None,
+            turns: true,
             attn_norm: gain.clone(),
             q: linear(Role::Q)?,
             k: linear(Role::K)?,

@@ -102,7 +102,8 @@ fn parts_at(place: &Place, stored: &BTreeMap<&str, &Located>) -> Parts {
     let named = |(&name, &tensor): (&&str, &&Located)| {
         let suffix = match name.strip_prefix(prefix.as_str()) {
             None => (name == place.name).then_some("weight")?,
-            Some(suffix) if suffix == "bias" || suffix.contains('.') => return None,
+            // The biases of a linear and of a choice of experts are tensors of their own.
+            Some(suffix) if suffix.ends_with("bias") || suffix.contains('.') => return None,
             Some(suffix) => suffix,
         };
         Some((suffix.to_string(), tensor.clone()))

@@ -298,13 +298,23 @@ fn report_deviations(format: &str, plan: &Plan, outcomes: &[Outcome], printer: P
         ));
     }
     let nearest = plan.steps.iter().zip(outcomes).filter(|(_, outcome)| outcome.deviation.kept_nearest);
-    let nearest: Vec<String> = nearest.map(|(step, _)| step.id.to_string()).collect();
-    if let Some(first) = nearest.first() {
-        printer.note(format!(
-            "note: {format}: {} matrices keep their nearest codes, since calibrated ones were worse: {first}{}",
-            nearest.len(),
-            if nearest.len() > 1 { ", …" } else { "" }
-        ));
+    let (unseen, worse): (Vec<_>, Vec<_>) = nearest.partition(|(_, outcome)| outcome.tokens == Some(0));
+    for (matrices, reason) in
+        [(unseen, "no token of the calibration text reached them"), (worse, "calibrated ones were worse")]
+    {
+        if let Some((first, _)) = matrices.first() {
+            printer.note(format!(
+                "note: {format}: {} matrices keep their nearest codes, since {reason}: {}{}",
+                matrices.len(),
+                first.id,
+                if matrices.len() > 1 { ", …" } else { "" }
+            ));
+        }
+    }
+    let experts = plan.steps.iter().zip(outcomes).filter(|(step, _)| step.id.expert.is_some());
+    let tokens = || experts.clone().filter_map(|(_, outcome)| outcome.tokens);
+    if let (Some(fewest), Some(most)) = (tokens().min(), tokens().max()) {
+        printer.note(format!("note: {format}: experts were calibrated on {fewest} to {most} tokens each"));
     }
 }
 

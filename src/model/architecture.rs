@@ -1,5 +1,6 @@
 //! What llama.cpp makes of an architecture, beyond what the keys of its files say.
 
+use super::norms::QkNorm;
 use super::router::Scores;
 
 /// An architecture of GGUF files.
@@ -15,6 +16,10 @@ pub struct Architecture {
     /// Whether files name the window of attention (`attention.sliding_window`), 0 for none, though llama.cpp attends to all
     /// positions.
     pub names_window: bool,
+    /// Of this many layers the last does not turn queries and keys by their position; all others do.
+    pub still_layers: Option<usize>,
+    /// What norms of q and k go over, where a file has some.
+    pub qk_norm: QkNorm,
     /// What it does about experts, where files may have some.
     pub mixture: Option<GgufMixture>,
 }
@@ -29,6 +34,8 @@ pub struct GgufMixture {
     pub own_width: bool,
     /// Whether every layer has an expert that all tokens share, weighed for each.
     pub shared: bool,
+    /// Whether a bias is added to the scores that choose.
+    pub choice_bias: bool,
 }
 
 impl Architecture {
@@ -39,6 +46,8 @@ impl Architecture {
         partial_rotation: false,
         rope_divisors: false,
         names_window: false,
+        still_layers: None,
+        qk_norm: QkNorm::Heads,
         mixture: None,
     };
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use super::Model;
 use super::block::{Layer, LayerConstants};
 use super::linear::Linear;
+use super::norms::QkNorm;
 use crate::backend::gradients::Gradients;
 use crate::backend::{Backend, Batch};
 use crate::names::{Role, TensorId};
@@ -139,13 +140,14 @@ impl<B: Gradients> Back<'_, B> {
         let (shape, eps, back) = (&layer.attention(constants), constants.eps, constants.rope.reversed());
         let (qkv, sinks) = (attended.rotated.each_ref(), layer.sinks.as_ref());
         let [mut dq, mut dk, dv] = backend.attention_gradient(qkv, sinks, dmixed, shape, self.batch)?;
-        backend.rope(&mut dq, &back, self.batch)?;
-        backend.rope(&mut dk, &back, self.batch)?;
+        layer.turn(backend, [&mut dq, &mut dk], &back, self.batch)?;
         if let Some((q_gain, k_gain)) = &layer.qk_norm {
             let [q, k] = &attended.projected;
-            let width = shape.head_dim;
-            self.see(Role::QNorm, Met::Norm { x: q, dy: &dq, width })?;
-            self.see(Role::KNorm, Met::Norm { x: k, dy: &dk, width })?;
+            let norm = constants.qk_norm.unwrap_or(QkNorm::Heads);
+            let (of_q, of_k) =
+                (norm.width(shape.heads, shape.head_dim), norm.width(shape.kv_heads, shape.head_dim));
+            self.see(Role::QNorm, Met::Norm { x: q, dy: &dq, width: of_q })?;
+            self.see(Role::KNorm, Met::Norm { x: k, dy: &dk, width: of_k })?;
             dq = backend.rms_norm_gradient(q, q_gain, eps, &dq)?;
             dk = backend.rms_norm_gradient(k, k_gain, eps, &dk)?;
         }
@@ -170,8 +172,7 @@ impl<B: Gradients> Back<'_, B> {
             }
             None => (q.clone(), k.clone()),
         };
-        backend.rope(&mut turned_q, &constants.rope, self.batch)?;
-        backend.rope(&mut turned_k, &constants.rope, self.batch)?;
+        layer.turn(backend, [&mut turned_q, &mut turned_k], &constants.rope, self.batch)?;
         Ok(Attended { projected: [q, k], rotated: [turned_q, turned_k, v] })
     }
 }
@@ -242,7 +243,11 @@ mod tests {
                 })
                 .unwrap();
             let layers = model.layers.len();
-            assert_eq!(found.len(), 1 + layers * if model.config.qk_norm { 4 } else { 2 }, "{name}");
+            assert_eq!(
+                found.len(),
+                1 + layers * if model.config.qk_norm.is_some() { 4 } else { 2 },
+                "{name}"
+            );
             assert!(linears.len() == 7 * layers && linears.values().all(|rows| rows.len() == 24), "{name}");
             for (id, gradient) in found {
                 // Along the gradient itself; the loss is an F32 sum of 24 terms near 4, so a difference of .02 has an error

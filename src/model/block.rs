@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use super::config::Config;
 use super::feed_forward::FeedForward;
 use super::linear::{Linear, Observe};
+use super::norms::QkNorm;
 use super::stages::Half;
 use super::{TensorSource, read_vector};
 use crate::backend::kv_cache::KvCache;
@@ -20,6 +21,8 @@ pub struct LayerConstants {
     pub hidden: usize,
     /// Rotary angles, all scaling applied.
     pub rope: Rope,
+    /// What the norms of q and k go over.
+    pub qk_norm: Option<QkNorm>,
     /// Added to the mean square in every norm.
     pub eps: f32,
     /// How keys and values are kept.
@@ -41,6 +44,7 @@ impl LayerConstants {
             attention,
             hidden: config.hidden_size,
             rope: config.rope(),
+            qk_norm: config.qk_norm,
             eps: config.rms_norm_eps,
             kv_cache: KvCache::Exact,
         }
@@ -69,9 +73,10 @@ impl LayerConstants {
 // A derived implementation would ask for backends that can be cloned.
 impl<B: Backend> Clone for Layer<B> {
     fn clone(&self) -> Self {
-        let Layer { window, attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, ffn } = self;
+        let Layer { window, turns, attn_norm, q, k, v, o, qk_norm, sinks, kv_scales, ffn_norm, ffn } = self;
         Layer {
             window: *window,
+            turns: *turns,
             attn_norm: attn_norm.clone(),
             q: q.clone(),
             k: k.clone(),
@@ -91,12 +96,14 @@ impl<B: Backend> Clone for Layer<B> {
 pub struct Layer<B: Backend> {
     /// Queries see at most this many latest positions, themselves included.
     pub window: Option<usize>,
+    /// Whether queries and keys turn by their position.
+    pub turns: bool,
     pub attn_norm: B::Tensor,
     pub q: Linear<B>,
     pub k: Linear<B>,
     pub v: Linear<B>,
     pub o: Linear<B>,
-    /// Norms of each head of q and k, for models that have them.
+    /// Norms of q and k, for models that have them.
     pub qk_norm: Option<(B::Tensor, B::Tensor)>,
     /// `[heads]`, for models whose attention has sinks ([`Backend::attention`]); no architecture read so far has them.
     pub sinks: Option<B::Tensor>,
@@ -118,14 +125,19 @@ impl<B: Backend> Layer<B> {
         let norm = |role, len| read_vector(backend, source, TensorId::in_layer(layer, role), len);
         Ok(Layer {
             window: config.layers[layer].window,
+            turns: config.layers[layer].turns,
             attn_norm: norm(Role::AttnNorm, hidden)?,
             q: linear(Role::Q)?,
             k: linear(Role::K)?,
             v: linear(Role::V)?,
             o: linear(Role::O)?,
             qk_norm: match config.qk_norm {
-                true => Some((norm(Role::QNorm, config.head_dim)?, norm(Role::KNorm, config.head_dim)?)),
-                false => None,
+                Some(of) => {
+                    let width = |heads| of.width(heads, config.head_dim);
+                    let [q, k] = [config.num_attention_heads, config.num_key_value_heads].map(width);
+                    Some((norm(Role::QNorm, q)?, norm(Role::KNorm, k)?))
+                }
+                None => None,
             },
             sinks: None,
             kv_scales: source.kv_scales(layer)?.unwrap_or([1.0; 2]),
@@ -280,12 +292,21 @@ impl<B: Backend> Layer<B> {
         batch: Batch,
     ) -> Result<[B::Tensor; 3]> {
         let [mut q, mut k, mut v] = self.projections(backend, constants, normed)?;
-        backend.rope(&mut q, &constants.rope, batch)?;
-        backend.rope(&mut k, &constants.rope, batch)?;
+        self.turn(backend, [&mut q, &mut k], &constants.rope, batch)?;
         let LayerConstants { kv_cache, attention, .. } = constants;
         backend.round_cache(&mut k, *kv_cache, attention.head_dim, self.kv_scales[0])?;
         backend.round_cache(&mut v, *kv_cache, attention.head_dim, self.kv_scales[1])?;
         Ok([q, k, v])
+    }
+
+    /// Turns queries and keys by their positions, where the layer does that.
+    pub fn turn(&self, backend: &B, qk: [&mut B::Tensor; 2], rope: &Rope, batch: Batch) -> Result<()> {
+        if self.turns {
+            for x in qk {
+                backend.rope(x, rope, batch)?;
+            }
+        }
+        Ok(())
     }
 
     /// Returns queries, keys and values as [`Layer::queries_keys_values`] does, not yet rotated.

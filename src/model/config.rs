@@ -13,10 +13,11 @@ use anyhow::{Result, ensure};
 use serde_json::{Map, Value};
 
 use super::architecture::Architecture;
+use super::norms::QkNorm;
 use super::rope::RopeParameters;
 use super::rope::json::RopeClass;
 use super::router::Router;
-use crate::backend::Rope;
+use crate::backend::{Pairing, Rope};
 use crate::names::{Role, TensorId};
 
 /// A decoder's shape and constants; names as in `config.json`.
@@ -41,8 +42,8 @@ pub struct Config {
     pub o_bias: bool,
     /// Biases on gate, up, down.
     pub mlp_bias: bool,
-    /// RMS norms on each head of q and k (Qwen3).
-    pub qk_norm: bool,
+    /// RMS norms of q and k, before they turn.
+    pub qk_norm: Option<QkNorm>,
     /// What each layer is, first to last.
     pub layers: Vec<LayerKind>,
     pub bos_token_id: Option<u32>,
@@ -56,6 +57,8 @@ pub struct Config {
 pub struct LayerKind {
     /// Queries see at most this many latest positions, themselves included.
     pub window: Option<usize>,
+    /// Whether queries and keys turn by their position.
+    pub turns: bool,
     /// What mixes tokens.
     pub mixer: Mixer,
     /// What follows.
@@ -121,7 +124,8 @@ impl LayerKind {
     pub(crate) fn alike(count: usize, width: usize) -> Result<Vec<LayerKind>> {
         let most = u16::MAX as usize;
         ensure!(count <= most, "`num_hidden_layers` is {count}; at most {most} are supported");
-        let kind = LayerKind { window: None, mixer: Mixer::Attention, ffn: Ffn::Dense { width } };
+        let kind =
+            LayerKind { window: None, turns: true, mixer: Mixer::Attention, ffn: Ffn::Dense { width } };
         Ok(vec![kind; count])
     }
 }
@@ -222,12 +226,23 @@ pub struct Fused {
 impl Family {
     /// Returns what Hugging Face checkpoints call a tensor that is stored on its own.
     pub fn hf_name(&self, id: TensorId) -> String {
-        self.name(id.role).map_or_else(|| id.hf_name(), |name| id.hf_name_as(name.module))
+        let module = self.name(id.role).map_or_else(|| id.hf_module(), |name| id.hf_module_as(name.module));
+        match id.role {
+            // A parameter of its own, no part of a module.
+            Role::ChoiceBias => module,
+            _ => format!("{module}.{}", id.part.suffix()),
+        }
     }
 
     /// Returns what GGUF files call a tensor that is stored on its own.
     pub fn gguf_name(&self, id: TensorId) -> String {
+        let id = if id.role == Role::ChoiceBias { id.bias() } else { id };
         self.name(id.role).map_or_else(|| id.gguf_name(), |name| id.gguf_name_as(name.stem))
+    }
+
+    /// Returns which values of a head turn together.
+    pub fn pairing(&self) -> Pairing {
+        self.rope.pairing
     }
 
     fn name(&self, role: Role) -> Option<&'static Name> {

@@ -17,6 +17,7 @@ pub mod kv_cache;
 pub mod layers;
 pub mod linear;
 pub mod mixture;
+pub mod norms;
 mod older_tokenizers;
 pub mod rope;
 pub mod router;

@@ -39,9 +39,9 @@ impl Config {
         }
         tensors.push((id(Role::AttnNorm), vec![hidden]));
         tensors.push((id(Role::FfnNorm), vec![hidden]));
-        if self.qk_norm {
-            tensors.push((id(Role::QNorm), vec![self.head_dim]));
-            tensors.push((id(Role::KNorm), vec![self.head_dim]));
+        if let Some(norm) = self.qk_norm {
+            tensors.push((id(Role::QNorm), vec![norm.width(self.num_attention_heads, self.head_dim)]));
+            tensors.push((id(Role::KNorm), vec![norm.width(self.num_key_value_heads, self.head_dim)]));
         }
     }
 }

@@ -115,7 +115,7 @@ impl Decoder for CpuDecoder<'_> {
         for (at, layer) in model.layers.iter().enumerate() {
             let normed = Cpu.rms_norm(&x, &layer.attn_norm, model.constants.eps)?;
             let [mut q, mut k, mut v] = layer.projections(&Cpu, &model.constants, &normed)?;
-            for (row, &sequence) in running.iter().enumerate() {
+            for (row, &sequence) in running.iter().enumerate().filter(|_| layer.turns) {
                 let position = self.caches[sequence].tokens;
                 self.rotations.turn(&mut q, row, position);
                 self.rotations.turn(&mut k, row, position);

@@ -21,6 +21,7 @@ use crate::generate::{Decoder, Draw, Generate, Sampling};
 use crate::model::Model;
 use crate::model::block::{Layer, LayerConstants};
 use crate::model::linear::Linear;
+use crate::model::norms::QkNorm;
 use crate::model::stages::Half;
 use crate::scheme::Activations;
 
@@ -119,6 +120,14 @@ impl<'a> CudaDecoder<'a> {
             capacity <= config.max_position_embeddings,
             "{capacity} tokens exceed the model's context of {}",
             config.max_position_embeddings
+        );
+        ensure!(
+            model.layers.iter().all(|layer| layer.turns),
+            "some layers do not turn queries and keys by their position; generation on the GPU does: use --device cpu"
+        );
+        ensure!(
+            config.qk_norm != Some(QkNorm::Row),
+            "q and k are normed over all heads together; generation on the GPU norms each: use --device cpu"
         );
         let device = cuda.device();
         let kv_width = config.num_key_value_heads * head_dim;

@@ -104,6 +104,13 @@ fn set_model_keys(config: &Config, architecture: &Architecture, out: &mut Metada
         out.set(&key(name), size(name, config.layers[0].window.unwrap_or(0))?);
     }
     out.set(&key("attention.layer_norm_rms_epsilon"), config.rms_norm_eps);
+    let mut turning = config.layers.clone();
+    set_turning(architecture, &mut turning);
+    ensure!(
+        turning == config.layers,
+        "llama.cpp turns queries and keys in other layers of `{}` than this model; choose a format of compressed-tensors",
+        architecture.name
+    );
     rope::write(&config.rope, config.head_dim, architecture, out)?;
     mixture::write(config, out)
 }
@@ -136,6 +143,7 @@ pub fn read(file: &Gguf) -> Result<Config> {
     let mut layers = LayerKind::alike(num_hidden_layers, intermediate_size)?;
     let window = keys.size("attention.sliding_window")?.filter(|&window| window > 0);
     layers.iter_mut().for_each(|layer| layer.window = window);
+    set_turning(&family.gguf, &mut layers);
     if let Some(experts) = mixture::read(&keys, &family.gguf, intermediate_size)? {
         layers.iter_mut().for_each(|layer| layer.ffn = Ffn::Mixture(experts));
     }
@@ -154,18 +162,25 @@ pub fn read(file: &Gguf) -> Result<Config> {
         vocab_size: embedding_rows(file)?,
         max_position_embeddings,
         rms_norm_eps: file.metadata.float(&keys.name("attention.layer_norm_rms_epsilon"))?,
-        rope: rope::read(file, &family.gguf, head_dim, max_position_embeddings)?,
+        rope: rope::read(file, family, head_dim, max_position_embeddings)?,
         tie_word_embeddings: !has(TensorId::global(Role::Head)),
         qkv_bias: has_bias(Role::Q),
         o_bias: has_bias(Role::O),
         mlp_bias: has_bias(Role::Up),
-        qk_norm: has(TensorId::in_layer(0, Role::QNorm)),
+        qk_norm: has(TensorId::in_layer(0, Role::QNorm)).then_some(family.gguf.qk_norm),
         layers,
         bos_token_id: token("bos"),
         eos_token_ids: token("eos").into_iter().collect(),
         pad_token_id: token("padding"),
     }
     .validated()
+}
+
+/// Sets which layers turn queries and keys by their position, which no key says.
+fn set_turning(architecture: &Architecture, layers: &mut [LayerKind]) {
+    for (at, layer) in layers.iter_mut().enumerate() {
+        layer.turns = architecture.still_layers.is_none_or(|every| !(at + 1).is_multiple_of(every));
+    }
 }
 
 /// Returns the width of a head; `usual` is that of heads that share the hidden size.

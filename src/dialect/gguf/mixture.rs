@@ -7,7 +7,7 @@ use super::keys::Keys;
 use crate::container::gguf::Metadata;
 use crate::model::config::{Config, Experts, Ffn, SharedExpert};
 use crate::model::family::{Architecture, GgufMixture};
-use crate::model::router::Router;
+use crate::model::router::{Router, Scores};
 use crate::names::{Role, TensorId};
 use crate::rows::{Place, RowMap};
 
@@ -51,6 +51,9 @@ pub fn write(config: &Config, out: &mut Metadata) -> Result<()> {
     };
     set("expert_count", experts.rule.experts)?;
     set("expert_used_count", experts.rule.top_k)?;
+    if fixed.scores != Scores::Softmax {
+        set("expert_gating_func", gating(fixed.scores))?;
+    }
     if fixed.own_width {
         set("expert_feed_forward_length", experts.width)?;
     }
@@ -80,20 +83,36 @@ pub fn read(keys: &Keys, architecture: &Architecture, width: usize) -> Result<Op
         true => Some(keys.size("expert_shared_feed_forward_length")?.unwrap_or(width)),
         false => None,
     };
+    let usual_scores = gating(fixed.scores);
+    let scores = keys.size("expert_gating_func")?.filter(|&scores| scores > 0).unwrap_or(usual_scores);
+    ensure!(
+        scores == usual_scores,
+        "GGUF key `{}` is {scores}, wanted {usual_scores} for `{}`",
+        keys.name("expert_gating_func"),
+        architecture.name
+    );
     keys.refuse_others(&UNREAD)?;
     Ok(Some(fixed.experts(experts, top_k, own.unwrap_or(usual), shared)))
 }
 
 /// Keys that change which experts are chosen and how they count, and the values with which they do not, or say what is the
 /// only way for these architectures.
-const UNREAD: [(&str, f64); 6] = [
+const UNREAD: [(&str, f64); 5] = [
     ("expert_weights_scale", 1.0),
     ("expert_group_count", 0.0),
     ("expert_group_used_count", 0.0),
-    ("expert_gating_func", 1.0),
     ("leading_dense_block_count", 0.0),
     ("interleave_moe_layer_step", 1.0),
 ];
+
+/// Returns llama.cpp's number for a way from logits to scores (`llama_expert_gating_func_type`).
+fn gating(scores: Scores) -> usize {
+    match scores {
+        Scores::Softmax => 1,
+        Scores::Sigmoid => 2,
+        Scores::SoftmaxOfChosen => 3,
+    }
+}
 
 fn mixture_of(architecture: &Architecture) -> Result<&GgufMixture> {
     let mixture = architecture.mixture.as_ref();
@@ -109,7 +128,7 @@ impl GgufMixture {
         Experts {
             rule: Router { experts, top_k, scores, groups: None, renormalise, scale: 1.0 },
             width,
-            choice_bias: false,
+            choice_bias: self.choice_bias,
             shared: shared.map(|width| SharedExpert { width, gated: true }),
         }
     }

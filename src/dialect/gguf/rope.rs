@@ -14,10 +14,10 @@
 use anyhow::{Result, bail, ensure};
 
 use super::keys::Keys;
-use crate::backend::Pairing;
 use crate::container::Storage;
 use crate::container::gguf::{Gguf, Metadata, Value};
 use crate::model::architecture::Architecture;
+use crate::model::config::Family;
 use crate::model::rope::{LongRope, RopeParameters, RopeScaling, Yarn};
 use crate::names::{Role, TensorId};
 use crate::tensor::{Dtype, floats_from_bytes};
@@ -139,12 +139,8 @@ pub fn losses(rope: &RopeParameters, context: usize) -> Vec<String> {
 ///
 /// # Errors
 /// Name the key that is malformed, unknown or not supported.
-pub fn read(
-    file: &Gguf,
-    architecture: &Architecture,
-    head_dim: usize,
-    context: usize,
-) -> Result<RopeParameters> {
+pub fn read(file: &Gguf, family: &Family, head_dim: usize, context: usize) -> Result<RopeParameters> {
+    let architecture = &family.gguf;
     let keys = Keys::new(&file.metadata, format!("{}.rope.", architecture.name));
     keys.refuse_unknown(&READ, &SILENT)?;
     let rotary = keys.size("dimension_count")?.unwrap_or(head_dim);
@@ -156,7 +152,7 @@ pub fn read(
     Ok(RopeParameters {
         theta: keys.float("freq_base")?.unwrap_or(10_000.0),
         share: RopeParameters::share_of(rotary, head_dim),
-        pairing: Pairing::Halves,
+        pairing: family.pairing(),
         scaling: scaling(file, &keys, context)?,
     })
 }

@@ -31,10 +31,10 @@ fn families_differ_in_biases_norms_and_windows_only() {
     let qwen2 = of("Qwen2ForCausalLM", json!({"sliding_window": 8, "use_sliding_window": false}));
     assert_eq!(
         (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, windows(&qwen2)),
-        (true, false, false, vec![None; 2])
+        (true, false, None, vec![None; 2])
     );
     let qwen3 = of("Qwen3ForCausalLM", json!({"attention_bias": false}));
-    assert_eq!((qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim), (false, true, 128));
+    assert_eq!((qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim), (false, Some(QkNorm::Heads), 128));
     let mistral = of("MistralForCausalLM", json!({"sliding_window": 8}));
     assert_eq!((mistral.qkv_bias, windows(&mistral)), (false, vec![Some(8); 2]));
     let biased =

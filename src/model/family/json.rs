@@ -40,7 +40,7 @@ impl Config {
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
-            qk_norm: false,
+            qk_norm: None,
             layers: LayerKind::alike(num_hidden_layers, intermediate_size)?,
             bos_token_id: token_ids(json, "bos_token_id")?.first().copied(),
             eos_token_ids: token_ids(json, "eos_token_id")?,
@@ -69,7 +69,7 @@ impl Config {
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": decimal(self.rms_norm_eps),
-            "rope_parameters": rope::json::write(&self.rope)?,
+            "rope_parameters": rope::json::write(&self.rope, &self.family.rope)?,
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": match self.eos_token_ids[..] {

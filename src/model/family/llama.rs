@@ -18,14 +18,14 @@ pub const LLAMA: Family = Family {
     write,
 };
 
-fn read(json: &Value, config: &mut Config) -> Result<()> {
+pub(super) fn read(json: &Value, config: &mut Config) -> Result<()> {
     config.qkv_bias = flag(json, "attention_bias")?;
     config.o_bias = config.qkv_bias;
     config.mlp_bias = flag(json, "mlp_bias")?;
     Ok(())
 }
 
-fn write(config: &Config, json: &mut Map<String, Value>) {
+pub(super) fn write(config: &Config, json: &mut Map<String, Value>) {
     json.insert("attention_bias".into(), json!(config.qkv_bias));
     json.insert("mlp_bias".into(), json!(config.mlp_bias));
 }

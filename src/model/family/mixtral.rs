@@ -19,6 +19,7 @@ pub const MIXTRAL: Family = Family {
             renormalises: true,
             own_width: false,
             shared: false,
+            choice_bias: false,
         }),
         ..LLAMA.gguf
     },
@@ -33,7 +34,7 @@ pub const MIXTRAL: Family = Family {
     ..LLAMA
 };
 
-fn read(json: &Value, config: &mut Config) -> Result<()> {
+pub(super) fn read(json: &Value, config: &mut Config) -> Result<()> {
     mistral::read(json, config)?;
     let rule = Router {
         experts: size(json, "num_local_experts")?.unwrap_or(8),
@@ -48,7 +49,7 @@ fn read(json: &Value, config: &mut Config) -> Result<()> {
     Ok(())
 }
 
-fn write(config: &Config, json: &mut Map<String, Value>) {
+pub(super) fn write(config: &Config, json: &mut Map<String, Value>) {
     mistral::write(config, json);
     if let Some(Experts { rule, .. }) = config.layers.iter().find_map(|layer| layer.ffn.experts()) {
         json.insert("num_local_experts".into(), json!(rule.experts));

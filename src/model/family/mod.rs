@@ -3,8 +3,11 @@
 //! All that a family's name decides stands here: what its files call things, and what its configuration class means by its
 //! keys. The forward pass sees only what [`Config`] says.
 
+mod ernie4_5;
+mod glm4_moe;
 mod json;
 mod llama;
+mod minimax_m2;
 mod mistral;
 mod mixtral;
 mod phi3;
@@ -12,6 +15,8 @@ mod qwen2;
 mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
+mod seed_oss;
+mod smollm3;
 
 pub use super::architecture::{Architecture, GgufMixture};
 pub use super::config::{Config, Family, Fused, Name};
@@ -30,7 +35,7 @@ pub struct Share {
 
 /// All families. Of those that share a GGUF architecture, the first is what such files are read as; the first with experts, if
 /// the files have some.
-pub const FAMILIES: [&Family; 8] = [
+pub const FAMILIES: [&Family; 13] = [
     &llama::LLAMA,
     &mistral::MISTRAL,
     &mixtral::MIXTRAL,
@@ -39,6 +44,11 @@ pub const FAMILIES: [&Family; 8] = [
     &qwen3::QWEN3,
     &qwen2_moe::QWEN2_MOE,
     &qwen3_moe::QWEN3_MOE,
+    &seed_oss::SEED_OSS,
+    &smollm3::SMOLLM3,
+    &ernie4_5::ERNIE4_5,
+    &glm4_moe::GLM4_MOE,
+    &minimax_m2::MINIMAX_M2,
 ];
 
 impl Family {

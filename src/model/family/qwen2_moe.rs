@@ -20,6 +20,7 @@ pub const QWEN2_MOE: Family = Family {
             renormalises: false,
             own_width: true,
             shared: true,
+            choice_bias: false,
         }),
         ..Architecture::PLAIN
     },

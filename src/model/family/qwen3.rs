@@ -7,6 +7,7 @@ use super::llama::LLAMA;
 use super::{Architecture, Family, qwen2};
 use crate::model::config::Config;
 use crate::model::config::json::{flag, size};
+use crate::model::norms::QkNorm;
 
 pub const QWEN3: Family = Family {
     class: "Qwen3ForCausalLM",
@@ -21,7 +22,7 @@ pub(super) fn read(json: &Value, config: &mut Config) -> Result<()> {
     config.head_dim = size(json, "head_dim")?.unwrap_or(128);
     config.qkv_bias = flag(json, "attention_bias")?;
     config.o_bias = config.qkv_bias;
-    config.qk_norm = true;
+    config.qk_norm = Some(QkNorm::Heads);
     qwen2::read_windows(json, config)
 }
 

@@ -20,6 +20,7 @@ pub const QWEN3_MOE: Family = Family {
             renormalises: true,
             own_width: true,
             shared: false,
+            choice_bias: false,
         }),
         ..Architecture::PLAIN
     },

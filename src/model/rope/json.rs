@@ -23,11 +23,15 @@ pub struct RopeClass {
     pub context: usize,
     /// `original_max_position_embeddings` beside the object, where no key says it (Phi-3 has 4096).
     pub original_context: Option<usize>,
+    /// Share of a head that turns where no key says it.
+    pub share: f64,
     /// Whether the class rotates a part of each head where `partial_rotary_factor` asks for it. Those of Llama, Mistral and
     /// Qwen do not look at the key; engines differ.
     pub partial: bool,
     /// (name of a type, what this class takes it for): Phi-3 takes `yarn` for `longrope`.
     pub renamed: &'static [(&'static str, &'static str)],
+    /// Which values turn together.
+    pub pairing: Pairing,
     /// Keys inside the object that the class reads itself.
     pub own: &'static [&'static str],
 }
@@ -38,8 +42,10 @@ impl RopeClass {
         theta: 10_000.0,
         context: 2048,
         original_context: None,
+        share: 1.0,
         partial: false,
         renamed: &[],
+        pairing: Pairing::Halves,
         own: &[],
     };
 }
@@ -104,7 +110,7 @@ pub fn read(json: &Value, class: &RopeClass) -> Result<RopeByLayer> {
     let by_type = object.values().any(Value::is_object);
     let outer = Outer {
         theta: theta.map_or(class.theta, |theta| theta as f32),
-        share: share.unwrap_or(1.0),
+        share: share.unwrap_or(class.share),
         context,
         // The key beside the object wins over the one inside, but not for types of layers.
         original_context: match by_type {
@@ -161,7 +167,7 @@ fn one(path: &str, object: &Map<String, Value>, class: &RopeClass, outer: &Outer
             "`partial_rotary_factor` is {share}, which engines read differently for this architecture; wanted 1.0"
         );
         let theta = number(rope.object, "rope_theta")?.map_or(outer.theta, |theta| theta as f32);
-        Ok(RopeParameters { theta, share, pairing: Pairing::Halves, scaling })
+        Ok(RopeParameters { theta, share, pairing: class.pairing, scaling })
     };
     read().with_context(|| format!("`{path}`"))
 }
@@ -314,7 +320,7 @@ impl Object<'_> {
 ///
 /// # Errors
 /// If scaling is a table of divisors, which has no key there.
-pub fn write(rope: &RopeParameters) -> Result<Value> {
+pub fn write(rope: &RopeParameters, class: &RopeClass) -> Result<Value> {
     let mut out = match &rope.scaling {
         RopeScaling::None => json!({"rope_type": "default"}),
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": decimal(*factor)}),
@@ -352,7 +358,7 @@ pub fn write(rope: &RopeParameters) -> Result<Value> {
         }
     };
     out["rope_theta"] = decimal(rope.theta);
-    if rope.share != 1.0 {
+    if rope.share != class.share {
         out["partial_rotary_factor"] = json!(rope.share);
     }
     Ok(out)

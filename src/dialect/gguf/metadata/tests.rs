@@ -79,6 +79,8 @@ fn routers_that_llama_cpp_does_not_have_are_refused_by_name() {
         ("Qwen3MoeForCausalLM", ("norm_topk_prob", json!(false)), "always divides the weights"),
         ("Qwen2MoeForCausalLM", ("norm_topk_prob", json!(true)), "never divides the weights"),
         ("Qwen3MoeForCausalLM", ("mlp_only_layers", json!([1])), "layer 1 has no experts"),
+        ("SmolLM3ForCausalLM", ("no_rope_layers", json!([1, 0])), "turns queries and keys in other layers"),
+        ("Glm4MoeForCausalLM", ("n_routed_experts", json!(4)), "are not known here"),
     ] {
         let config = config(class, &experts(&[more]));
         let error = write(&config, &files(&config), "x", "f32").unwrap_err().to_string();
@@ -96,6 +98,13 @@ fn every_architecture_survives_a_round_trip() {
         config("Qwen3ForCausalLM", &[("head_dim", json!(16))]),
         config("Phi3ForCausalLM", &[("partial_rotary_factor", json!(0.75)), ("sliding_window", json!(7))]),
         config("MixtralForCausalLM", &experts(&[("num_local_experts", json!(3))])),
+        config(
+            "MiniMaxM2ForCausalLM",
+            &experts(&[("num_local_experts", json!(3)), ("partial_rotary_factor", json!(0.5))]),
+        ),
+        config("SeedOssForCausalLM", &[("attention_out_bias", json!(true))]),
+        config("SmolLM3ForCausalLM", &[("num_hidden_layers", json!(5))]),
+        config("Ernie4_5ForCausalLM", &[("use_bias", json!(true))]),
         config("Qwen2MoeForCausalLM", &experts(&[("shared_expert_intermediate_size", json!(40))])),
         config("Qwen3MoeForCausalLM", &experts(&[("norm_topk_prob", json!(true))])),
     ] {
