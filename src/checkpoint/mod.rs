@@ -108,7 +108,7 @@ impl Checkpoint {
             folder::Kind::Folder { folder, weights } => {
                 let mut opened = folder::open(&folder, weights)?;
                 let note = tied::settle(&mut opened).with_context(shown)?;
-                (Files::Folder(opened), Some(folder), note.into_iter().collect())
+                (Files::Folder(Box::new(opened)), Some(folder), note.into_iter().collect())
             }
         };
         let (dialect, contents, config, kv_scales, format) = {
@@ -118,7 +118,8 @@ impl Checkpoint {
         };
         let (files, folder, metadata) = match files {
             Files::Gguf(gguf) => (gguf.files, None, Some(gguf.metadata)),
-            Files::Folder(dialect::opened::Folder { files, config_json, .. }) => {
+            Files::Folder(opened) => {
+                let dialect::opened::Folder { files, config_json, .. } = *opened;
                 (files, place.map(|path| Folder { path, config_json }), None)
             }
         };

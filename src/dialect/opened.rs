@@ -15,7 +15,7 @@ use crate::scheme::{Activations, Scheme};
 /// The files of a model, headers read.
 pub enum Files {
     /// A Hugging Face folder.
-    Folder(Folder),
+    Folder(Box<Folder>),
     /// A GGUF file, with all its parts.
     Gguf(Gguf),
 }
