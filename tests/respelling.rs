@@ -1,6 +1,8 @@
 //! Claims on models that are written back: floats out of anything that is read, and codes that are copied where source and
 //! output mean the same grid.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
