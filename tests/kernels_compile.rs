@@ -96,6 +96,35 @@ fn calibrating(schemes: &[Scheme]) -> Vec<Kernel> {
     kernels
 }
 
+/// Attention and caches, for every kind of head.
+fn attention() -> Vec<Kernel> {
+    let mut kernels = Vec::new();
+    for head_dim in [64, 80, 96, 128, 256] {
+        let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
+        for sinks in ["SINKS=0", "SINKS=1"] {
+            kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps} {sinks}")));
+            kernels.push(kernel("attention_precise", &format!("D={head_dim} {sinks}")));
+        }
+        for kind in [KvCache::Exact, KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: Some(16) }] {
+            let (_, cache) = cache_defines(kind, head_dim);
+            let with = |more: &[String]| cache.iter().chain(more).cloned().collect();
+            let heads = |sinks: u8, rotary: usize, neighbours: u8| {
+                let width = format!("D={head_dim}");
+                let rotation = [format!("ROTARY={rotary}"), format!("NEIGHBOURS={neighbours}")];
+                [vec![width, "HEADS=4".into(), format!("SINKS={sinks}")], rotation.to_vec()].concat()
+            };
+            kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim, 0)) });
+            if kind == KvCache::Exact {
+                kernels.push(Kernel { name: "attend", defines: with(&heads(1, head_dim, 0)) });
+                kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim / 4, 0)) });
+                kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim / 2, 1)) });
+            }
+            kernels.push(Kernel { name: "round_cache", defines: with(&["X=f16".to_string()]) });
+        }
+    }
+    kernels
+}
+
 /// Returns all variants of the kernels that meet no scheme.
 fn plain() -> Vec<Kernel> {
     let mut kernels = Vec::new();
@@ -135,29 +164,7 @@ fn plain() -> Vec<Kernel> {
     for name in ["advance", "column_dots", "compare", "draw", "gather", "nucleus", "score"] {
         kernels.push(kernel(name, ""));
     }
-    for head_dim in [64, 80, 96, 128, 256] {
-        let (tile, warps) = if head_dim <= 128 { (64, 8) } else { (32, 4) };
-        for sinks in ["SINKS=0", "SINKS=1"] {
-            kernels.push(kernel("attention", &format!("D={head_dim} BC={tile} WARPS={warps} {sinks}")));
-            kernels.push(kernel("attention_precise", &format!("D={head_dim} {sinks}")));
-        }
-        for kind in [KvCache::Exact, KvCache::Bf16, KvCache::Fp8, KvCache::Int8 { group: Some(16) }] {
-            let (_, cache) = cache_defines(kind, head_dim);
-            let with = |more: &[String]| cache.iter().chain(more).cloned().collect();
-            let heads = |sinks: u8, rotary: usize, neighbours: u8| {
-                let width = format!("D={head_dim}");
-                let rotation = [format!("ROTARY={rotary}"), format!("NEIGHBOURS={neighbours}")];
-                [vec![width, "HEADS=4".into(), format!("SINKS={sinks}")], rotation.to_vec()].concat()
-            };
-            kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim, 0)) });
-            if kind == KvCache::Exact {
-                kernels.push(Kernel { name: "attend", defines: with(&heads(1, head_dim, 0)) });
-                kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim / 4, 0)) });
-                kernels.push(Kernel { name: "attend", defines: with(&heads(0, head_dim / 2, 1)) });
-            }
-            kernels.push(Kernel { name: "round_cache", defines: with(&["X=f16".to_string()]) });
-        }
-    }
+    kernels.extend(attention());
     kernels
 }
 

@@ -94,12 +94,8 @@ fn old_tables_and_a_redundant_head_are_tolerated_in_a_tied_model() {
     assert!(!checkpoint.tensors.contains_key(&TensorId::global(Role::Head)));
 }
 
-#[test]
-fn gguf_rows_come_in_hugging_face_order_whatever_range_is_asked_for() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("m.gguf");
-    let config = Config::from_json(&config_json()).unwrap();
-    let gguf = dialect::gguf::Gguf;
+/// The keys of a GGUF file of [`config_json`]'s model.
+fn gguf_metadata() -> Metadata {
     let mut metadata = Metadata::default();
     metadata.set("general.architecture", "llama");
     metadata.set("general.file_type", 2u32);
@@ -114,6 +110,16 @@ fn gguf_rows_come_in_hugging_face_order_whatever_range_is_asked_for() {
         metadata.set(&format!("llama.{key}"), value);
     }
     metadata.set("llama.attention.layer_norm_rms_epsilon", 1e-5f32);
+    metadata
+}
+
+#[test]
+fn gguf_rows_come_in_hugging_face_order_whatever_range_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let config = Config::from_json(&config_json()).unwrap();
+    let gguf = dialect::gguf::Gguf;
+    let metadata = gguf_metadata();
     // As a writer: rows reordered, matrices of linears quantized, vectors F32.
     let (mut specs, mut payload, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
     for (i, (id, shape)) in config.expected_tensors().into_iter().enumerate() {

@@ -93,6 +93,35 @@ struct State {
     arrived: Buffer,
 }
 
+/// Refuses what the decoding kernels do not do.
+fn ensure_supported(cuda: &Cuda, model: &Model<Cuda>, sequences: usize, capacity: usize) -> Result<()> {
+    let config = &model.config;
+    let head_dim = config.head_dim;
+    ensure!(cuda.float == Float::F16, "generation on the GPU runs in F16, without `--precise`");
+    ensure!(
+        (1..=MAX_TOKENS).contains(&sequences),
+        "{sequences} sequences; generation on the GPU takes 1 to {MAX_TOKENS}"
+    );
+    ensure!(
+        head_dim.is_multiple_of(16) && head_dim <= 256,
+        "head size {head_dim}; generation on the GPU takes multiples of 16 up to 256"
+    );
+    ensure!(
+        capacity <= config.max_position_embeddings,
+        "{capacity} tokens exceed the model's context of {}",
+        config.max_position_embeddings
+    );
+    ensure!(
+        model.layers.iter().all(|layer| layer.turns),
+        "some layers do not turn queries and keys by their position; generation on the GPU does: use --device cpu"
+    );
+    ensure!(
+        config.qk_norm != Some(QkNorm::Row),
+        "q and k are normed over all heads together; generation on the GPU norms each: use --device cpu"
+    );
+    Ok(())
+}
+
 impl<'a> CudaDecoder<'a> {
     /// Reserves memory for `sequences` sequences of up to `capacity` tokens.
     ///
@@ -105,30 +134,9 @@ impl<'a> CudaDecoder<'a> {
         sequences: usize,
         capacity: usize,
     ) -> Result<CudaDecoder<'a>> {
+        ensure_supported(cuda, model, sequences, capacity)?;
         let config = &model.config;
         let head_dim = config.head_dim;
-        ensure!(cuda.float == Float::F16, "generation on the GPU runs in F16, without `--precise`");
-        ensure!(
-            (1..=MAX_TOKENS).contains(&sequences),
-            "{sequences} sequences; generation on the GPU takes 1 to {MAX_TOKENS}"
-        );
-        ensure!(
-            head_dim.is_multiple_of(16) && head_dim <= 256,
-            "head size {head_dim}; generation on the GPU takes multiples of 16 up to 256"
-        );
-        ensure!(
-            capacity <= config.max_position_embeddings,
-            "{capacity} tokens exceed the model's context of {}",
-            config.max_position_embeddings
-        );
-        ensure!(
-            model.layers.iter().all(|layer| layer.turns),
-            "some layers do not turn queries and keys by their position; generation on the GPU does: use --device cpu"
-        );
-        ensure!(
-            config.qk_norm != Some(QkNorm::Row),
-            "q and k are normed over all heads together; generation on the GPU norms each: use --device cpu"
-        );
         let device = cuda.device();
         let kv_width = config.num_key_value_heads * head_dim;
         let q_width = config.num_attention_heads * head_dim;
