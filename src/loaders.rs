@@ -11,7 +11,7 @@ use crate::scheme::{Activations, Scheme, Span};
 
 /// A planned output.
 #[derive(Clone, Copy, Debug)]
-pub struct Output<'a> {
+pub struct PlannedOutput<'a> {
     /// Every matrix with what it becomes, `None` if it is kept.
     pub tensors: &'a [(TensorId, Option<(Scheme, Activations)>)],
 }
@@ -31,7 +31,7 @@ pub enum Loads {
 
 /// One program's verdict on an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Verdict {
+pub struct LoaderVerdict {
     /// The program.
     pub loader: &'static str,
     /// The version it was checked with.
@@ -54,29 +54,29 @@ pub const LOADERS: [(&str, &str); 7] = [
 ];
 
 /// Returns every loader's verdict by a dialect's rows, in the order of [`LOADERS`].
-pub fn verdicts(rows: &[Row], output: &Output) -> Vec<Verdict> {
+pub fn verdicts(rows: &[Row], output: &PlannedOutput) -> Vec<LoaderVerdict> {
     LOADERS
         .into_iter()
         .map(|(loader, version)| match rows.iter().find(|row| row.0 == loader && (row.1)(output)) {
-            Some(&(.., loads, reason)) => Verdict { loader, version, loads, reason },
-            None => Verdict { loader, version, loads: Loads::Unchecked, reason: "" },
+            Some(&(.., loads, reason)) => LoaderVerdict { loader, version, loads, reason },
+            None => LoaderVerdict { loader, version, loads: Loads::Unchecked, reason: "" },
         })
         .collect()
 }
 
 /// (loader, condition, verdict, reason); of a dialect's rows the first that applies to an output decides.
-pub type Row = (&'static str, fn(&Output) -> bool, Loads, &'static str);
+pub type Row = (&'static str, fn(&PlannedOutput) -> bool, Loads, &'static str);
 
 /// Why engines that join matrices refuse an output.
 pub const FUSED_APART: &str = "it fuses q, k, v and gate, up, and here members of one layer are stored differently; drop \
                            the exception or extend it to all of them";
 
 /// Of every output.
-pub fn always(_: &Output) -> bool {
+pub fn always(_: &PlannedOutput) -> bool {
     true
 }
 
-fn stores(output: &Output, test: impl Fn(&Scheme, Activations) -> bool) -> bool {
+fn stores(output: &PlannedOutput, test: impl Fn(&Scheme, Activations) -> bool) -> bool {
     output
         .tensors
         .iter()
@@ -85,34 +85,34 @@ fn stores(output: &Output, test: impl Fn(&Scheme, Activations) -> bool) -> bool 
 }
 
 /// Whether it holds MXFP4.
-pub fn has_mxfp4(output: &Output) -> bool {
+pub fn has_mxfp4(output: &PlannedOutput) -> bool {
     stores(output, |scheme, _| scheme.element == Element::E2M1 && scheme.outer.is_none())
 }
 
 /// Whether it holds NVFP4.
-pub fn has_nvfp4(output: &Output) -> bool {
+pub fn has_nvfp4(output: &PlannedOutput) -> bool {
     stores(output, |scheme, _| scheme.element == Element::E2M1 && scheme.outer.is_some())
 }
 
 /// Whether it holds FP8.
-pub fn has_fp8(output: &Output) -> bool {
+pub fn has_fp8(output: &PlannedOutput) -> bool {
     stores(output, |scheme, _| scheme.element == Element::E4M3)
 }
 
 /// Whether linears round their inputs to INT8.
-pub fn has_w8a8(output: &Output) -> bool {
+pub fn has_w8a8(output: &PlannedOutput) -> bool {
     stores(output, |_, activations| {
         matches!(activations, Activations::Int8PerToken | Activations::Int8PerTensor(()))
     })
 }
 
 /// Whether the scales of inputs are fixed.
-pub fn has_static(output: &Output) -> bool {
+pub fn has_static(output: &PlannedOutput) -> bool {
     stores(output, |_, activations| activations.is_static())
 }
 
 /// Whether integers have groups of a length that kernels do not know.
-pub fn odd_group(output: &Output) -> bool {
+pub fn odd_group(output: &PlannedOutput) -> bool {
     stores(output, |scheme, _| {
         matches!(scheme.element, Element::Int(_))
             && matches!(scheme.group, Span::Cols(n) if ![32, 64, 128].contains(&n))
@@ -120,7 +120,7 @@ pub fn odd_group(output: &Output) -> bool {
 }
 
 /// Whether projections that engines join into one matrix are stored differently in some layer.
-pub fn fused_apart(output: &Output) -> bool {
+pub fn fused_apart(output: &PlannedOutput) -> bool {
     let members =
         || output.tensors.iter().map(|(id, stored)| ((id.layer, id.expert, id.role.joined()), stored));
     members().any(|(key, stored)| members().any(|(other, differently)| key == other && stored != differently))
@@ -138,7 +138,7 @@ impl Loads {
     }
 }
 
-impl Verdict {
+impl LoaderVerdict {
     /// Returns what reports say of it.
     pub fn to_json(&self) -> Value {
         json!({"loader": self.loader, "version": self.version, "loads": self.loads.word(), "reason": self.reason})
@@ -166,8 +166,8 @@ mod tests {
         dialect: &str,
         loader: &str,
         tensors: &[(TensorId, Option<(Scheme, Activations)>)],
-    ) -> Verdict {
-        let all = verdicts(dialect::by_name(dialect).unwrap().loaders(), &Output { tensors });
+    ) -> LoaderVerdict {
+        let all = verdicts(dialect::by_name(dialect).unwrap().loaders(), &PlannedOutput { tensors });
         all.into_iter().find(|verdict| verdict.loader == loader).unwrap()
     }
 
@@ -178,7 +178,7 @@ mod tests {
                 let rows: Vec<_> = dialect.loaders().iter().filter(|row| row.0 == loader).collect();
                 let last = rows.last().unwrap_or_else(|| panic!("{loader} on {}", dialect.name()));
                 // The default applies to an output that nothing else describes.
-                assert!((last.1)(&Output { tensors: &[] }), "{loader} on {}", dialect.name());
+                assert!((last.1)(&PlannedOutput { tensors: &[] }), "{loader} on {}", dialect.name());
                 assert!(rows.iter().all(|row| !row.3.is_empty()));
             }
             let known = |loader| LOADERS.iter().any(|(name, _)| *name == loader);

@@ -129,19 +129,19 @@ impl Role {
 
 /// Weight or bias of a module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Part {
+pub enum TensorPart {
     /// The matrix, table or gain.
     Weight,
     /// The bias `[out_features]`.
     Bias,
 }
 
-impl Part {
+impl TensorPart {
     /// Returns what follows the module in names.
     pub fn suffix(self) -> &'static str {
         match self {
-            Part::Weight => "weight",
-            Part::Bias => "bias",
+            TensorPart::Weight => "weight",
+            TensorPart::Bias => "bias",
         }
     }
 }
@@ -156,18 +156,18 @@ pub struct TensorId {
     /// What the tensor does.
     pub role: Role,
     /// Weight or bias.
-    pub part: Part,
+    pub part: TensorPart,
 }
 
 impl TensorId {
     /// Returns the id of a weight outside the layers.
     pub const fn global(role: Role) -> Self {
-        TensorId { layer: None, expert: None, role, part: Part::Weight }
+        TensorId { layer: None, expert: None, role, part: TensorPart::Weight }
     }
 
     /// Returns the id of a weight of a layer.
     pub const fn in_layer(layer: usize, role: Role) -> Self {
-        TensorId { layer: Some(layer as u16), expert: None, role, part: Part::Weight }
+        TensorId { layer: Some(layer as u16), expert: None, role, part: TensorPart::Weight }
     }
 
     /// Returns the same tensor of one of the layer's experts.
@@ -177,7 +177,7 @@ impl TensorId {
 
     /// Returns the same module's bias.
     pub const fn bias(self) -> Self {
-        TensorId { part: Part::Bias, ..self }
+        TensorId { part: TensorPart::Bias, ..self }
     }
 
     /// Returns the Hugging Face module path, without `.weight`.
@@ -235,8 +235,8 @@ impl TensorId {
         column: impl Fn(&(Role, &'static str, &'static str)) -> &'static str,
     ) -> Option<Self> {
         let (module, part) = match name.rsplit_once('.')? {
-            (module, "weight") => (module, Part::Weight),
-            (module, "bias") => (module, Part::Bias),
+            (module, "weight") => (module, TensorPart::Weight),
+            (module, "bias") => (module, TensorPart::Bias),
             _ => return None,
         };
         let (layer, module) = match module.strip_prefix(layers) {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::checkpoint::{Checkpoint, Stored, TensorInfo};
 use crate::container::{Storage, TensorSpec};
-use crate::dialect::Part;
+use crate::dialect::StoredPart;
 use crate::model::config::Config;
 use crate::names::TensorId;
 use crate::num::Codec;
@@ -54,7 +54,7 @@ pub struct Step {
 
 /// A stored tensor of the output.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Output {
+pub struct PlannedTensor {
     /// Name, number type, shape.
     pub spec: TensorSpec,
     /// The bytes, where they are known before any weight is read.
@@ -68,7 +68,7 @@ pub struct Plan {
     /// What happens, in output order.
     pub steps: Vec<Step>,
     /// Stored tensors of the output, in file order.
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<PlannedTensor>,
     /// What the output cannot say of the model ([`Dialect::losses`](crate::dialect::Dialect::losses)).
     pub losses: Vec<String>,
     /// Whether the output asks for an FP8 cache of keys and values.
@@ -144,34 +144,35 @@ impl Plan {
             let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
             step.input_scale = Some(self.outputs.len());
             let copied = input_scale.filter(|_| matches!(step.action, Action::Copy(_)));
-            self.outputs.push(Output { spec, fixed: copied.map(|scale| scale.to_le_bytes().to_vec()) });
+            self.outputs
+                .push(PlannedTensor { spec, fixed: copied.map(|scale| scale.to_le_bytes().to_vec()) });
         }
         self.steps.push(step);
         Ok(())
     }
 
     /// Returns the stored tensors that a step becomes.
-    fn outputs_of(&self, step: &Step) -> Result<Vec<Output>> {
+    fn outputs_of(&self, step: &Step) -> Result<Vec<PlannedTensor>> {
         let place = &step.place;
         let scheme = match step.action {
             Action::Quantize(scheme) | Action::Copy(scheme) => scheme,
             Action::Keep(dtype) => {
                 let shape = place.shape(step.shape.get(1).copied());
                 let spec = TensorSpec { name: place.name.clone(), storage: Storage::Plain(dtype), shape };
-                return Ok(vec![Output { spec, fixed: None }]);
+                return Ok(vec![PlannedTensor { spec, fixed: None }]);
             }
         };
         let parts = self.recipe.dialect.parts(&scheme, step.inputs, place.stored_rows(), step.cols())?;
-        let output = |part: Part| {
+        let output = |part: StoredPart| {
             let name = format!("{}{}", place.prefix(), part.suffix);
             let spec = TensorSpec { name, storage: part.storage, shape: part.shape_at(place) };
-            Output { spec, fixed: part.fixed }
+            PlannedTensor { spec, fixed: part.fixed }
         };
         Ok(parts.into_iter().map(output).collect())
     }
 
     /// Returns the earlier step that shares its stored tensors with this one (fused q, k, v), if there is one.
-    fn stored_already(&self, step: &Step, outputs: &[Output]) -> Result<Option<&Step>> {
+    fn stored_already(&self, step: &Step, outputs: &[PlannedTensor]) -> Result<Option<&Step>> {
         if step.place == Place::whole(step.place.name.clone(), step.rows()) {
             return Ok(None);
         }
@@ -202,7 +203,7 @@ impl Plan {
             let names = names.context("the dialect has no place for the scales of keys and values")?;
             for (name, scale) in names.into_iter().zip(pair) {
                 let spec = TensorSpec { name, storage: Storage::Plain(Dtype::F32), shape: vec![1] };
-                self.outputs.push(Output { spec, fixed: Some(scale.to_le_bytes().to_vec()) });
+                self.outputs.push(PlannedTensor { spec, fixed: Some(scale.to_le_bytes().to_vec()) });
             }
         }
         self.fp8_cache = true;

@@ -16,7 +16,7 @@ use quant::backend::{Backend, Batch, LongAngles, Pairing, Rope};
 use quant::generate::{Decoder, Sampling};
 use quant::model::config::Config;
 use quant::model::{Model, TensorSource};
-use quant::names::{Part, Role, TensorId};
+use quant::names::{Role, TensorId, TensorPart};
 use quant::scheme::fit::{ScaleRule, fit};
 use quant::scheme::{Activations, Scheme, schemes};
 use quant::tensor::{Dense, Dtype, Matrix};
@@ -77,7 +77,7 @@ impl Noise {
 impl TensorSource for Noise {
     fn read(&self, id: TensorId) -> anyhow::Result<Matrix> {
         let [mut rows, mut cols] = self.shape(id.role);
-        if id.part == Part::Bias {
+        if id.part == TensorPart::Bias {
             (rows, cols) = (1, rows);
         }
         let mut state = (id.role as u32 * 64 + u32::from(id.layer.unwrap_or(63)) * 2 + id.part as u32 + 1)

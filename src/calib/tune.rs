@@ -110,7 +110,7 @@ impl<B: Gradients> Tuning<'_, B> {
     ) -> Result<BTreeMap<TensorId, Vec<f64>>> {
         let (backend, eps) = (self.backend, model.constants.eps);
         let mut gradients = BTreeMap::new();
-        for Part { ids: part, batch } in parts(backend, ids, tokens) {
+        for Windows { ids: part, batch } in parts(backend, ids, tokens) {
             let part = &ids[part];
             let wanted = self.full.hidden(backend, part, batch)?;
             let loss =
@@ -181,7 +181,7 @@ impl<B: Gradients> Tuning<'_, B> {
     /// Returns the mean divergence over sequences of `tokens` tokens.
     fn divergence(&self, model: &Model<B>, ids: &[u32], tokens: usize) -> Result<f64> {
         let mut sum = 0.0;
-        for Part { ids: part, batch } in parts(self.backend, ids, tokens) {
+        for Windows { ids: part, batch } in parts(self.backend, ids, tokens) {
             let part = &ids[part];
             let wanted = self.full.hidden(self.backend, part, batch)?;
             let found = model.hidden(self.backend, part, batch)?;
@@ -204,16 +204,16 @@ fn gain_of<B: Gradients>(model: &mut Model<B>, id: TensorId) -> Result<&mut B::T
 }
 
 /// Sequences that go through both models together.
-struct Part {
+struct Windows {
     ids: Range<usize>,
     batch: Batch,
 }
 
-fn parts<B: Gradients>(backend: &B, ids: &[u32], tokens: usize) -> Vec<Part> {
+fn parts<B: Gradients>(backend: &B, ids: &[u32], tokens: usize) -> Vec<Windows> {
     let together = (backend.tokens_at_once().min(CHUNK_TOKENS) / tokens).max(1) * tokens;
     let part = |first: usize| {
         let end = ids.len().min(first + together);
-        Part { ids: first..end, batch: Batch { sequences: (end - first) / tokens, tokens } }
+        Windows { ids: first..end, batch: Batch { sequences: (end - first) / tokens, tokens } }
     };
     (0..ids.len()).step_by(together).map(part).collect()
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::Status;
 use crate::cli::FormatsArgs;
 use crate::dialect::{DIALECTS, Dialect};
-use crate::loaders::{self, Verdict};
+use crate::loaders::{self, LoaderVerdict};
 use crate::names::{Role, TensorId};
 use crate::output::{self, Printer};
 use crate::recipe::formats::{Base, FORMATS, Format};
@@ -46,7 +46,7 @@ fn text() -> String {
 
 /// Returns who loads what a dialect writes; formats of one verdict stand together.
 fn loaders_text(dialect: &dyn Dialect) -> String {
-    let mut rows: Vec<(Verdict, Vec<&str>)> = Vec::new();
+    let mut rows: Vec<(LoaderVerdict, Vec<&str>)> = Vec::new();
     for format in spelled_by(dialect) {
         for verdict in verdicts(dialect, format) {
             match rows.iter_mut().find(|row| row.0 == verdict) {
@@ -61,7 +61,7 @@ fn loaders_text(dialect: &dyn Dialect) -> String {
     let mut table = output::table(["loader", "version", "formats", "loads", "why"]);
     for (verdict, formats) in rows {
         let formats = if formats.len() == count { "all".to_string() } else { formats.join(", ") };
-        let Verdict { loader, version, loads, reason } = verdict;
+        let LoaderVerdict { loader, version, loads, reason } = verdict;
         table.add_row([loader, version, &formats, loads.word(), reason]);
     }
     format!("{} ({}):\n{table}\n", dialect.name(), output_of(dialect))
@@ -70,7 +70,7 @@ fn loaders_text(dialect: &dyn Dialect) -> String {
 fn json() -> Value {
     let dialect = |format: &Format, name: &str| {
         let dialect = DIALECTS.into_iter().find(|dialect| dialect.name() == name)?;
-        let loaders: Vec<_> = verdicts(dialect, format).iter().map(Verdict::to_json).collect();
+        let loaders: Vec<_> = verdicts(dialect, format).iter().map(LoaderVerdict::to_json).collect();
         Some(json!({"name": name, "output": output_of(dialect), "loaders": loaders}))
     };
     let formats = FORMATS.iter().map(|format| {
@@ -89,10 +89,10 @@ fn spelled_by(dialect: &dyn Dialect) -> impl Iterator<Item = &'static Format> {
 }
 
 /// Returns the verdicts on a model whose linears all have the format's main scheme.
-fn verdicts(dialect: &dyn Dialect, format: &Format) -> Vec<Verdict> {
+fn verdicts(dialect: &dyn Dialect, format: &Format) -> Vec<LoaderVerdict> {
     let stored = format.base.choice().map(|choice| (choice.scheme, choice.inputs));
     let tensors = [(TensorId::in_layer(0, Role::O), stored)];
-    loaders::verdicts(dialect.loaders(), &loaders::Output { tensors: &tensors })
+    loaders::verdicts(dialect.loaders(), &loaders::PlannedOutput { tensors: &tensors })
 }
 
 fn bits(format: &Format) -> f64 {

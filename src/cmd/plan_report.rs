@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::artifact;
 use crate::convert;
-use crate::loaders::{self, Verdict};
+use crate::loaders::{self, LoaderVerdict};
 use crate::output;
 use crate::plan::{Plan, Step};
 
@@ -57,7 +57,7 @@ pub fn json(plan: &Plan, out: &str, bytes: u64) -> Value {
             })
         })
         .collect();
-    let loaders: Vec<_> = verdicts(plan).iter().map(Verdict::to_json).collect();
+    let loaders: Vec<_> = verdicts(plan).iter().map(LoaderVerdict::to_json).collect();
     json!({
         "out": out, "format": recipe.format.name, "dialect": recipe.dialect.name(), "method": recipe.method.to_string(),
         "bytes": bytes, "bits_per_weight": plan.payload_bytes() as f64 * 8.0 / plan.weights().max(1) as f64,
@@ -66,9 +66,9 @@ pub fn json(plan: &Plan, out: &str, bytes: u64) -> Value {
     })
 }
 
-fn verdicts(plan: &Plan) -> Vec<Verdict> {
+fn verdicts(plan: &Plan) -> Vec<LoaderVerdict> {
     let tensors = artifact::matrices(plan);
-    loaders::verdicts(plan.recipe.dialect.loaders(), &loaders::Output { tensors: &tensors })
+    loaders::verdicts(plan.recipe.dialect.loaders(), &loaders::PlannedOutput { tensors: &tensors })
 }
 
 fn step_bytes(plan: &Plan, step: &Step) -> u64 {

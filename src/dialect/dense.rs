@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 
 use super::hugging_face::{self, Configuration};
 use super::opened::{Files, Opened};
-use super::{Description, Dialect, Part, Surroundings};
+use super::{Description, Dialect, StoredPart, Surroundings};
 use crate::loaders::Loads::{If, No, Unchecked, Yes};
 use crate::loaders::{Row, always};
 use crate::model::config::Config;
@@ -73,7 +73,7 @@ impl Dialect for Dense {
         ROWS
     }
 
-    fn parts(&self, scheme: &Scheme, _: Activations, _: usize, _: usize) -> Result<Vec<Part>> {
+    fn parts(&self, scheme: &Scheme, _: Activations, _: usize, _: usize) -> Result<Vec<StoredPart>> {
         refuse(scheme)
     }
 

@@ -23,7 +23,7 @@ use crate::tensor::Dtype;
 
 /// One stored tensor that a quantized matrix becomes.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Part {
+pub struct StoredPart {
     /// What follows the module path, e.g. `weight_packed`.
     pub suffix: &'static str,
     /// Number type or ggml block type.
@@ -36,7 +36,7 @@ pub struct Part {
     pub fixed: Option<Vec<u8>>,
 }
 
-impl Part {
+impl StoredPart {
     /// Returns the shape of a part that was asked for with all rows of the stored tensor at `place`.
     pub fn shape_at(&self, place: &Place) -> Vec<usize> {
         match (self.fixed.is_none(), self.shape.as_slice()) {
@@ -148,8 +148,13 @@ pub trait Dialect: Sync {
     /// Returns the parts a `[rows, cols]` matrix of that scheme becomes; the error says why there is no spelling and
     /// which dialect has one. `activations` is what its linear does to its inputs: compressed-tensors spells INT8
     /// weights differently for W8A16 and W8A8.
-    fn parts(&self, scheme: &Scheme, activations: Activations, rows: usize, cols: usize)
-    -> Result<Vec<Part>>;
+    fn parts(
+        &self,
+        scheme: &Scheme,
+        activations: Activations,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Vec<StoredPart>>;
 
     /// Returns one buffer per part that is not fixed. Rows are independent: packing a slice of rows gives that slice
     /// of every matrix, and every vector whole.

@@ -2,7 +2,7 @@
 
 use regex::Regex;
 
-use crate::names::{Part, Role, TensorId};
+use crate::names::{Role, TensorId, TensorPart};
 use crate::scheme::Choice;
 
 /// Which matrices a rule speaks of. Vectors (norms, biases) are never selected.
@@ -34,7 +34,7 @@ impl Select {
     pub fn matches(&self, id: TensorId) -> bool {
         let matrix = id.role.is_linear() || matches!(id.role, Role::Embed | Role::Head);
         let layer = || id.layer.map(usize::from);
-        id.part == Part::Weight
+        id.part == TensorPart::Weight
             && matrix
             && match self {
                 Select::Matrices => true,

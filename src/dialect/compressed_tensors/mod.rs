@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use self::config::Quantization;
 use super::hugging_face::{self, Configuration};
 use super::opened::{Files, Opened};
-use super::{Description, Dialect, Part, Surroundings};
+use super::{Description, Dialect, StoredPart, Surroundings};
 use crate::container::Storage;
 use crate::loaders::Row;
 use crate::model::config::Config;
@@ -178,14 +178,14 @@ impl Dialect for CompressedTensors {
         activations: Activations,
         rows: usize,
         cols: usize,
-    ) -> Result<Vec<Part>> {
+    ) -> Result<Vec<StoredPart>> {
         let format = Format::of(scheme, activations)?;
         let block = scheme.block_cols();
         ensure!(
             cols.is_multiple_of(block),
             "{cols} columns are not a multiple of the {block} that share a scale"
         );
-        let part = |suffix, dtype, width| Part {
+        let part = |suffix, dtype, width| StoredPart {
             suffix,
             storage: Storage::Plain(dtype),
             shape: vec![rows, width],
@@ -195,14 +195,14 @@ impl Dialect for CompressedTensors {
         Ok(match format {
             Format::Mxfp4PackQuantized => vec![part("weight_packed", Dtype::U8, cols / 2), scales],
             Format::Nvfp4PackQuantized => {
-                let global = Part { shape: vec![1], ..part("weight_global_scale", Dtype::F32, 1) };
+                let global = StoredPart { shape: vec![1], ..part("weight_global_scale", Dtype::F32, 1) };
                 vec![part("weight_packed", Dtype::U8, cols / 2), scales, global]
             }
             Format::IntQuantized => vec![part("weight", Dtype::I8, cols), scales],
             Format::FloatQuantized => vec![part("weight", Dtype::F8E4M3, cols), scales],
             Format::PackQuantized => {
                 let shape = [rows as i64, cols as i64].map(i64::to_le_bytes).concat();
-                let fixed = Part {
+                let fixed = StoredPart {
                     suffix: "weight_shape",
                     storage: Storage::Plain(Dtype::I64),
                     shape: vec![2],

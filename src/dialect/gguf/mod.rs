@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use self::blocks::{Block, BlockMut, LAYOUTS, Layout};
 use super::opened::{Files, Opened};
-use super::{Description, Dialect, Part, Surroundings};
+use super::{Description, Dialect, StoredPart, Surroundings};
 use crate::backend::Pairing;
 use crate::container::Storage;
 use crate::container::gguf::{GgmlType, Metadata};
@@ -144,7 +144,7 @@ impl Dialect for Gguf {
         activations: Activations,
         rows: usize,
         cols: usize,
-    ) -> Result<Vec<Part>> {
+    ) -> Result<Vec<StoredPart>> {
         let kind = layout(scheme)?.kind;
         ensure!(
             activations == Activations::Full,
@@ -156,7 +156,7 @@ impl Dialect for Gguf {
             kind.block_elems(),
             scheme.name
         );
-        Ok(vec![Part {
+        Ok(vec![StoredPart {
             suffix: "weight",
             storage: Storage::Ggml(kind),
             shape: vec![rows, cols],
