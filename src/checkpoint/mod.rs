@@ -210,11 +210,6 @@ impl Checkpoint {
         Some(&self.folder.as_ref()?.config_json)
     }
 
-    /// Returns the metadata of a GGUF file.
-    pub fn gguf_metadata(&self) -> Option<&Metadata> {
-        self.metadata.as_ref()
-    }
-
     /// Returns the folder with tokenizer and configuration; `None` for GGUF files, which hold their own.
     pub fn folder(&self) -> Option<&Path> {
         Some(&self.folder.as_ref()?.path)

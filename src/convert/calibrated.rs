@@ -96,9 +96,13 @@ impl Draft<'_> {
         };
         ensure!(
             !(outcome.deviation.kept_nearest && plan.recipe.no_fallback),
-            "`{}` ends with the codes nearest to its weights, since calibrated ones were worse; give more \
-             `--calib-tokens`, or leave `--no-fallback` away",
-            step.id
+            "`{}` ends with the codes nearest to its weights, since {}; give more `--calib-tokens`, or leave \
+             `--no-fallback` away",
+            step.id,
+            match outcome.tokens {
+                Some(0) => "no token of the calibration text reached it",
+                _ => "calibrated ones were worse",
+            }
         );
         write_rows(plan, sink, step, 0..step.rows(), &pack(&q, plan, step)?)?;
         if let Some(index) = step.input_scale {

@@ -12,7 +12,6 @@ use crate::model::config::Config;
 use crate::names::TensorId;
 use crate::rows::Place;
 use crate::scheme::{Activations, QTensor, Scheme};
-use crate::tensor::Dtype;
 
 /// The dialect of unquantized Hugging Face folders.
 pub struct Dense;
@@ -54,14 +53,6 @@ impl Dialect for Dense {
 
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place {
         hugging_face::place(id, rows, config)
-    }
-
-    fn kept_dtype(&self, _id: TensorId, _shape: &[usize], stored: Dtype) -> Dtype {
-        stored
-    }
-
-    fn computed_tensors(&self, _config: &Config) -> Vec<(TensorId, Vec<f32>)> {
-        Vec::new()
     }
 
     fn surround(&self, output: &Description) -> Result<Surroundings> {

@@ -109,11 +109,15 @@ pub trait Dialect: Sync {
     /// which rows of it.
     fn place(&self, id: TensorId, rows: usize, config: &Config) -> Place;
 
-    /// Returns the number type a tensor that is kept dense is written as.
-    fn kept_dtype(&self, id: TensorId, shape: &[usize], stored: Dtype) -> Dtype;
+    /// Returns the number type a tensor that is kept dense is written as: the stored one unless files want another.
+    fn kept_dtype(&self, _id: TensorId, _shape: &[usize], stored: Dtype) -> Dtype {
+        stored
+    }
 
     /// Returns tensors that the source does not have and this ecosystem wants (vectors, F32).
-    fn computed_tensors(&self, config: &Config) -> Vec<(TensorId, Vec<f32>)>;
+    fn computed_tensors(&self, _config: &Config) -> Vec<(TensorId, Vec<f32>)> {
+        Vec::new()
+    }
 
     /// Returns what this ecosystem's files cannot say of such a model, each with what engines do instead.
     fn losses(&self, _config: &Config) -> Vec<String> {

@@ -140,14 +140,6 @@ impl Dialect for CompressedTensors {
         hugging_face::place(id, rows, config)
     }
 
-    fn kept_dtype(&self, _id: TensorId, _shape: &[usize], stored: Dtype) -> Dtype {
-        stored
-    }
-
-    fn computed_tensors(&self, _config: &Config) -> Vec<(TensorId, Vec<f32>)> {
-        Vec::new()
-    }
-
     fn surround(&self, output: &Description) -> Result<Surroundings> {
         let mut linears: Vec<_> = (output.matrices.iter())
             .filter(|(id, ..)| id.role.is_linear())
